@@ -1,0 +1,150 @@
+"""The decoder: LLaMA architecture (RMSNorm, SwiGLU, grouped-query attention, RoPE), training loss and greedy generation.
+
+Notable choices:
+- Positions are an input. cos and sin are computed once a forward pass from the actual positions and shared by all layers.
+- Attention is `scaled_dot_product_attention`, causal by token order, with no mask tensor: memory stays linear in T.
+- The loss never holds all logits: the vocabulary product runs over chunks of tokens and is recomputed in the backward pass.
+- No buffers: a model built on the meta device needs nothing but its parameters.
+
+Shapes: B batch, T tokens, C hidden_dim, H n_heads, K n_kv_heads, D head_dim, V vocab_size.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
+
+from rope import apply_rope, rope_cos_sin, rope_frequencies
+
+
+@dataclass
+class Config:
+    vocab_size: int
+    hidden_dim: int
+    intermediate_dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int  # the window, in tokens
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Hugging Face's terms, see rope.py
+    tie_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    dtype: str = "float32"  # of the weights on disk
+
+    @property
+    def original_window(self):
+        """Tokens that the model saw before any interpolation."""
+        return (self.rope_scaling or {}).get("original_max_position_embeddings") or self.max_position_embeddings
+
+    def flops_per_token(self, T):
+        """Of one training step: 6 per weight in a matrix product, and causal attention counted once (not its masked half)."""
+        block = self.hidden_dim * (2 * self.n_heads + 2 * self.n_kv_heads) * self.head_dim + 3 * self.hidden_dim * self.intermediate_dim
+        return 6 * (self.n_layers * block + self.vocab_size * self.hidden_dim) + 6 * self.n_layers * self.n_heads * self.head_dim * T
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + SwiGLU(norm(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, D = config.hidden_dim, config.head_dim
+        self.head_dim = D
+        self.attn_norm = nn.RMSNorm(C, eps=config.norm_eps)
+        self.q = nn.Linear(C, config.n_heads * D, bias=False)
+        self.k = nn.Linear(C, config.n_kv_heads * D, bias=False)
+        self.v = nn.Linear(C, config.n_kv_heads * D, bias=False)
+        self.o = nn.Linear(config.n_heads * D, C, bias=False)
+        self.mlp_norm = nn.RMSNorm(C, eps=config.norm_eps)
+        self.gate = nn.Linear(C, config.intermediate_dim, bias=False)
+        self.up = nn.Linear(C, config.intermediate_dim, bias=False)
+        self.down = nn.Linear(config.intermediate_dim, C, bias=False)
+
+    def forward(self, x, cos, sin, cache=None, start=0):
+        """x (B, T, C). cache: None or (keys, values), each (B, K, S, D), whose first `start` places are filled."""
+        h = self.attn_norm(x)
+        q, k, v = (w(h).unflatten(-1, (-1, self.head_dim)) for w in (self.q, self.k, self.v))  # (B, T, H or K, D)
+        q, k, v = apply_rope(q, cos, sin).transpose(1, 2), apply_rope(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            end = start + x.shape[1]
+            for new, whole in zip((k, v), cache):
+                whole[:, :, start:end] = new
+            k, v = (whole[:, :, :end] for whole in cache)
+        h = attention(q, k, v).transpose(1, 2).flatten(2)  # (B, T, H * D)
+        x = x + self.o(h)
+        h = self.mlp_norm(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def attention(q, k, v):
+    """Causal attention of the last T of S tokens. q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)."""
+    T, S = q.shape[2], k.shape[2]
+    grouped = k.shape[1] != q.shape[1]
+    if T == S:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    # is_causal lines up the first query with the first key; with a cache the last query belongs to the last key.
+    mask = None if T == 1 else causal_lower_right(T, S)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.hidden_dim, eps=config.norm_eps)
+        self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.cross_entropy = cross_entropy_sum  # fsdp.py puts a compiled one here
+
+    def forward(self, tokens, positions=None, targets=None):
+        """tokens int64 (B, T), positions int64 (B, T), default 0 … T-1 -> logits (B, T, V).
+        With targets int64 (B, T): the summed cross-entropy in nats, a float32 scalar, without ever holding all logits."""
+        h = self.hidden(tokens, positions)
+        if targets is None:
+            return self.head(h)
+        return chunked_cross_entropy(h.flatten(0, 1), self.head.weight, targets.flatten(), self.cross_entropy)
+
+    def hidden(self, tokens, positions=None, cache=None, start=0):
+        """The normed last hidden states (B, T, C); `head` turns the ones you need into logits."""
+        config = self.config
+        if positions is None:
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        by_length = config.rope_scaling and config.rope_scaling["rope_type"] in ("dynamic", "longrope")
+        seq_len = int(positions.max()) + 1 if by_length else None  # of this call only: no state is left behind
+        cos, sin = rope_cos_sin(positions, *rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, seq_len))
+        x = self.embed(tokens)  # (B, T, C)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin) if cache is None else block(x, cos, sin, cache[i], start)
+        return self.norm(x)
+
+    @torch.no_grad()
+    def generate(self, tokens, max_new_tokens, prefill_chunk=2048):
+        """Greedy continuation of tokens int64 (B, T) -> (B, max_new_tokens). The prompt is read `prefill_chunk` tokens at a time."""
+        config, (B, T) = self.config, tokens.shape
+        shape = (B, config.n_kv_heads, T + max_new_tokens, config.head_dim)
+        cache = [tuple(torch.empty(shape, dtype=self.embed.weight.dtype, device=tokens.device) for _ in range(2)) for _ in self.blocks]
+        for start in range(0, T, prefill_chunk):
+            h = self.hidden(tokens[:, start : start + prefill_chunk], cache=cache, start=start)
+        new = [self.head(h[:, -1:]).argmax(-1)]  # each (B, 1)
+        for start in range(T, T + max_new_tokens - 1):
+            new.append(self.head(self.hidden(new[-1], cache=cache, start=start)).argmax(-1))
+        return torch.cat(new, dim=1)
+
+
+def cross_entropy_sum(hidden, weight, targets):
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+
+
+def chunked_cross_entropy(hidden, weight, targets, cross_entropy=cross_entropy_sum, max_logits=2**27):
+    """Summed cross-entropy of hidden (N, C) @ weight (V, C).T against targets (N,), with at most max_logits logits in memory."""
+    rows = 2 ** max(0, (max_logits // len(weight)).bit_length() - 1)  # a power of two, so that chunks are equal for usual N
+    pieces = zip(hidden.split(rows), targets.split(rows))
+    return torch.stack([checkpoint(cross_entropy, h, weight, t, use_reentrant=False) for h, t in pieces]).sum()

@@ -1,0 +1,62 @@
+"""PoSE: positional skip-wise training (Zhu et al., ICLR 2024, section 3), and the samplers it is compared with.
+
+A training example is `train_len` tokens long. PoSE cuts it into chunks and lets the position ids jump between them, so that
+the model meets every distance of a `target_len` window at the price of a short one:
+
+    tokens     x[0 … 4]                  x[v … v+4]                  (two chunks; v: where the second one's text begins)
+    positions  0 1 2 3 4   -- skip u --  u+5 … u+9                   (u ~ U{0 … target_len - train_len})
+
+Everything here is index arithmetic in numpy. Attention stays causal by token order: a skip is no document boundary.
+"""
+import numpy as np
+
+METHODS = ("pose", "full", "pi", "randpos")
+OFFSETS = ("uniform", "zero", "skip")
+
+
+def sample(method, rng, text_len, train_len, target_len, chunks=2, offset="uniform"):
+    """Draw one example: which tokens of a text to take, and which position each gets.
+
+    method: `pose`; `full` (every position of the target window, needs train_len == target_len); `pi` (a plain short window,
+    the control); `randpos` (a random sorted subset of positions, Ruoss et al. 2023). rng: a numpy Generator.
+    text_len: tokens in the text. chunks: how many, at most train_len of them are made. offset: how chunk i's text begins
+    (Table 4): `uniform` v_i ~ U{v_(i-1) … the last place that fits}; `zero` v_i = 0, contiguous text; `skip` v_i = u_i, the text
+    where its positions say it is, as far as the text reaches.
+
+    Returns (text_index, positions), int64 (train_len,), both strictly increasing, with text_index + 1 < text_len (the target of
+    a token is the one that really follows it) and positions < target_len. Raises ValueError if that is impossible.
+    """
+    if method not in METHODS or offset not in OFFSETS:
+        raise ValueError(f"method must be one of {METHODS} and offset one of {OFFSETS}, got {method!r} and {offset!r}")
+    if not 1 <= train_len <= target_len:
+        raise ValueError(f"need 1 <= train_len <= target_len, got train_len {train_len} and target_len {target_len}")
+    if text_len <= train_len:
+        raise ValueError(f"a text of {text_len} tokens is too short for a window of {train_len}: it needs {train_len + 1}")
+    if method == "full" and train_len != target_len:
+        raise ValueError(f"method 'full' needs train_len == target_len, got {train_len} and {target_len}")
+    if chunks < 1:
+        raise ValueError(f"chunks must be at least 1, got {chunks}")
+
+    plain = np.arange(train_len)
+    if method == "randpos":
+        return plain, np.sort(rng.choice(target_len, train_len, replace=False))
+    if method != "pose":
+        return plain, plain
+
+    chunks = min(chunks, train_len)  # a chunk has at least one token
+    # Chunk lengths: chunks - 1 distinct cuts, so that every way to cut is equally likely; l_0 is uniform on 1 … L-1 for two.
+    cuts = np.sort(rng.choice(train_len - 1, chunks - 1, replace=False)) + 1
+    lengths = np.diff(np.concatenate(([0], cuts, [train_len])))
+    # Skips u_i and text offsets v_i (section 3.2): the first chunk stays at 0, each later one moves on from the one before.
+    room = text_len - 1 - train_len
+    u = _chain(rng, chunks, target_len - train_len)
+    v = {"uniform": lambda: _chain(rng, chunks, room), "zero": lambda: np.zeros_like(u), "skip": lambda: np.minimum(u, room)}[offset]()
+    return plain + np.repeat(v, lengths), plain + np.repeat(u, lengths)
+
+
+def _chain(rng, n, most):
+    """n integers: the first is 0, each next one uniform on {the one before … most}."""
+    values = np.zeros(n, dtype=np.int64)
+    for i in range(1, n):
+        values[i] = rng.integers(values[i - 1], most, endpoint=True)
+    return values

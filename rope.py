@@ -1,0 +1,125 @@
+"""Rotary position embedding (RoPE) and every way this repository stretches it.
+
+RoPE turns each pair j of a query or key vector at position m by the angle m * theta_j, theta_j = base^(-2j/d), so that the
+product of a query and a key depends on their distance only (Su et al. 2021, eq. 34). Interpolation changes theta_j so that
+the angles of a long target window stay in the range that the model has seen.
+
+Notable choices:
+- Angles are float64 products of the *actual* positions, cos and sin are float32: exact at position 1,000,000. There is no
+  table of length target_len, so any target window costs nothing.
+- `scaling` is the dictionary that Hugging Face calls `rope_scaling`; what we compute is what stock loaders compute.
+- Half-split layout: pair j is (x[j], x[j + d/2]), as in Hugging Face LLaMA.
+"""
+import math
+
+import torch
+
+MODES = ("default", "linear", "ntk", "dynamic", "ntk_by_parts", "yarn", "yarn_revised", "llama3", "longrope")
+
+
+def rope_frequencies(dim, theta, scaling=None, seq_len=None):
+    """Angles per position of each rotated pair, and the factor on cos and sin.
+
+    dim: rotated size of a head (even). theta: the base. scaling: None or a dict with `rope_type` (one of MODES), `factor` s,
+    `original_max_position_embeddings` L and the mode's own keys. seq_len: tokens in the current sequence, for `dynamic` and
+    `longrope` only. Returns (inv_freq float64 (dim/2,), attention_factor).
+    Raises ValueError for an unknown mode or a missing key.
+
+    With f_j = theta^(-2j/dim):
+      default       f_j
+      linear        f_j / s                                            position interpolation, Chen et al. 2023
+      ntk           base theta * s^(dim/(dim-2))                       NTK-aware, bloc97: the slowest pair is divided by exactly s
+      dynamic       ntk with s replaced by s*n/L - (s-1), n = max(seq_len, L)
+      ntk_by_parts  (1-r_j) f_j + r_j f_j/s                            YaRN section 3.2, r_j the ramp of `_yarn_ramp`
+      yarn          ntk_by_parts, cos and sin times 0.1 ln(s) + 1      YaRN eq. 22 (Peng et al. 2023)
+      yarn_revised  f_j / (r_j s + 1 - r_j), and yarn's factor         blends wavelengths (YaRN issue 24; the official PoSE code)
+      llama3        f_j / s for wavelengths over L/low_freq_factor, f_j below L/high_freq_factor, linear in L/wavelength between
+      longrope      f_j / factor_j, short_factor up to L tokens, long_factor beyond; cos and sin times sqrt(1 + ln s / ln L)
+    """
+    scaling = scaling or {}
+    mode = scaling.get("rope_type", "default")
+    if mode not in MODES:
+        raise ValueError(f"unknown rope_type {mode!r}: this code has {', '.join(MODES)}")
+
+    def need(key):
+        if scaling.get(key) is None:
+            raise ValueError(f"rope_type {mode!r} needs {key!r} in rope_scaling")
+        return scaling[key]
+
+    def powers(base):
+        return 1.0 / torch.tensor(base, dtype=torch.float64) ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+
+    if mode == "default":
+        return powers(theta), 1.0
+    if mode == "longrope":
+        original = need("original_max_position_embeddings")
+        beyond = seq_len is not None and seq_len > original
+        factors = torch.tensor(need("long_factor" if beyond else "short_factor"), dtype=torch.float64)
+        if len(factors) != dim // 2:
+            raise ValueError(f"longrope needs {dim // 2} factors (half the rotated dimension), got {len(factors)}")
+        attention_factor = scaling.get("attention_factor")
+        if attention_factor is None:
+            s = need("factor")
+            attention_factor = math.sqrt(1 + math.log(s) / math.log(original)) if s > 1 else 1.0
+        return powers(theta) / factors, attention_factor
+
+    s = need("factor")
+    if mode == "linear":
+        return powers(theta) / s, 1.0
+    if mode == "ntk":
+        return powers(theta * s ** (dim / (dim - 2))), 1.0
+    original = need("original_max_position_embeddings")
+    if mode == "dynamic":
+        n = max(seq_len or 0, original)
+        return powers(theta * (s * n / original - (s - 1)) ** (dim / (dim - 2))), 1.0
+
+    f = powers(theta)
+    if mode == "llama3":
+        low, high = need("low_freq_factor"), need("high_freq_factor")
+        turns = original * f / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast pair, left alone; 0: slow pair, divided by s
+        return keep * f + (1 - keep) * f / s, 1.0
+
+    ramp = _yarn_ramp(dim, theta, original, scaling)
+    if mode == "yarn_revised":
+        return f / (ramp * s + 1 - ramp), _yarn_attention_factor(s, scaling)
+    inv_freq = (1 - ramp) * f + ramp * f / s
+    return inv_freq, 1.0 if mode == "ntk_by_parts" else _yarn_attention_factor(s, scaling)
+
+
+def _yarn_ramp(dim, theta, original, scaling):
+    """0 for pairs that turn beta_fast times or more in the original window, 1 for those that turn beta_slow times or fewer."""
+    def pair_that_turns(times):
+        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = pair_that_turns(scaling.get("beta_fast") or 32)
+    high = pair_that_turns(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):  # whole pairs, as in YaRN's own code
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    return ((torch.arange(dim // 2, dtype=torch.float64) - low) / (high - low)).clamp(0, 1)
+
+
+def _yarn_attention_factor(s, scaling):
+    def mscale(weight):
+        return 0.1 * weight * math.log(s) + 1.0 if s > 1 else 1.0
+
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):  # DeepSeek's form
+        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
+    return mscale(1.0)
+
+
+def rope_cos_sin(positions, inv_freq, attention_factor=1.0):
+    """cos and sin of every angle. positions int64 (B, T) -> two float32 tensors (B, T, 1, dim/2), ready for (B, T, H, D)."""
+    angles = positions[:, :, None, None].double() * inv_freq.to(positions.device)  # (B, T, 1, dim/2)
+    return (angles.cos() * attention_factor).float(), (angles.sin() * attention_factor).float()
+
+
+def apply_rope(x, cos, sin):
+    """Turn the pairs (x[j], x[j + D/2]). x (B, T, H, D) -> the same shape and dtype; the arithmetic is float32."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)

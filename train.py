@@ -1,0 +1,225 @@
+"""Extend a model's context window with PoSE.
+
+    python train.py                                              # a laptop: the built-in tiny model, window 256 -> 2,048
+    python train.py --model my-llama --data texts/               # one GPU
+    torchrun --nproc_per_node=8 train.py --model my-llama --target_len 131072
+
+OUT/metrics.jsonl gets a line a step, OUT/model is a Hugging Face folder at the end, OUT/checkpoints lets `--resume` go on.
+"""
+import argparse
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+import errors
+import fsdp
+import pose
+import rope
+import weights
+from errors import UserError
+
+# The paper's settings (section 4.1). The built-in models have their own, for a laptop and for ten minutes on one GPU.
+PAPER = {"steps": 1000, "batch_size": 64, "lr": 2e-5, "warmup_steps": 10, "factor": 16}
+RECIPES = {
+    "tiny": PAPER | {"steps": 60, "batch_size": 32, "lr": 1e-3, "factor": 8},
+    "smollm2-135m": PAPER | {"steps": 500, "batch_size": 16, "lr": 2e-4},
+}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16, for MFU
+
+
+def parse_arguments():
+    p = argparse.ArgumentParser(description="Extend a model's context window with PoSE.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--model", help=f"a Hugging Face folder, or {' or '.join(weights.BUILT_IN)} (default: smollm2-135m with a GPU, else tiny)")
+    p.add_argument("--target_len", type=int, help="tokens in the new window (default: 16 times the model's window; tiny: 8)")
+    p.add_argument("--train_len", type=int, help="tokens in a training example (default: the model's window; target_len for full)")
+    p.add_argument("--method", choices=pose.METHODS, default="pose", help="full, pi and randpos are the paper's baselines")
+    p.add_argument("--rope", choices=rope.MODES, default="yarn", help="interpolation")
+    p.add_argument("--chunks", type=int, default=2, help="chunks per example")
+    p.add_argument("--offset", choices=pose.OFFSETS, default="uniform", help="where a later chunk's text comes from (Table 4)")
+    p.add_argument("--data", nargs="+", default=[], metavar="FILE", help=".txt, .jsonl, .jsonl.gz or folders of them (default: Python's standard library)")
+    p.add_argument("--steps", type=int, help="optimizer steps; 0 writes the untrained model with its interpolation (default: 1000, the paper's; tiny 60, smollm2-135m 500)")
+    p.add_argument("--batch_size", type=int, help="examples in a step, over all processes (default: 64; tiny 32, smollm2-135m 16)")
+    p.add_argument("--micro_batch_size", type=int, help="examples in one forward pass of a process (default: about 32,768 tokens)")
+    p.add_argument("--lr", type=float, help="peak of AdamW's learning rate (default: 2e-5; tiny 1e-3, smollm2-135m 2e-4)")
+    p.add_argument("--warmup_steps", type=int, help="linear warm-up; then linear decay to 0 (default: 10)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, default=Path("out"), metavar="DIR")
+    p.add_argument("--save_every", type=int, default=0, metavar="N", help="checkpoint every N steps (0: only when interrupted)")
+    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    p.add_argument("--activation_checkpointing", choices=("none", "selective", "full"), default="none", help="less memory for more time")
+    p.add_argument("--cpu_offload", action="store_true", help="keep weights and optimizer in host memory")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block (default: on a GPU)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; master weights are float32 (default: bfloat16 on a GPU)")
+    p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+    return p.parse_args()
+
+
+def complete(args, window):
+    """Fill in the defaults that depend on the model and the machine, and refuse what cannot run."""
+    for key, value in RECIPES.get(args.model, PAPER).items():
+        if key != "factor" and getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.target_len is None:
+        args.target_len = RECIPES.get(args.model, PAPER)["factor"] * window
+    if args.train_len is None:
+        args.train_len = args.target_len if args.method == "full" else window
+    gpu = args.device == "cuda"
+    args.compile = gpu if args.compile is None else args.compile
+    args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for key in ("train_len", "chunks", "batch_size"):
+        if getattr(args, key) < 1:
+            raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    for key in ("steps", "warmup_steps", "save_every"):
+        if getattr(args, key) < 0:
+            raise UserError(f"--{key} {getattr(args, key)}: must not be negative")
+    if args.target_len < args.train_len:
+        raise UserError(f"--target_len {args.target_len} is smaller than the train window of {args.train_len}; raise it or lower --train_len")
+    if args.target_len < window:
+        raise UserError(f"--target_len {args.target_len} is smaller than the model's window of {window}; raise it")
+    if args.method == "full" and args.train_len != args.target_len:
+        raise UserError(f"--method full trains on whole windows: leave --train_len out or make it {args.target_len}")
+    if args.batch_size % world:
+        raise UserError(f"--batch_size {args.batch_size} does not divide over {world} processes; make it a multiple")
+    share = args.batch_size // world
+    if args.micro_batch_size is None:
+        args.micro_batch_size = max(n for n in range(1, share + 1) if share % n == 0 and (n == 1 or n * args.train_len <= 32768))
+    if args.micro_batch_size < 1 or share % args.micro_batch_size:
+        raise UserError(f"--micro_batch_size {args.micro_batch_size} does not divide the {share} examples of each process; choose a divisor")
+
+
+def open_run(args):
+    """Make the output folder, or check that it holds the run that --resume is to continue."""
+    record = args.out / "args.json"
+    mine = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "save_every")}
+    if not args.resume:
+        if record.exists() or (args.out / "model").exists():
+            raise UserError(f"--out {args.out} already holds a run; name another folder, remove it, or add --resume")
+        if dist.get_rank() == 0:
+            args.out.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(mine, indent=2) + "\n")
+        return
+    if not record.exists():
+        raise UserError(f"--resume: {args.out} holds no run; leave --resume out to start one")
+    theirs = json.loads(record.read_text())
+    free = ("micro_batch_size", "device", "compile", "activation_checkpointing", "cpu_offload")  # change the speed, not the run
+    if changed := [f"{k} was {theirs.get(k)}, now {mine[k]}" for k in mine if k not in free and theirs.get(k) != mine[k]]:
+        raise UserError(f"--resume: the run in {args.out} had other arguments: {'; '.join(changed)}")
+
+
+def learning_rate(step, args):
+    """Linear warm-up over warmup_steps, then linear decay to zero. step counts from 0."""
+    if step < args.warmup_steps:
+        return args.lr * (step + 1) / args.warmup_steps
+    return args.lr * (args.steps - step) / max(1, args.steps - args.warmup_steps)
+
+
+def main():
+    args = parse_arguments()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here; leave it out to run on the CPU")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.model = args.model or ("smollm2-135m" if args.device == "cuda" else "tiny")
+
+    config = weights.read_config(weights.resolve(args.model))
+    complete(args, config.max_position_embeddings)
+    config = weights.extend(config, args.rope, args.target_len)
+    tokenizer = weights.load_tokenizer(args.model, config)
+
+    device = fsdp.start(args.device)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if rank == 0:  # the others find the tokens in the cache
+        data.prepare(args.data, tokenizer, weights.cache_dir())
+    dist.barrier()
+    documents = data.prepare(args.data, tokenizer, weights.cache_dir())
+    sampling = {key: getattr(args, key) for key in ("method", "train_len", "target_len", "chunks", "offset")}
+    batches = data.Batches(documents, args.seed, tokenizer.bos_id, **sampling)
+
+    model = weights.load(args.model, dtype=torch.float32)
+    model.config = config
+    open_run(args)
+    fsdp.shard(model, device, getattr(torch, args.dtype), args.activation_checkpointing, args.cpu_offload, args.compile)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    first = fsdp.load_checkpoint(args.out / "checkpoints", model, optimizer) if args.resume else 0
+
+    def say(line):
+        if rank == 0:
+            tqdm.write(line, file=sys.stderr)
+
+    tokens_per_step = args.batch_size * args.train_len
+    say(f"{args.model}: window {config.original_window:,} -> {args.target_len:,}, {args.method}, {args.rope}")
+    say(
+        f"{args.steps} steps of {args.batch_size} x {args.train_len:,} tokens on {world} process(es); {len(documents.tokens):,} tokens in "
+        f"{len(documents) - batches.skipped} documents, {batches.skipped} too short and left out"
+    )
+    log = open_log(args.out / "metrics.jsonl", first) if rank == 0 else None
+    peak_flops = next((v for k, v in PEAK_FLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), None)
+    share = args.batch_size // world
+    mine = range(rank * share, (rank + 1) * share)  # this process's examples of every global batch
+
+    interrupted = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: interrupted.append(True))
+
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None if rank == 0 else True)
+    for step in bar:
+        began = time.perf_counter()
+        lr = learning_rate(step, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros(2, device=device)  # summed loss of the step, processes that were told to stop
+        for i in range(0, share, args.micro_batch_size):
+            batch = batches(step, mine[i : i + args.micro_batch_size])
+            tokens, positions, targets = (torch.from_numpy(x).to(device) for x in batch)  # (micro_batch_size, train_len)
+            loss = model(tokens, positions, targets) / tokens_per_step
+            (loss * world).backward()  # FSDP averages gradients over processes; the loss is a mean over the global batch
+            total[0] += loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        total[1] = float(bool(interrupted))
+        dist.all_reduce(total)
+        loss, stop = total.tolist()
+        seconds = time.perf_counter() - began
+        speed = tokens_per_step / seconds
+        mfu = speed / world * config.flops_per_token(args.train_len) / peak_flops if peak_flops else None
+        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if rank == 0:
+            line = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm.item(), "tokens_per_second": speed}
+            log.write(json.dumps(line | {"mfu": mfu, "peak_memory_gib": memory / 2**30}) + "\n")
+            shown = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}", "MFU": f"{mfu:.0%}" if mfu else "-", "GiB": f"{memory / 2**30:.1f}"}
+            bar.set_postfix(shown, refresh=False)
+        done = step + 1
+        if (stop and done < args.steps) or (args.save_every and done % args.save_every == 0):
+            fsdp.save_checkpoint(args.out / "checkpoints", model, optimizer, done)
+        if stop and done < args.steps:
+            bar.close()
+            say(f"stopped after step {done} of {args.steps}; what is done is saved, add --resume to go on")
+            break
+
+    weights.save(model, tokenizer, args.out / "model")
+    say(f"wrote {args.out / 'model'}; next: python eval.py --task passkey --model {args.out / 'model'}")
+    fsdp.stop()
+
+
+def open_log(path, first):
+    """metrics.jsonl, without the lines of steps that will be done again."""
+    kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= first] if first else []
+    log = open(path, "w", buffering=1)  # a line a step reaches the disk at once
+    log.writelines(kept)
+    return log
+
+
+if __name__ == "__main__":
+    errors.run(main)

