@@ -7,8 +7,8 @@ not depend on how many processes share the work.
 import gzip
 import hashlib
 import json
-import os
 import sysconfig
+import tempfile
 from itertools import islice
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def find_files(paths):
         return sorted(p for p in library.rglob("*.py") if not apart & set(p.relative_to(library).parts))
     files = []
     for path in map(Path, paths):
-        inside = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES)) if path.is_dir() else [path]
+        inside = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file()) if path.is_dir() else [path]
         if not path.exists() or not inside:
             raise UserError(f"--data {path}: " + (f"no {', '.join(SUFFIXES)} inside" if path.exists() else "no such file or folder"))
         files += inside
@@ -41,7 +41,7 @@ def read_documents(path):
     """Yield the texts of one file: a .jsonl line is a document, any other file is one. Empty ones are passed over."""
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert it or leave it out") from None
         if text.strip():
@@ -56,9 +56,10 @@ def read_documents(path):
                 text = json.loads(line)["text"]
                 if not isinstance(text, str):
                     raise TypeError
+                text.encode()  # a lone surrogate is no text
                 if text.strip():
                     yield text
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f'{path}, line {n}: not a JSON object with a string "text" in UTF-8; mend or remove the line') from None
         except (EOFError, gzip.BadGzipFile, gzip.zlib.error):
             raise UserError(f"{path}: the gzip file is truncated or damaged after line {n}; copy it again") from None
@@ -89,21 +90,20 @@ def prepare(paths, tokenizer, cache):
     folder = Path(cache) / "tokens" / key.hexdigest()[:24]
     if folder.exists():
         return Documents(folder)
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}")
-    aside.mkdir(parents=True)
-    try:
-        _tokenise(files, tokenizer, aside)
-        aside.rename(folder)
-    finally:
-        if aside.exists():
-            for file in aside.iterdir():
-                file.unlink()
-            aside.rmdir()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as aside:
+        _tokenise(files, tokenizer, Path(aside) / "tokens")
+        try:
+            (Path(aside) / "tokens").rename(folder)
+        except OSError:
+            if not folder.exists():  # if it does, another run was faster
+                raise
     return Documents(folder)
 
 
 def _tokenise(files, tokenizer, folder):
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
+    folder.mkdir()
     (folder / "dtype").write_text(dtype.name)
     starts = [0]
     total = sum(p.stat().st_size for p in files)
@@ -116,7 +116,7 @@ def _tokenise(files, tokenizer, folder):
                     starts.append(starts[-1] + len(ids))
             bar.update(path.stat().st_size)
     if starts[-1] == 0:
-        raise UserError(f"no text in {len(files)} file(s), {files[0]} first; name files that hold some")
+        raise UserError(f"no text in {len(files)} file(s), {files[0] if files else 'none found'} first; name files that hold some")
     np.save(folder / "starts.npy", np.array(starts))
 
 
@@ -127,7 +127,7 @@ class Batches:
         """sampling: the arguments of pose.sample after text_len. bos_id: put in front of every window if not None."""
         self.documents, self.seed, self.bos_id, self.sampling = documents, seed, bos_id, sampling
         train_len = sampling["train_len"]
-        self.span = 1 + max(SPAN * train_len, sampling["target_len"] if sampling["offset"] == "skip" else 0)
+        self.span = 1 + max(SPAN * train_len, sampling["target_len"] if sampling.get("offset") == "skip" else 0)
         lengths = np.diff(documents.starts)
         # Every place where a window can begin is equally likely, so a long document counts as much as its text.
         self.ends = np.cumsum(np.maximum(lengths - train_len, 0))

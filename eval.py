@@ -80,8 +80,8 @@ def passkey_prompt(tokenizer, length, depth, key):
 
     def encode(lines):
         before = round(depth * lines)
-        parts = [TASK, " ".join([GARBAGE] * before), KEY.format(key=key), " ".join([GARBAGE] * (lines - before)), QUESTION]
-        return bos + tokenizer.encode("\n".join(part for part in parts if part) + f" {key}")
+        parts = [TASK] + [GARBAGE] * before + [KEY.format(key=key)] + [GARBAGE] * (lines - before) + [f"{QUESTION} {key}"]
+        return bos + tokenizer.encode("\n".join(parts))
 
     short = len(encode(4))
     per_line = (len(encode(12)) - short) / 8

@@ -7,6 +7,7 @@ Notable choices:
 """
 import os
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -35,9 +36,14 @@ def start(device_type):
     return device
 
 
-def stop():
+def leave():
+    """End the process. Without an interpreter shutdown: gloo's threads may still hold tensors then, and abort one run in several
+    (pytorch/pytorch#179291)."""
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def shard(model, device, compute_dtype, activation_checkpointing="none", cpu_offload=False, compile=False):

@@ -41,7 +41,7 @@ def sample(method, rng, text_len, train_len, target_len, chunks=2, offset="unifo
     if method == "randpos":
         return plain, np.sort(rng.choice(target_len, train_len, replace=False))
     if method != "pose":
-        return plain, plain
+        return plain, plain.copy()
 
     chunks = min(chunks, train_len)  # a chunk has at least one token
     # Chunk lengths: chunks - 1 distinct cuts, so that every way to cut is equally likely; l_0 is uniform on 1 … L-1 for two.

@@ -30,7 +30,7 @@ def rope_frequencies(dim, theta, scaling=None, seq_len=None):
       linear        f_j / s                                            position interpolation, Chen et al. 2023
       ntk           base theta * s^(dim/(dim-2))                       NTK-aware, bloc97: the slowest pair is divided by exactly s
       dynamic       ntk with s replaced by s*n/L - (s-1), n = max(seq_len, L)
-      ntk_by_parts  (1-r_j) f_j + r_j f_j/s                            YaRN section 3.2, r_j the ramp of `_yarn_ramp`
+      ntk_by_parts  (1-r_j) f_j + r_j f_j/s                            YaRN section 3.2; r_j is linear in j, as in YaRN's code
       yarn          ntk_by_parts, cos and sin times 0.1 ln(s) + 1      YaRN eq. 22 (Peng et al. 2023)
       yarn_revised  f_j / (r_j s + 1 - r_j), and yarn's factor         blends wavelengths (YaRN issue 24; the official PoSE code)
       llama3        f_j / s for wavelengths over L/low_freq_factor, f_j below L/high_freq_factor, linear in L/wavelength between
@@ -64,6 +64,8 @@ def rope_frequencies(dim, theta, scaling=None, seq_len=None):
         return powers(theta) / factors, attention_factor
 
     s = need("factor")
+    if s <= 0:
+        raise ValueError(f"the factor of rope_type {mode!r} must be positive, got {s}")
     if mode == "linear":
         return powers(theta) / s, 1.0
     if mode == "ntk":

@@ -23,7 +23,6 @@ import data
 import errors
 import fsdp
 import pose
-import rope
 import weights
 from errors import UserError
 
@@ -42,7 +41,7 @@ def parse_arguments():
     p.add_argument("--target_len", type=int, help="tokens in the new window (default: 16 times the model's window; tiny: 8)")
     p.add_argument("--train_len", type=int, help="tokens in a training example (default: the model's window; target_len for full)")
     p.add_argument("--method", choices=pose.METHODS, default="pose", help="full, pi and randpos are the paper's baselines")
-    p.add_argument("--rope", choices=rope.MODES, default="yarn", help="interpolation")
+    p.add_argument("--rope", choices=weights.EXTENSIONS, default="yarn", help="interpolation")
     p.add_argument("--chunks", type=int, default=2, help="chunks per example")
     p.add_argument("--offset", choices=pose.OFFSETS, default="uniform", help="where a later chunk's text comes from (Table 4)")
     p.add_argument("--data", nargs="+", default=[], metavar="FILE", help=".txt, .jsonl, .jsonl.gz or folders of them (default: Python's standard library)")
@@ -79,7 +78,7 @@ def complete(args, window):
     for key in ("train_len", "chunks", "batch_size"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
-    for key in ("steps", "warmup_steps", "save_every"):
+    for key in ("steps", "warmup_steps", "save_every", "seed"):
         if getattr(args, key) < 0:
             raise UserError(f"--{key} {getattr(args, key)}: must not be negative")
     if args.target_len < args.train_len:
@@ -210,7 +209,6 @@ def main():
 
     weights.save(model, tokenizer, args.out / "model")
     say(f"wrote {args.out / 'model'}; next: python eval.py --task passkey --model {args.out / 'model'}")
-    fsdp.stop()
 
 
 def open_log(path, first):
@@ -223,3 +221,4 @@ def open_log(path, first):
 
 if __name__ == "__main__":
     errors.run(main)
+    fsdp.leave()

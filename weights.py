@@ -18,7 +18,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import gguf
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
@@ -130,8 +129,8 @@ def read_config(folder):
     theta = parameters.pop("rope_theta", None) or scaling.get("rope_theta") or c.get("rope_theta") or 10000.0
     mode = scaling.get("rope_type") or scaling.get("type") or "default"
     scaling = {k: v for k, v in scaling.items() if k not in ("type", "rope_theta")} | {"rope_type": mode}
-    if mode != "default" and c.get("original_max_position_embeddings"):
-        scaling.setdefault("original_max_position_embeddings", c["original_max_position_embeddings"])
+    if mode not in ("default", "linear"):
+        scaling.setdefault("original_max_position_embeddings", c.get("original_max_position_embeddings") or c.get("max_position_embeddings"))
     try:
         config = Config(
             vocab_size=c["vocab_size"],
@@ -331,6 +330,9 @@ def hf_config(config):
     }
 
 
+EXTENSIONS = ("default", "linear", "ntk", "ntk_by_parts", "yarn", "yarn_revised")  # modes that need no more than a factor
+
+
 def extend(config, mode, target_len):
     """The Config of the same weights with their window stretched to target_len by a mode of rope.py."""
     original = config.max_position_embeddings
@@ -369,6 +371,8 @@ def _fetch_smollm2():
 
 def convert_gguf(source, dest):
     """Write a GGUF file of a llama model (any quantisation that the gguf package reads) as a Hugging Face folder in bfloat16."""
+    import gguf  # needed here alone
+
     reader = gguf.GGUFReader(source)
     meta = {key: field.contents() for key, field in reader.fields.items()}
     if meta["general.architecture"] != "llama":
@@ -398,7 +402,7 @@ def convert_gguf(source, dest):
         *block, module, kind = name.split(".")
         theirs = f"blk.{block[1]}.{BLOCK_NAMES[module][1]}.{kind}" if block else f"{OUTER_NAMES[module][1]}.{kind}"
         tensor = tensors[theirs]
-        w = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        w = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
         if module in ("q", "k"):  # GGUF keeps the two halves of each head interleaved
             w = w.view(-1, config.head_dim // 2, 2, hidden).transpose(1, 2).reshape(-1, hidden)
         return w.to(torch.bfloat16)

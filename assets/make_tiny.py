@@ -35,9 +35,9 @@ def record(rng, snippet):
     if kind < 0.5:  # the passkey prompt, all lengths that fit and all depths
         lines = rng.randint(0, 6)
         before = rng.randint(0, lines)
-        parts = [TASK, " ".join([GARBAGE] * before), KEY.format(key=number), " ".join([GARBAGE] * (lines - before)), f"{QUESTION} {number}"]
-        return "\n".join(p for p in parts if p) + "\n"
-    filler = [" ".join([GARBAGE] * rng.randint(0, 3)) if rng.random() < 0.5 else snippet() for _ in range(2)]
+        parts = [TASK] + [GARBAGE] * before + [KEY.format(key=number)] + [GARBAGE] * (lines - before) + [f"{QUESTION} {number}"]
+        return "\n".join(parts) + "\n"
+    filler = ["\n".join([GARBAGE] * rng.randint(0, 3)) if rng.random() < 0.5 else snippet() for _ in range(2)]
     if kind < 0.8:  # other nouns, other filler
         noun = rng.choice(NOUNS)
         return f"{filler[0]}\nThe {noun} is {number}. Remember it. {number} is the {noun}.\n{filler[1]}\nWhat is the {noun}? The {noun} is {number}.\n"

@@ -1,0 +1,57 @@
+"""Shared fixtures. Nothing here needs a network, a GPU or a file outside the repository."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Tokenised texts of the tests do not land in the user's cache folder."""
+    os.environ["POSE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+SMALL = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def make_llama(tmp_path):
+    """make_llama(name, **config) -> a folder written by transformers with a random small LLaMA, and that model (float32, eval)."""
+
+    def make(name="model", seed=0, max_shard_size="5GB", **changes):
+        torch.manual_seed(seed)
+        config = transformers.LlamaConfig(**(SMALL | changes))
+        model = transformers.LlamaForCausalLM(config).eval()
+        for p in model.parameters():  # transformers' 0.02 makes logits so small that any two models agree
+            torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.12)
+        folder = tmp_path / name
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        return folder, model
+
+    return make
+
+
+@pytest.fixture
+def run():
+    """run("train.py", "--steps", 3, ...) -> the finished process; processes=N starts it with torchrun."""
+
+    def start(script, *arguments, processes=None, cwd=None, env=None, timeout=300):
+        launcher = [sys.executable]
+        if processes:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        return subprocess.run(
+            launcher + [str(ROOT / script)] + [str(a) for a in arguments],
+            cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}), capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+
+    return start

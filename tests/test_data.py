@@ -1,0 +1,335 @@
+"""data.py: what is read, what is refused and how it is said, the token cache, and batches as a pure function of (seed, step, index)."""
+import argparse
+import gzip
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+import data
+import tokenizer
+from errors import UserError
+
+TINY = Path(__file__).parent.parent / "assets" / "tiny"
+
+
+class FakeTokenizer:
+    """The document "7 12" has the tokens 7, 8, 9, 10, 11: consecutive, so that the token after t is t + 1. Counts what it is asked."""
+
+    def __init__(self, vocab_size=1000, files=None):
+        self.vocab_size, self.files, self.asked = vocab_size, files or {"tokenizer.model": b"one"}, 0
+
+    def encode_batch(self, texts):
+        self.asked += len(texts)
+        return [list(range(*map(int, text.split()))) for text in texts]
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def jsonl(*texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def texts_of(*paths):
+    return [text for file in data.find_files(paths) for text in data.read_documents(file)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- readers
+
+
+def test_txt_is_one_document(tmp_path):
+    assert texts_of(write(tmp_path / "a.txt", "one\n\ntwo é 字\n")) == ["one\n\ntwo é 字\n"]
+
+
+def test_jsonl_is_a_document_a_line(tmp_path):
+    """Blank lines and blank texts are passed over, other keys ignored, and a line separator inside a text does not end it."""
+    lines = ['{"text": "first"}', "", '{"id": 3, "text": "sec\\nond", "meta": {"text": 1}}', '{"text": " \\n"}', '{"text": "a\u2028b"}']
+    plain = write(tmp_path / "a.jsonl", "\n".join(lines))
+    packed = write(tmp_path / "b.jsonl.gz", gzip.compress("\r\n".join(lines).encode()))
+    assert texts_of(plain) == texts_of(packed) == ["first", "sec\nond", "a\u2028b"]
+
+
+def test_folder_is_searched_in_order_and_other_files_are_left_alone(tmp_path):
+    write(tmp_path / "d" / "b.txt", "b")
+    write(tmp_path / "d" / "a" / "deep.jsonl", jsonl("deep 1", "deep 2"))
+    write(tmp_path / "d" / "c.jsonl.gz", gzip.compress(jsonl("packed").encode()))
+    write(tmp_path / "d" / "picture.png", b"\xff\xfe")
+    write(tmp_path / "d" / "notes.md", "not asked for")
+    assert texts_of(tmp_path / "d") == ["deep 1", "deep 2", "b", "packed"]
+    assert texts_of(str(tmp_path / "d" / "b.txt"), tmp_path / "d" / "a") == ["b", "deep 1", "deep 2"]  # as named, str or Path
+
+
+def test_a_named_file_of_another_suffix_is_read_as_text(tmp_path):
+    source = "def f():\n    return 1\n"
+    assert texts_of(write(tmp_path / "code.py", source), write(tmp_path / "README", "read me")) == [source, "read me"]
+
+
+def test_without_paths_the_standard_library():
+    files = data.find_files([])
+    library = Path(argparse.__file__).parent.resolve()
+    inside = {file.resolve().relative_to(library) for file in files}
+    assert {Path("argparse.py"), Path("gzip.py"), Path("json/__init__.py")} <= inside
+    assert not {"site-packages", "dist-packages", "test", "tests"} & {part for file in inside for part in file.parts}
+    assert all(file.suffix == ".py" for file in files)
+    assert Path(argparse.__file__).read_text(encoding="utf-8") in texts_of()  # and none of the files is refused
+
+
+PACKED = gzip.compress(jsonl(*(f"document {i} {i**5}" for i in range(2000))).encode())
+GOOD = '{"text": "good"}\n\n'  # a bad line after it is number 3
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("latin.txt", "caf\u00e9".encode("latin-1"), ["not UTF-8 at byte 3"]),
+        ("a.bin", b"\x80", ["not UTF-8 at byte 0"]),
+        ("a.jsonl", GOOD + "{'text': 'single quotes'}\n", ["line 3"]),
+        ("a.jsonl", GOOD + '{"text": "cut sho', ["line 3"]),
+        ("a.jsonl", GOOD + '{"txt": "no text"}', ["line 3", '"text"']),
+        ("a.jsonl", GOOD + '{"text": 5}', ["line 3", '"text"']),
+        ("a.jsonl", GOOD + '{"text": null}', ["line 3", '"text"']),
+        ("a.jsonl", GOOD + '{"text": ["a"]}', ["line 3", '"text"']),
+        ("a.jsonl", GOOD + '["text"]', ["line 3"]),
+        ("a.jsonl", GOOD + '"text"', ["line 3"]),
+        ("a.jsonl", GOOD + "17", ["line 3"]),
+        ("a.jsonl", GOOD.encode() + '{"text": "caf\u00e9"}'.encode("latin-1"), ["line 3", "UTF-8"]),
+        ("a.jsonl.gz", gzip.compress((GOOD + '{"text": 5}').encode()), ["line 3", '"text"']),
+        ("cut.jsonl.gz", PACKED[: len(PACKED) // 2], ["truncated"]),
+        ("cut.jsonl.gz", PACKED[:-8], ["truncated"]),
+        ("flipped.jsonl.gz", PACKED[:-8] + bytes(8), ["damaged"]),  # the checksum
+        ("flipped.jsonl.gz", PACKED[:200] + bytes(50) + PACKED[250:], ["damaged"]),
+        ("plain.jsonl.gz", jsonl("not packed at all"), ["gzip"]),
+        ("empty.txt", "", ["no text"]),
+        ("blank.txt", " \n\t\n", ["no text"]),
+        ("empty.jsonl", "", ["no text"]),
+        ("blank.jsonl", jsonl("", "  ", "\n") + "\n\n", ["no text"]),
+        ("blank.jsonl.gz", gzip.compress(jsonl("").encode()), ["no text"]),
+    ],
+)
+def test_bad_input_is_named(tmp_path, name, content, says):
+    """One line that names the file, and the line of a .jsonl; nothing stays in the cache, even when good files came before."""
+    before = [] if says == ["no text"] else [write(tmp_path / "fine.jsonl", jsonl("0 5", "5 9"))]
+    bad = write(tmp_path / name, content)
+    fake = FakeTokenizer()
+    fake.encode_batch = lambda texts: [[1] * len(text) for text in texts]
+    with pytest.raises(UserError) as error:
+        data.prepare([*before, bad], fake, tmp_path / "cache")
+    message = str(error.value)
+    assert all(part in message for part in [str(bad), *says]) and "\n" not in message
+    assert not list((tmp_path / "cache" / "tokens").iterdir())
+
+
+@pytest.mark.parametrize("missing", ["nowhere", "nowhere.txt", "nowhere/deeper.jsonl"])
+def test_missing_path(tmp_path, missing):
+    fine = write(tmp_path / "fine.txt", "text")
+    with pytest.raises(UserError, match=f"{tmp_path / missing}: no such file"):
+        data.prepare([fine, tmp_path / missing], FakeTokenizer(), tmp_path / "cache")
+
+
+def test_folder_without_texts(tmp_path):
+    write(tmp_path / "empty" / "picture.png", b"\xff")
+    with pytest.raises(UserError, match=f"{tmp_path / 'empty'}: no .txt, .jsonl"):
+        data.prepare([tmp_path / "empty"], FakeTokenizer(), tmp_path / "cache")
+
+
+# ------------------------------------------------------------------------------------------------------------ token files
+
+
+def test_tokens_are_the_tokenizers_own(tmp_path):
+    """Each document by itself, in order, over more documents than go to the tokenizer at once."""
+    texts = [f"Document {i} says:\n  the grass is green, {i * 'très '}字 {i**7}." for i in range(70)]
+    write(tmp_path / "d" / "a.jsonl", jsonl(*texts[:67]))
+    write(tmp_path / "d" / "b.txt", texts[67])
+    write(tmp_path / "d" / "c.jsonl", jsonl(*texts[68:]))
+    documents = data.prepare([tmp_path / "d"], tokenizer.load(TINY), tmp_path / "cache")
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(TINY / "tokenizer.model"))
+    assert [documents[i].tolist() for i in range(len(documents))] == [reference.encode(text) for text in texts]
+    assert isinstance(documents.tokens, np.memmap) and not documents.tokens.flags.writeable
+
+
+@pytest.mark.parametrize("vocab_size, dtype", [(300, np.uint16), (2**16, np.uint16), (2**16 + 1, np.uint32), (200_000, np.uint32)])
+def test_every_id_of_the_vocabulary_fits(tmp_path, vocab_size, dtype):
+    file = write(tmp_path / "a.txt", f"{vocab_size - 4} {vocab_size}")
+    for _ in range(2):  # made, then found
+        documents = data.prepare([file], FakeTokenizer(vocab_size), tmp_path / "cache")
+        assert documents[0].tolist() == list(range(vocab_size - 4, vocab_size))
+        assert documents.tokens.dtype == dtype
+
+
+def test_tokens_are_reused_until_something_changes(tmp_path):
+    a, b = write(tmp_path / "a.txt", "0 9"), write(tmp_path / "b.jsonl", jsonl("10 20", "30 50"))
+
+    def prepare(paths, expected, **changes):
+        """How many documents the tokenizer was asked for, after a look at what came back."""
+        fake = FakeTokenizer(**changes)
+        documents = data.prepare(paths, fake, tmp_path / "cache")
+        assert [(int(d[0]), int(d[-1]) + 1) for d in (documents[i] for i in range(len(documents)))] == expected
+        return fake.asked
+
+    all_three = [(0, 9), (10, 20), (30, 50)]
+    assert prepare([a, b], all_three) == 3
+    assert prepare([a, b], all_three) == 0
+    assert prepare([str(a), str(b)], all_three) == 0
+    assert prepare([b], all_three[1:]) == 2  # other files
+    assert prepare([b, a], all_three[1:] + all_three[:1]) == 3  # in another order
+    assert prepare([a, b], all_three, files={"tokenizer.model": b"two"}) == 3  # another tokenizer
+    assert prepare([a, b], all_three) == 0  # the first one is still there
+
+    time = a.stat().st_mtime_ns
+    write(a, "0 10")  # another size, the same time
+    os.utime(a, ns=(time, time))
+    assert prepare([a, b], [(0, 10), *all_three[1:]]) == 3
+    write(a, "3 10")  # the same size, another time
+    os.utime(a, ns=(time + 1, time + 1))
+    assert prepare([a, b], [(3, 10), *all_three[1:]]) == 3
+    assert prepare([a, b], [(3, 10), *all_three[1:]]) == 0
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, RuntimeError, OSError])
+def test_nothing_half_written_is_left_behind(tmp_path, stop):
+    """Stopped in the second batch, when the first one is on its way to the disk; the next call starts anew and is whole."""
+    spans = [(i, i + 5) for i in range(100)]
+    file = write(tmp_path / "a.jsonl", jsonl(*(f"{first} {last}" for first, last in spans)))
+    fake = FakeTokenizer()
+
+    def encode_some(texts):
+        if fake.asked:
+            raise stop("in the middle")
+        return FakeTokenizer.encode_batch(fake, texts)
+
+    fake.encode_batch = encode_some
+    with pytest.raises(stop):
+        data.prepare([file], fake, tmp_path / "cache")
+    assert 0 < fake.asked < 100
+    assert not list((tmp_path / "cache" / "tokens").iterdir())
+
+    documents = data.prepare([file], FakeTokenizer(), tmp_path / "cache")
+    assert [documents[i].tolist() for i in range(len(documents))] == [list(range(*span)) for span in spans]
+    (folder,) = (tmp_path / "cache" / "tokens").iterdir()
+    assert {path.name for path in folder.iterdir()} == {"tokens.bin", "starts.npy", "dtype"}
+
+
+# ---------------------------------------------------------------------------------------------------------------- batches
+
+
+@pytest.fixture
+def make_documents(tmp_path):
+    """make_documents(5, 80): documents of 5 and 80 tokens, number i with the ids 1000 (i + 1), 1000 (i + 1) + 1, …"""
+
+    def make(*lengths):
+        file = write(tmp_path / "documents.jsonl", jsonl(*(f"{1000 * i} {1000 * i + n}" for i, n in enumerate(lengths, 1))))
+        return data.prepare([file], FakeTokenizer(vocab_size=100_000), tmp_path / "cache")
+
+    return make
+
+
+POSE = {"method": "pose", "train_len": 8, "target_len": 64, "chunks": 2, "offset": "uniform"}
+
+
+def same(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(one, other))
+
+
+def test_batch_is_a_pure_function_of_seed_step_and_index(make_documents):
+    documents = make_documents(200, 300, 90)
+    batches = data.Batches(documents, seed=7, **POSE)
+    whole = batches(3, range(12))
+    assert all(column.shape == (12, 8) and column.dtype == np.int64 for column in whole)
+    batches(4, range(5))  # leaves nothing behind
+    for groups in ([range(12)], [range(6), range(6, 12)], [[i] for i in range(12)]):  # one process, two, twelve
+        parts = [data.Batches(documents, seed=7, **POSE)(3, group) for group in groups]
+        assert same(whole, [np.concatenate(columns) for columns in zip(*parts)])
+    assert same([column[[8, 2, 2]] for column in whole], batches(3, [8, 2, 2]))
+
+
+def test_steps_indices_and_seeds_all_make_other_examples(make_documents):
+    """Also across the three: (seed, step, index) is no sum. There are millions of examples to draw, so 216 never repeat by chance."""
+    documents = make_documents(900)
+    examples = [
+        (tokens.tobytes(), positions.tobytes())
+        for seed in range(6)
+        for step in range(6)
+        for tokens, positions in zip(*data.Batches(documents, seed, **POSE | {"target_len": 10**6})(step, range(6))[:2])
+    ]
+    assert len(examples) == len(set(examples)) == 216
+
+
+@pytest.mark.parametrize("bos_id", [None, 1])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        POSE,
+        POSE | {"chunks": 8},
+        POSE | {"offset": "skip"},
+        POSE | {"offset": "zero"},
+        POSE | {"method": "pi"},
+        POSE | {"method": "randpos"},
+        POSE | {"method": "full", "target_len": 8},
+        POSE | {"train_len": 1},
+    ],
+)
+def test_target_is_the_token_that_follows_in_the_document(make_documents, sampling, bos_id):
+    """Ids are consecutive, so a target is its token + 1: at the seam of two chunks, before the end, and for the token that BOS replaced."""
+    train_len = sampling["train_len"]
+    batches = data.Batches(make_documents(9, 10, 500), seed=0, bos_id=bos_id, **sampling)
+    tokens, positions, targets = batches(0, range(300))
+    if bos_id is None:
+        assert (targets == tokens + 1).all()
+    else:
+        assert (tokens[:, 0] == bos_id).all() and (targets[:, 1:] == tokens[:, 1:] + 1).all()
+        assert same(data.Batches(make_documents(9, 10, 500), seed=0, **sampling)(0, range(300))[1:], (positions, targets))
+    documents, places = np.divmod(targets, 1000)
+    assert (documents == documents[:, :1]).all()  # no example crosses from one document into the next
+    assert (places < np.array([0, 9, 10, 500])[documents]).all() and (places >= 1).all()
+    if sampling["method"] == "pose" and sampling["offset"] == "uniform" and train_len > 1:
+        assert (np.diff(targets) > 1).any()  # there are seams
+
+
+def test_every_place_where_a_window_can_begin_is_equally_likely(make_documents):
+    """So a document is drawn in proportion to length - train_len, the last token being a target only, and short ones never."""
+    lengths, n = [8, 9, 12, 30, 3, 20], 8000
+    batches = data.Batches(make_documents(*lengths), seed=1, **POSE | {"method": "pi"})
+    assert batches.skipped == 2  # of 8 and 3 tokens
+    first = Counter(batches(0, range(n))[0][:, 0].tolist())
+    places = [1000 * i + start for i, length in enumerate(lengths, 1) for start in range(length - 8)]
+    assert set(first) <= set(places) and len(places) == 1 + 4 + 22 + 12
+    expected = n / len(places)
+    statistic = sum((first[place] - expected) ** 2 / expected for place in places)
+    halves = torch.tensor([(len(places) - 1) / 2, statistic / 2], dtype=torch.float64)
+    assert float(torch.special.gammaincc(*halves)) > 1e-6  # chi-square
+
+
+@pytest.mark.parametrize("lengths, skipped", [([9], 0), ([8, 9], 1), ([1, 7, 8, 40, 2], 4)])
+def test_short_documents_are_counted_and_never_drawn(make_documents, lengths, skipped):
+    batches = data.Batches(make_documents(*lengths), seed=0, **POSE)
+    assert batches.skipped == skipped
+    drawn = set((batches(0, range(100))[0] // 1000).ravel().tolist())
+    assert drawn == {i for i, length in enumerate(lengths, 1) if length > 8}
+
+
+def test_only_short_documents(make_documents):
+    with pytest.raises(UserError, match="longer than train_len 8: the longest of 3 has 8 tokens"):
+        data.Batches(make_documents(5, 8, 1), seed=0, **POSE)
+
+
+def test_text_of_an_example_spans_at_most_five_windows(make_documents):
+    tokens, _, _ = data.Batches(make_documents(900), seed=0, **POSE)(0, range(4000))
+    spans = tokens[:, -1] - tokens[:, 0] + 1
+    assert spans.max() == 5 * 8 and spans.min() == 8  # both ends are reached
+
+
+def test_text_offset_skip_reaches_as_far_as_the_positions(make_documents):
+    """There the text of a chunk is where its positions say, up to target_len tokens away, wherever the document goes on that far."""
+    tokens, positions, _ = data.Batches(make_documents(900), seed=0, **POSE | {"offset": "skip"})(0, range(1000))
+    enough = tokens[:, 0] - 1000 + 64 < 900
+    assert enough.sum() > 500 and positions[enough].max() == 63
+    assert np.array_equal((tokens - tokens[:, :1])[enough], positions[enough])

@@ -1,0 +1,128 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as decoder
+import pose
+import weights
+
+
+def pose_positions(T, target_len, rows, seed=0):
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(np.stack([pose.sample("pose", rng, T + 1, T, target_len)[1] for _ in range(rows)]))
+
+
+def hf_logits(model, tokens, positions):
+    # With neither a mask nor a cache transformers takes a jump in position_ids for the start of another document.
+    return model(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions).logits
+
+
+SHAPES = {"gqa": {}, "mha": {"num_key_value_heads": 4}, "tied": {"tie_word_embeddings": True}, "mqa": {"num_key_value_heads": 1, "head_dim": 32}}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_and_gradients_equal_transformers(make_llama, shape):
+    folder, theirs = make_llama(**SHAPES[shape])
+    ours = weights.load(folder)
+    tokens = torch.randint(0, 320, (2, 48))
+    for positions in (torch.arange(48).expand(2, -1), pose_positions(48, 2048, 2)):
+        expected = hf_logits(theirs, tokens, positions)
+        assert expected.std() > 0.3  # else any model would agree
+        torch.testing.assert_close(ours(tokens, positions), expected, rtol=0, atol=1e-4)
+        ours.zero_grad()
+        theirs.zero_grad()
+        targets = torch.randint(0, 320, (2, 48))
+        ours(tokens, positions, targets).backward()
+        F.cross_entropy(expected.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+        grads = dict(theirs.named_parameters())
+        for name, p in ours.named_parameters():
+            expected_grad = grads[weights.hf_name(name)].grad
+            torch.testing.assert_close(p.grad, expected_grad, rtol=1e-3, atol=1e-3 * expected_grad.abs().max().item())
+
+
+SCALINGS = {
+    "linear": {"rope_type": "linear", "factor": 8.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 8.0},
+    "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope", "factor": 8.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0 + i / 10 for i in range(8)], "long_factor": [2.0 + i for i in range(8)],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", SCALINGS)
+def test_every_stock_interpolation_equals_transformers(make_llama, mode):
+    folder, theirs = make_llama(rope_parameters={"rope_theta": 10000.0} | SCALINGS[mode])
+    ours = weights.load(folder)
+    tokens = torch.randint(0, 320, (2, 96))
+    for positions in (torch.arange(96).expand(2, -1), pose_positions(96, 512, 2)):
+        with torch.no_grad():
+            torch.testing.assert_close(ours(tokens, positions), hf_logits(theirs, tokens, positions), rtol=0, atol=1e-4)
+
+
+def test_positions_enter_only_through_their_differences(make_llama):
+    """RoPE is relative: moving every position by a million changes nothing but rounding (and no table has to reach that far)."""
+    ours = weights.load(make_llama()[0])
+    tokens, positions = torch.randint(0, 320, (1, 32)), pose_positions(32, 2000, 1)
+    torch.testing.assert_close(ours(tokens, positions), ours(tokens, positions + 1_000_000), rtol=0, atol=1e-3)
+    assert (ours(tokens, positions) - ours(tokens)).abs().max() > 0.1  # a skip does change something
+
+
+def test_chunked_loss_equals_plain_and_never_holds_all_logits():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(100, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(0, 50, (100,))
+    seen = []
+
+    def spy(h, w, t):
+        seen.append(len(h) * len(w))
+        return decoder.cross_entropy_sum(h, w, t)
+
+    loss = decoder.chunked_cross_entropy(hidden, weight, targets, spy, max_logits=900)
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    plain = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+    for got, expected in zip(grads, torch.autograd.grad(plain, (hidden, weight))):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert max(seen) <= 900 and len(seen) > 5
+
+
+@pytest.mark.parametrize("scaling", [None, "yarn"])
+def test_generation_equals_transformers_whatever_the_prefill(make_llama, scaling):
+    changes = {"rope_parameters": {"rope_theta": 10000.0} | SCALINGS[scaling]} if scaling else {}
+    folder, theirs = make_llama(**changes)
+    ours = weights.load(folder)
+    prompt = torch.randint(0, 320, (2, 37))
+    expected = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[:, 37:]
+    for prefill_chunk in (1, 8, 36, 37, 2048):
+        assert torch.equal(ours.generate(prompt, 12, prefill_chunk=prefill_chunk), expected)
+
+
+def test_cached_attention_lines_up_with_the_last_key():
+    q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 8)
+    full = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    scores = q @ full[0].transpose(2, 3) / 8**0.5
+    allowed = torch.tensor([[key <= query + 7 for key in range(10)] for query in range(3)])
+    expected = scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ full[1]
+    torch.testing.assert_close(decoder.attention(q, k, v), expected)
+
+
+def test_flops_count_every_matrix_product(make_llama):
+    """6 FLOPs per weight of a matrix product, and two products of half the T x T square a head, forward and twice backward."""
+    ours = weights.load(make_llama()[0])
+    products = sum(m.weight.numel() for m in ours.modules() if isinstance(m, torch.nn.Linear))
+    T, layers, heads, head_dim = 128, 2, 4, 16
+    attention = 3 * layers * heads * 2 * (2 * head_dim * T / 2)
+    assert ours.config.flops_per_token(T) == 6 * products + attention
+
+
+def test_meta_construction_has_no_buffers():
+    with torch.device("meta"):
+        model = decoder.Transformer(decoder.Config(320, 64, 96, 2, 4, 2, 16, 64, rope_scaling={"rope_type": "linear", "factor": 2.0}))
+    assert not list(model.buffers())

@@ -1,0 +1,296 @@
+"""rope.py against transformers, against the papers' equations written again with scalars, and against exact arithmetic."""
+import math
+from decimal import Decimal, getcontext
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from rope import MODES, apply_rope, rope_cos_sin, rope_frequencies
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 2048}
+LONGROPE = {"rope_type": "longrope", "factor": 32.0, "original_max_position_embeddings": 4096}
+LONGROPE |= {"short_factor": [1 + j / 100 for j in range(32)], "long_factor": [1.5**j for j in range(32)]}
+NEEDS = {  # what each mode cannot do without
+    "linear": ["factor"],
+    "ntk": ["factor"],
+    "dynamic": ["factor", "original_max_position_embeddings"],
+    "ntk_by_parts": ["factor", "original_max_position_embeddings"],
+    "yarn": ["factor", "original_max_position_embeddings"],
+    "yarn_revised": ["factor", "original_max_position_embeddings"],
+    "llama3": ["factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"],
+    "longrope": ["factor", "original_max_position_embeddings", "short_factor"],
+}
+
+
+def full_scaling(mode, factor=4.0, original=2048, dim=64):
+    """A dictionary with every key that any mode reads."""
+    return LLAMA3 | {
+        "rope_type": mode, "factor": factor, "original_max_position_embeddings": original,
+        "short_factor": [1 + j / dim for j in range(dim // 2)], "long_factor": [1 + j * factor / dim for j in range(dim // 2)],
+    }  # fmt: skip
+
+
+def relative_error(got, want):
+    want = torch.tensor(want, dtype=torch.float64)
+    return float(((got - want) / want).abs().max())
+
+
+# ------------------------------------------------------------------------------------------------- against transformers
+
+
+def llama_config(scaling, theta, dim, window):
+    scaling = scaling | {"rope_theta": theta}
+    return LlamaConfig(hidden_size=4 * dim, num_attention_heads=4, head_dim=dim, max_position_embeddings=window, rope_parameters=scaling)
+
+
+def theirs(scaling, theta, dim, seq_len=None):
+    # `dynamic` ignores original_max_position_embeddings and takes the model's own window for the original length.
+    config = llama_config(scaling, theta, dim, window=scaling.get("original_max_position_embeddings", 2048))
+    if scaling["rope_type"] == "default":
+        return LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+    return ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, seq_len=seq_len)
+
+
+@pytest.mark.parametrize(
+    "scaling, seq_len",
+    [
+        ({"rope_type": "default"}, None),
+        ({"rope_type": "linear", "factor": 8.0}, None),
+        ({"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2048}, None),
+        ({"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2048}, 2048),
+        ({"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2048}, 2049),
+        ({"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2048}, 100_000),
+        (YARN, None),
+        (YARN | {"factor": 1.0}, None),
+        (YARN | {"beta_fast": 16.0, "beta_slow": 2.0}, None),
+        (YARN | {"truncate": False}, None),
+        (YARN | {"truncate": False, "beta_fast": 20, "beta_slow": 3, "original_max_position_embeddings": 8192}, None),
+        (YARN | {"original_max_position_embeddings": 6}, None),  # the ramp's two ends meet at the first pair
+        (YARN | {"truncate": False, "beta_fast": 4, "beta_slow": 4}, None),  # and between two pairs
+        (YARN | {"original_max_position_embeddings": 131_072}, None),  # the ramp ends beyond the last pair
+        (YARN | {"factor": 0.5}, None),
+        (YARN | {"attention_factor": 1.25}, None),
+        (YARN | {"mscale": 0.707, "mscale_all_dim": 1.2}, None),
+        (YARN | {"mscale": 0.707}, None),  # one without the other counts for nothing
+        (YARN | {"mscale_all_dim": 1.2}, None),
+        (YARN | {"mscale": 0.707, "mscale_all_dim": 1.2, "attention_factor": 2.0}, None),
+        (LLAMA3, None),
+        (LLAMA3 | {"factor": 32.0, "low_freq_factor": 2.0, "high_freq_factor": 16.0}, None),
+        (LONGROPE, None),
+        (LONGROPE, 4096),
+        (LONGROPE, 4097),
+        (LONGROPE | {"attention_factor": 1.19}, 4097),
+        (LONGROPE | {"factor": 1.0}, None),
+        (LONGROPE | {"factor": 0.5}, None),
+    ],
+)
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+def test_same_as_transformers(scaling, seq_len, theta):
+    want, want_factor = theirs(scaling, theta, 64, seq_len)
+    got, got_factor = rope_frequencies(64, theta, scaling, seq_len)
+    assert got.dtype == torch.float64 and got.shape == (32,)
+    assert relative_error(got, want.tolist()) < 3e-6  # theirs is float32
+    assert got_factor == want_factor
+
+
+# -------------------------------------------------------------------------------------------- against the papers' equations
+
+
+def by_hand(mode, theta, dim, s, original, n, low_freq_factor=1.0, high_freq_factor=4.0):
+    """The frequencies and the factor on cos and sin, pair by pair, from the papers and the reference code."""
+    f = [math.exp(-2 * j / dim * math.log(theta)) for j in range(dim // 2)]
+    wavelength = [2 * math.pi / x for x in f]
+    temperature = 1 if s <= 1 else 0.1 * math.log(s) + 1  # YaRN: sqrt(1/t) = 0.1 ln(s) + 1
+
+    def with_base(base):
+        return [math.exp(-2 * j / dim * math.log(base)) for j in range(dim // 2)]
+
+    # YaRN's ramp: pair j turns L / wavelength_j times in the window; j as a real number, rounded outwards to whole pairs.
+    def pair(turns):
+        return dim / 2 * math.log(original / (2 * math.pi * turns), theta)
+
+    first, last = max(math.floor(pair(32)), 0), min(math.ceil(pair(1)), dim - 1)
+    ramp = [0.0 if j <= first else 1.0 if j >= last else (j - first) / (last - first) for j in range(dim // 2)]
+
+    if mode == "default":
+        return f, 1
+    if mode == "linear":  # position m becomes m / s
+        return [x / s for x in f], 1
+    if mode == "ntk":
+        return with_base(theta * s ** (dim / (dim - 2))), 1
+    if mode == "dynamic":
+        alpha = s * n / original - (s - 1) if n > original else 1
+        return with_base(theta * alpha ** (dim / (dim - 2))), 1
+    if mode in ("ntk_by_parts", "yarn"):  # frequencies are blended
+        return [x * (1 - r) + x / s * r for x, r in zip(f, ramp)], temperature if mode == "yarn" else 1
+    if mode == "yarn_revised":  # wavelengths are blended
+        return [2 * math.pi / (w * (1 - r) + w * s * r) for w, r in zip(wavelength, ramp)], temperature
+    if mode == "llama3":  # Meta's apply_scaling
+
+        def scaled(x, w):
+            if w < original / high_freq_factor:
+                return x
+            if w > original / low_freq_factor:
+                return x / s
+            smooth = (original / w - low_freq_factor) / (high_freq_factor - low_freq_factor)
+            return (1 - smooth) * x / s + smooth * x
+
+        return [scaled(x, w) for x, w in zip(f, wavelength)], 1
+    given = full_scaling(mode, s, original, dim)["long_factor" if n > original else "short_factor"]
+    return [x / g for x, g in zip(f, given)], math.sqrt(1 + math.log(s) / math.log(original))
+
+
+@pytest.mark.parametrize(
+    "theta, dim, factor, original",
+    [
+        (1e4, 128, 16.0, 2048), (1e4, 64, 3.7, 4096), (5e5, 128, 8.0, 8192), (1e6, 16, 512.0, 256), (1e4, 64, 1.0, 2048),
+        (1e4, 64, 4.0, 131_072),  # the ramp ends beyond the last pair
+    ],  # fmt: skip
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_same_as_the_equations(mode, theta, dim, factor, original):
+    for n in (1, original, 3 * original, 1_000_000):  # seq_len, of which only two modes may take notice
+        want, want_factor = by_hand(mode, theta, dim, factor, original, n)
+        got, got_factor = rope_frequencies(dim, theta, full_scaling(mode, factor, original, dim), seq_len=n)
+        assert relative_error(got, want) < 1e-12
+        assert got_factor == pytest.approx(want_factor, rel=1e-12)
+
+
+def test_no_scaling_is_default():
+    want, _ = by_hand("default", 1e4, 32, 1, 1, 1)
+    for scaling in (None, {}, {"rope_type": "default"}):
+        got, factor = rope_frequencies(32, 1e4, scaling)
+        assert relative_error(got, want) < 1e-12 and factor == 1
+
+
+@pytest.mark.parametrize("factor", [2.0, 5.5, 64.0])
+def test_ntk_divides_the_slowest_pair_by_exactly_the_factor(factor):
+    """bloc97's condition: base^(-(d-2)/d) shrinks by s, while the fastest pair stays 1."""
+    got, _ = rope_frequencies(64, 1e4, {"rope_type": "ntk", "factor": factor})
+    assert float(got[-1]) == pytest.approx(1e4 ** (-62 / 64) / factor, rel=1e-12)
+    assert float(got[0]) == 1
+
+
+def test_dynamic_depends_on_this_call_only():
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 100}
+    plain, _ = by_hand("default", 1e4, 32, 1, 1, 1)
+    longest = rope_frequencies(32, 1e4, scaling, 6400)[0]
+    for n in (None, 1, 100):  # after a long call, too
+        assert relative_error(rope_frequencies(32, 1e4, scaling, n)[0], plain) < 1e-12
+    assert torch.equal(rope_frequencies(32, 1e4, scaling, 6400)[0], longest)
+    assert scaling == {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 100}
+
+
+def test_yarn_and_its_revision_differ_only_on_the_ramp():
+    """Both leave fast pairs alone and divide slow ones by s; between them wavelengths blended are longer than frequencies blended."""
+    frequencies = {mode: rope_frequencies(128, 1e4, full_scaling(mode, 16.0, 2048, 128))[0] for mode in ("default", "yarn", "yarn_revised")}
+    change = frequencies["yarn"] / frequencies["default"]
+    between = (change > 1 / 16 + 1e-9) & (change < 1 - 1e-9)
+    assert torch.allclose(frequencies["yarn"][~between], frequencies["yarn_revised"][~between], rtol=1e-12, atol=0)
+    assert between.sum() > 20 and (frequencies["yarn_revised"][between] < frequencies["yarn"][between]).all()
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="unknown rope_type 'su'"):
+        rope_frequencies(64, 1e4, {"rope_type": "su"})
+    assert set(NEEDS) == set(MODES) - {"default"}
+    for mode, keys in NEEDS.items():
+        for key in keys:
+            whole = full_scaling(mode)
+            rope_frequencies(64, 1e4, whole)  # nothing else is missing
+            for broken in ({k: v for k, v in whole.items() if k != key}, whole | {key: None}):
+                with pytest.raises(ValueError, match=f"'{mode}' needs '{key}'"):
+                    rope_frequencies(64, 1e4, broken)
+    for n, key in ((1, "short_factor"), (5000, "long_factor")):
+        with pytest.raises(ValueError, match="32 factors .* got 31"):
+            rope_frequencies(64, 1e4, LONGROPE | {key: [1.0] * 31}, n)
+
+
+def test_longrope_with_its_own_attention_factor_needs_no_factor():
+    scaling = {k: v for k, v in LONGROPE.items() if k != "factor"} | {"attention_factor": 1.5}
+    assert rope_frequencies(64, 1e4, scaling)[1] == 1.5
+
+
+# --------------------------------------------------------------------------------------------------------- cos, sin, rotation
+
+getcontext().prec = 50
+PI = Decimal("3.14159265358979323846264338327950288419716939937511")
+
+
+def exact_angle(position, j, dim, theta):
+    """position * theta^(-2j/dim) modulo 2 pi, from 50 digits."""
+    return float(position * (Decimal(-2 * j) / dim * Decimal(theta).ln()).exp() % (2 * PI))
+
+
+@pytest.mark.parametrize("theta", [10_000, 500_000])
+def test_cos_and_sin_are_right_at_position_1_000_000(theta):
+    positions = [0, 1, 2047, 131_071, 999_999, 1_000_000]
+    inv_freq, _ = rope_frequencies(64, float(theta))
+    cos, sin = rope_cos_sin(torch.tensor([positions]), inv_freq)
+    assert cos.dtype == sin.dtype == torch.float32 and cos.shape == sin.shape == (1, 6, 1, 32)
+    for t, position in enumerate(positions):
+        for j in range(32):
+            angle = exact_angle(position, j, 64, theta)
+            # Half a unit in the last place of a float32 below 1, and what float64 loses on an angle of 1,000,000 radians.
+            assert abs(float(cos[0, t, 0, j]) - math.cos(angle)) <= 2**-25 + 1e-9
+            assert abs(float(sin[0, t, 0, j]) - math.sin(angle)) <= 2**-25 + 1e-9
+
+
+@pytest.mark.parametrize("start", [0, 1_000_000])
+def test_scores_depend_on_distance_only(start):
+    """A pair as a complex number z turns by exp(i m f), so the score of q at m and k at n is Re(sum q conj(k) exp(i (m - n) f))."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 64, generator=generator)
+    distances = [0, 1, 7, 500, 30_000]
+    inv_freq, _ = rope_frequencies(64, 1e4)
+
+    def turned(x, positions):
+        cos, sin = rope_cos_sin(torch.tensor([positions]), inv_freq)
+        return apply_rope(x.expand(1, len(positions), 1, 64), cos, sin)[0, :, 0].double()
+
+    scores = (turned(q, [start + d for d in distances]) * turned(k, [start] * len(distances))).sum(-1)
+    zq, zk = (torch.complex(x[:32], x[32:]).to(torch.complex128) for x in (q, k))
+    for score, d in zip(scores, distances):
+        angles = torch.tensor([exact_angle(d, j, 64, 10_000) for j in range(32)], dtype=torch.float64)
+        want = (zq * zk.conj() * torch.exp(1j * angles)).real.sum()
+        assert float(score) == pytest.approx(float(want), abs=1e-5)
+
+
+def test_same_rotation_as_transformers():
+    """Their half-split layout, their frequencies and their attention factor, with every row at positions of its own."""
+    config = llama_config(YARN, 1e4, 64, window=2048)
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 3, 10, 4, 64, generator=generator)  # B, T, H, D
+    positions = torch.randint(0, 60, (3, 10), generator=generator)
+    want_q, want_k = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(config)(q, positions), unsqueeze_dim=2)
+    cos, sin = rope_cos_sin(positions, *rope_frequencies(64, 1e4, YARN))
+    torch.testing.assert_close(apply_rope(q, cos, sin), want_q, atol=3e-5, rtol=0)  # their angles are float32: 60 * 2^-24 off
+    torch.testing.assert_close(apply_rope(k, cos, sin), want_k, atol=3e-5, rtol=0)
+
+
+def test_attention_factor_multiplies_scores_twice():
+    """YaRN's temperature: cos and sin carry sqrt(1/t), so that the product of q and k carries 1/t."""
+    positions, (inv_freq, _) = torch.tensor([[0, 5, 900]]), rope_frequencies(16, 1e4)
+    cos, sin = rope_cos_sin(positions, inv_freq, 1.5)
+    angles = positions[0, :, None].double() * inv_freq
+    torch.testing.assert_close(cos[0, :, 0], (1.5 * angles.cos()).float(), atol=1e-7, rtol=0)
+    torch.testing.assert_close(sin[0, :, 0], (1.5 * angles.sin()).float(), atol=1e-7, rtol=0)
+    x = torch.randn(1, 3, 2, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(apply_rope(x, cos, sin).square().sum(-1), 1.5**2 * x.square().sum(-1))
+
+
+@pytest.mark.parametrize("dtype, half_ulp", [(torch.float32, 2**-24), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_dtype_is_kept_and_the_arithmetic_is_float32(dtype, half_ulp):
+    """Half precision is rounded once, at the end: an intermediate in bfloat16 would lose more than half a unit in the last place."""
+    x = torch.randn(2, 50, 3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    positions = torch.arange(100).view(2, 50) * 997
+    inv_freq, _ = rope_frequencies(64, 1e4)
+    got = apply_rope(x, *rope_cos_sin(positions, inv_freq))
+    assert got.dtype == dtype and got.shape == x.shape
+    z = torch.complex(*x.double().chunk(2, dim=-1)) * torch.exp(1j * (positions[:, :, None, None] * inv_freq))
+    want = torch.cat((z.real, z.imag), dim=-1)
+    assert ((got.double() - want).abs() <= half_ulp * want.abs() + 1e-6).all()

@@ -1,0 +1,134 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT
+
+import weights
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    rng = random.Random(0)
+    words = ["".join(rng.choice("abcdefghij") for _ in range(rng.randint(1, 6))) for _ in range(200)]
+    path = tmp_path_factory.mktemp("texts") / "words.jsonl"
+    path.write_text("".join(json.dumps({"text": " ".join(rng.choices(words, k=800))}) + "\n" for _ in range(6)))
+    return path
+
+
+@pytest.fixture
+def train(run, texts, tmp_path):
+    """train("name", "--steps", 3, …) -> the lines of its metrics.jsonl; a small PoSE run of `tiny` in tmp_path/name."""
+
+    def start(name, *arguments, processes=None):
+        short = ["--train_len", 64, "--batch_size", 4, "--lr", 1e-3, "--warmup_steps", 2]
+        done = run(
+            "train.py", "--model", "tiny", "--device", "cpu", "--data", texts, *short, "--out", tmp_path / name, *arguments, processes=processes
+        )
+        assert done.returncode == 0, done.stderr
+        return metrics(tmp_path / name)
+
+    return start
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(lines):
+    return torch.tensor([line["loss"] for line in lines], dtype=torch.float64)
+
+
+def test_a_run_writes_its_metrics_and_a_model_that_transformers_loads(train, tmp_path):
+    lines = train("run", "--steps", 4)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert set(lines[0]) == {"step", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_gib"}
+    # Warm-up over 2 steps, then linear decay that would reach zero after step 4.
+    assert [line["lr"] for line in lines] == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.5e-3])
+    ours = weights.load(tmp_path / "run" / "model", dtype=torch.float32)
+    assert ours.config.max_position_embeddings == 2048
+    assert ours.config.rope_scaling == {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
+    tokens = torch.randint(0, 2048, (1, 700))  # beyond the old window
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-3)
+    moved = (ours.embed.weight - weights.load("tiny", dtype=torch.float32).embed.weight).abs().max()
+    assert 1e-4 < moved < 1e-2  # Adam moves a weight by about lr a step
+
+
+def test_the_first_losses_equal_a_plain_loop(train, texts):
+    """The same examples, a plain torch model and optimizer, no FSDP, no micro-batches: three steps in this process."""
+    import data
+    import tokenizer
+
+    lines = train("run", "--steps", 3)
+    model = weights.load("tiny", dtype=torch.float32)
+    model.config = weights.extend(model.config, "yarn", 2048)
+    tok = tokenizer.load(weights.resolve("tiny"))
+    documents = data.prepare([texts], tok, weights.cache_dir())
+    batches = data.Batches(documents, 0, tok.bos_id, method="pose", train_len=64, target_len=2048, chunks=2, offset="uniform")
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    for step, lr in enumerate([0.5e-3, 1e-3, 1e-3]):
+        tokens, positions, targets = map(torch.from_numpy, batches(step, range(4)))
+        loss = torch.nn.functional.cross_entropy(model(tokens, positions).flatten(0, 1), targets.flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        assert lines[step]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert lines[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+
+
+VARIANTS = {
+    "micro-batches": ["--micro_batch_size", 1],
+    "full checkpointing": ["--activation_checkpointing", "full"],
+    "selective checkpointing": ["--activation_checkpointing", "selective"],
+    "offload": ["--cpu_offload"],
+}
+
+
+def test_the_curve_depends_neither_on_processes_nor_on_memory_savers(train):
+    reference = losses(train("one", "--steps", 3))
+    for name, arguments in VARIANTS.items():
+        torch.testing.assert_close(losses(train(name, "--steps", 3, *arguments)), reference, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses(train("two", "--steps", 3, processes=2)), reference, rtol=1e-5, atol=0)
+
+
+def test_only_the_newest_checkpoint_is_kept(train, tmp_path):
+    train("run", "--steps", 5, "--save_every", 2)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-4"]
+
+
+def test_sigterm_saves_and_a_resumed_run_equals_the_uninterrupted_one(texts, tmp_path, train):
+    arguments = ["--model", "tiny", "--device", "cpu", "--data", texts, "--train_len", "64", "--batch_size", "4", "--lr", "1e-3"]
+    arguments += ["--warmup_steps", "2", "--steps", "40"]
+    whole = losses(train("whole", "--steps", 40))
+    out = tmp_path / "stopped"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, arguments), "--out", out],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    until = time.time() + 120
+    while time.time() < until and not ((out / "metrics.jsonl").exists() and len(metrics_so_far(out)) >= 5):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    done = len(metrics(out))
+    assert 5 <= done < 40 and f"stopped after step {done} of 40" in stderr
+    assert weights.load(out / "model").config.max_position_embeddings == 2048  # what is done is usable
+    resumed = losses(train("stopped", "--steps", 40, "--resume"))
+    assert len(resumed) == 40 and torch.equal(resumed, whole)
+
+
+def metrics_so_far(out):
+    return (out / "metrics.jsonl").read_text().splitlines()

