@@ -44,7 +44,7 @@ def parse_arguments():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--data", nargs="+", default=[], metavar="FILE", help="texts for ppl (default: Python's standard library)")
     p.add_argument("--documents", type=int, default=50, help="ppl: use that many of them, the longest ones")
-    p.add_argument("--stride", type=int, help="ppl: tokens that the window moves on (default: half a window, at most 16,384)")
+    p.add_argument("--stride", type=int, help="ppl: tokens that the window moves on, at most a window (default: half of one, at most 16,384)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
@@ -80,8 +80,8 @@ def passkey_prompt(tokenizer, length, depth, key):
 
     def encode(lines):
         before = round(depth * lines)
-        parts = [TASK] + [GARBAGE] * before + [KEY.format(key=key)] + [GARBAGE] * (lines - before) + [f"{QUESTION} {key}"]
-        return bos + tokenizer.encode("\n".join(parts))
+        parts = [TASK, " ".join([GARBAGE] * before), KEY.format(key=key), " ".join([GARBAGE] * (lines - before)), f"{QUESTION} {key}"]
+        return bos + tokenizer.encode("\n".join(part for part in parts if part))
 
     short = len(encode(4))
     per_line = (len(encode(12)) - short) / 8
@@ -138,11 +138,12 @@ def sliding_windows(n, window, stride):
 def perplexity(model, tokenizer, length, documents, longest, stride):
     """One entry of `results`: exp of the mean loss over all tokens of the documents that have `length` tokens."""
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]  # in front of every window, and part of its length
+    window = length - len(bos)
 
     def windows():
         for document in tqdm(long_enough, desc=f"ppl {length:,}", leave=False, disable=None):
             text = document[:longest].tolist()
-            for begin, scored, end in sliding_windows(len(text), length - len(bos), stride):
+            for begin, scored, end in sliding_windows(len(text), window, min(stride, window)):
                 yield bos + text[begin:end], max(len(bos) + scored - begin, 1)  # the first scored token needs one before it
 
     long_enough = [d for d in documents if len(d) >= length]
@@ -227,7 +228,13 @@ def main():
     for key in ("trials", "documents", "stride"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: must not be negative")
+    if args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot {args.plot}: name a .png, .pdf or .svg file")
     for path in (args.json, args.plot):
+        if path and path.is_dir():
+            raise UserError(f"{path}: is a folder; name a file")
         if path and not path.absolute().parent.is_dir():
             raise UserError(f"{path}: its folder does not exist; make it first")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -245,10 +252,9 @@ def main():
             documents = sorted((documents[i] for i in range(len(documents))), key=len, reverse=True)[: args.documents]
             if not any(len(d) >= lengths[0] for d in documents):
                 longest = max(map(len, documents))
-                raise UserError(f"--data: none of {len(documents)} documents has {lengths[0]} tokens (the longest: {longest}); add longer texts or lower --lengths")
-            results = [
-                perplexity(model, tokenizer, n, documents, lengths[-1], min(n, args.stride or max(1, min(n // 2, 16384)))) for n in lengths
-            ]
+                raise UserError(f"--data: no document has {lengths[0]} tokens, the longest has {longest}; add longer texts or lower --lengths")
+            strides = [args.stride or max(1, min(length // 2, 16384)) for length in lengths]
+            results = [perplexity(model, tokenizer, length, documents, lengths[-1], stride) for length, stride in zip(lengths, strides)]
         reports.append({"task": args.task, "model": name, "results": results})
         del model
 

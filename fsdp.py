@@ -5,6 +5,7 @@ Notable choices:
 - Order: activation checkpointing inside, torch.compile around it, fully_shard outermost. Parameter names stay as in model.py.
 - A checkpoint is written aside and renamed when it is whole, so the newest one on disk is never half a checkpoint.
 """
+import errno
 import os
 import shutil
 import sys
@@ -85,7 +86,13 @@ def save_checkpoint(folder, model, optimizer, step):
         aside.mkdir(parents=True)
     dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
+    try:
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
+    except dcp.api.CheckpointException as error:  # it wraps the system's error; PyTorch's zip writer turns that into "unexpected pos"
+        if any(getattr(e, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "unexpected pos" in str(e) for e, _ in error.failures.values()):
+            shutil.rmtree(aside, ignore_errors=True)
+            raise OSError(errno.ENOSPC, "no space left", str(aside)) from None
+        raise
     if dist.get_rank() == 0:
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)

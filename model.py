@@ -146,5 +146,7 @@ def cross_entropy_sum(hidden, weight, targets):
 def chunked_cross_entropy(hidden, weight, targets, cross_entropy=cross_entropy_sum, max_logits=2**27):
     """Summed cross-entropy of hidden (N, C) @ weight (V, C).T against targets (N,), with at most max_logits logits in memory."""
     rows = 2 ** max(0, (max_logits // len(weight)).bit_length() - 1)  # a power of two, so that chunks are equal for usual N
+    if len(hidden) <= rows:
+        return cross_entropy(hidden, weight, targets)
     pieces = zip(hidden.split(rows), targets.split(rows))
     return torch.stack([checkpoint(cross_entropy, h, weight, t, use_reentrant=False) for h, t in pieces]).sum()

@@ -25,8 +25,14 @@ def load(folder):
     files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
     if "tokenizer.model" not in files and "tokenizer.json" not in files:
         raise UserError(f"{folder}: no tokenizer.model or tokenizer.json; put the model's own tokenizer file there")
+    try:
+        json.loads(files.get("tokenizer_config.json", b"{}"))
+    except ValueError as error:
+        raise UserError(f"{folder / 'tokenizer_config.json'}: not readable ({error}); copy it again") from None
     kind, name = (SentencePiece, "tokenizer.model") if "tokenizer.model" in files else (TokenizerJson, "tokenizer.json")
     try:
+        if not files[name]:
+            raise ValueError("it is empty")
         return kind(files)
     except Exception as error:  # both libraries raise bare RuntimeError or Exception for a broken file
         raise UserError(f"{folder / name}: not readable ({str(error).strip().splitlines()[0]}); copy it again") from None
@@ -55,7 +61,10 @@ class TokenizerJson:
         self.files = files
         self._model = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
         self.vocab_size = max(self._model.get_vocab().values()) + 1
-        self.bos_id = next(iter(self._model.encode("").ids), None)  # the post-processor says what a text begins with
+        self._model.no_truncation()  # some files come with both switched on: they would cut every document
+        self._model.no_padding()
+        begin = self._model.encode("a")  # the post-processor says what a text begins with
+        self.bos_id = begin.ids[0] if begin.special_tokens_mask[0] else None
 
     def encode(self, text):
         return self._model.encode(text, add_special_tokens=False).ids

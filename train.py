@@ -29,8 +29,8 @@ from errors import UserError
 # The paper's settings (section 4.1). The built-in models have their own, for a laptop and for ten minutes on one GPU.
 PAPER = {"steps": 1000, "batch_size": 64, "lr": 2e-5, "warmup_steps": 10, "factor": 16}
 RECIPES = {
-    "tiny": PAPER | {"steps": 60, "batch_size": 32, "lr": 1e-3, "factor": 8},
-    "smollm2-135m": PAPER | {"steps": 500, "batch_size": 16, "lr": 2e-4},
+    "tiny": PAPER | {"steps": 100, "batch_size": 32, "lr": 3e-4, "factor": 8},
+    "smollm2-135m": PAPER | {"steps": 600, "batch_size": 16, "lr": 2e-4},
 }
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16, for MFU
 
@@ -44,11 +44,11 @@ def parse_arguments():
     p.add_argument("--rope", choices=weights.EXTENSIONS, default="yarn", help="interpolation")
     p.add_argument("--chunks", type=int, default=2, help="chunks per example")
     p.add_argument("--offset", choices=pose.OFFSETS, default="uniform", help="where a later chunk's text comes from (Table 4)")
-    p.add_argument("--data", nargs="+", default=[], metavar="FILE", help=".txt, .jsonl, .jsonl.gz or folders of them (default: Python's standard library)")
-    p.add_argument("--steps", type=int, help="optimizer steps; 0 writes the untrained model with its interpolation (default: 1000, the paper's; tiny 60, smollm2-135m 500)")
+    p.add_argument("--data", nargs="+", default=[], metavar="FILE", help=".txt, .jsonl, .jsonl.gz, folders (default: Python's standard library)")
+    p.add_argument("--steps", type=int, help="optimizer steps; 0: the untrained model, interpolated (default: 1000; tiny 100, smollm2-135m 600)")
     p.add_argument("--batch_size", type=int, help="examples in a step, over all processes (default: 64; tiny 32, smollm2-135m 16)")
     p.add_argument("--micro_batch_size", type=int, help="examples in one forward pass of a process (default: about 32,768 tokens)")
-    p.add_argument("--lr", type=float, help="peak of AdamW's learning rate (default: 2e-5; tiny 1e-3, smollm2-135m 2e-4)")
+    p.add_argument("--lr", type=float, help="peak of AdamW's learning rate (default: 2e-5; tiny 3e-4, smollm2-135m 2e-4)")
     p.add_argument("--warmup_steps", type=int, help="linear warm-up; then linear decay to 0 (default: 10)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, default=Path("out"), metavar="DIR")
@@ -78,6 +78,8 @@ def complete(args, window):
     for key in ("train_len", "chunks", "batch_size"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    if not args.lr >= 0:
+        raise UserError(f"--lr {args.lr:g}: must not be negative")
     for key in ("steps", "warmup_steps", "save_every", "seed"):
         if getattr(args, key) < 0:
             raise UserError(f"--{key} {getattr(args, key)}: must not be negative")
@@ -96,23 +98,26 @@ def complete(args, window):
         raise UserError(f"--micro_batch_size {args.micro_batch_size} does not divide the {share} examples of each process; choose a divisor")
 
 
-def open_run(args):
-    """Make the output folder, or check that it holds the run that --resume is to continue."""
+def check_out(args):
+    """Refuse an output folder that holds another run, or, with --resume, a run of other arguments. -> what to record."""
     record = args.out / "args.json"
     mine = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "save_every")}
+    if file := next((path for path in (args.out, *args.out.parents) if path.exists() and not path.is_dir()), None):
+        raise UserError(f"--out {args.out}: {file} is a file; name a folder")
     if not args.resume:
         if record.exists() or (args.out / "model").exists():
             raise UserError(f"--out {args.out} already holds a run; name another folder, remove it, or add --resume")
-        if dist.get_rank() == 0:
-            args.out.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(mine, indent=2) + "\n")
-        return
+        return mine
     if not record.exists():
         raise UserError(f"--resume: {args.out} holds no run; leave --resume out to start one")
-    theirs = json.loads(record.read_text())
+    try:
+        theirs = dict(json.loads(record.read_text()))
+    except (ValueError, TypeError):
+        raise UserError(f"--resume: {record} is not readable; start again with another --out") from None
     free = ("micro_batch_size", "device", "compile", "activation_checkpointing", "cpu_offload")  # change the speed, not the run
     if changed := [f"{k} was {theirs.get(k)}, now {mine[k]}" for k in mine if k not in free and theirs.get(k) != mine[k]]:
         raise UserError(f"--resume: the run in {args.out} had other arguments: {'; '.join(changed)}")
+    return mine
 
 
 def learning_rate(step, args):
@@ -131,21 +136,26 @@ def main():
 
     config = weights.read_config(weights.resolve(args.model))
     complete(args, config.max_position_embeddings)
+    record = check_out(args)
     config = weights.extend(config, args.rope, args.target_len)
     tokenizer = weights.load_tokenizer(args.model, config)
 
     device = fsdp.start(args.device)
     rank, world = dist.get_rank(), dist.get_world_size()
-    if rank == 0:  # the others find the tokens in the cache
-        data.prepare(args.data, tokenizer, weights.cache_dir())
-    dist.barrier()
+    try:
+        if rank == 0:  # the others find the tokens in the cache, or meet the same mistake
+            data.prepare(args.data, tokenizer, weights.cache_dir())
+    finally:
+        dist.barrier()
     documents = data.prepare(args.data, tokenizer, weights.cache_dir())
     sampling = {key: getattr(args, key) for key in ("method", "train_len", "target_len", "chunks", "offset")}
     batches = data.Batches(documents, args.seed, tokenizer.bos_id, **sampling)
 
     model = weights.load(args.model, dtype=torch.float32)
     model.config = config
-    open_run(args)
+    if rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "args.json").write_text(json.dumps(record, indent=2) + "\n")
     fsdp.shard(model, device, getattr(torch, args.dtype), args.activation_checkpointing, args.cpu_offload, args.compile)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)

