@@ -45,7 +45,7 @@ def make_llama(tmp_path):
 def run():
     """run("train.py", "--steps", 3, ...) -> the finished process; processes=N starts it with torchrun."""
 
-    def start(script, *arguments, processes=None, cwd=None, env=None, timeout=300):
+    def start(script, *arguments, processes=None, cwd=None, env=None, timeout=500):
         launcher = [sys.executable]
         if processes:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

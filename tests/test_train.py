@@ -132,3 +132,15 @@ def test_sigterm_saves_and_a_resumed_run_equals_the_uninterrupted_one(texts, tmp
 
 def metrics_so_far(out):
     return (out / "metrics.jsonl").read_text().splitlines()
+
+
+def test_the_quick_start_extends_tiny(run, tmp_path):
+    """The README's first command, as a new user runs it: defaults all the way (about two minutes)."""
+    assert run("train.py", "--device", "cpu", cwd=tmp_path, env={"OMP_NUM_THREADS": "2"}).returncode == 0
+    done = run("eval.py", "--task", "passkey", "--device", "cpu", "--json", "passkey.json", cwd=tmp_path, env={"OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "passkey.json").read_text())
+    extended, base = ({r["length"]: r["accuracy"] for r in x["results"]} for x in (report, report["compared"][0]))
+    assert list(extended) == list(base) == [256, 512, 1024, 2048]
+    assert base[256] >= 0.95 and base[1024] <= 0.1 and base[2048] <= 0.1
+    assert min(extended[n] for n in (256, 512, 1024)) >= 0.75 and extended[2048] > base[2048] + 0.1
