@@ -12,6 +12,8 @@ def run(main):
     """Call `main()` and turn a UserError or a full disk into one line and exit code 2."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as error:
         message = str(error)
     except OSError as error:

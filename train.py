@@ -177,8 +177,13 @@ def main():
     mine = range(rank * share, (rank + 1) * share)  # this process's examples of every global batch
 
     interrupted = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: interrupted.append(True))
+
+    def interrupt(number, frame):
+        interrupted.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
 
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None if rank == 0 else True)
     for step in bar:

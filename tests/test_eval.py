@@ -65,16 +65,19 @@ def test_prompt_is_the_papers_and_fills_its_length(tiny, length, depth):
     assert length - line < len(prompt) + len(answer) <= length
     assert prompt[0] == tokenizer.bos_id
     assert tokenizer.decode(answer).strip() == "81501"
-    text = tokenizer.decode(prompt[1:]).split("\n")
     garbage = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-    before = text.index("The pass key is 81501. Remember it. 81501 is the pass key.") - 1
-    after = len(text) - before - 3
-    assert text[0] == (
+    text = tokenizer.decode(prompt[1:])
+    before, _, after = text.partition("The pass key is 81501. Remember it. 81501 is the pass key.")
+    before, after = before.count(garbage), after.count(garbage)
+    lines = [
         "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
-        "I will quiz you about the important information there."
-    )
-    assert text[1 : 1 + before] == [garbage] * before and text[2 + before : -1] == [garbage] * after
-    assert text[-1] == "What is the pass key? The pass key is"
+        "I will quiz you about the important information there.",
+        " ".join([garbage] * before),
+        "The pass key is 81501. Remember it. 81501 is the pass key.",
+        " ".join([garbage] * after),
+        "What is the pass key? The pass key is",
+    ]
+    assert text == "\n".join(line for line in lines if line)
     assert before == round(depth * (before + after))
 
 
