@@ -4,6 +4,7 @@ Texts are tokenised once into memory-mapped files in the cache folder and reused
 A training example depends on (seed, step, its index in the global batch) alone: resuming is exact, and the loss curve does
 not depend on how many processes share the work.
 """
+import fcntl
 import gzip
 import hashlib
 import json
@@ -88,16 +89,13 @@ def prepare(paths, tokenizer, cache):
     for path in files:
         key.update(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
     folder = Path(cache) / "tokens" / key.hexdigest()[:24]
-    if folder.exists():
-        return Documents(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as aside:
-        _tokenise(files, tokenizer, Path(aside) / "tokens")
-        try:
-            (Path(aside) / "tokens").rename(folder)
-        except OSError:
-            if not folder.exists():  # if it does, another run was faster
-                raise
+    with open(Path(cache) / "tokens.lock", "w") as lock:  # under torchrun one process tokenises, the others find it done
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+                _tokenise(files, tokenizer, Path(aside) / "tokens")
+                (Path(aside) / "tokens").rename(folder)
     return Documents(folder)
 
 

@@ -3,13 +3,15 @@ import errno
 import os
 import sys
 
+import torch
+
 
 class UserError(Exception):
     """What is wrong, where, and what to do, in one line. Raise it where a user's input comes in."""
 
 
 def run(main):
-    """Call `main()` and turn a UserError or a full disk into one line and exit code 2."""
+    """Call `main()` and turn a UserError, a file that cannot be used or full memory into one line and exit code 2."""
     try:
         main()
     except KeyboardInterrupt:
@@ -17,11 +19,16 @@ def run(main):
     except UserError as error:
         message = str(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"the disk is full ({error.filename or 'while writing'}): free some space and run again; earlier files are whole"
+        elif error.filename:
+            message = f"{error.filename}: {error.strerror}; check the path and its permissions"
+        else:
             raise
-        message = f"the disk is full ({error.filename or 'while writing'}): free some space and run again; earlier files are whole"
+    except torch.OutOfMemoryError:
+        message = "the GPU's memory is full: training, lower --micro_batch_size or add --activation_checkpointing full; evaluating, lower --lengths"
     else:
         return
-    if os.environ.get("RANK", "0") == "0":  # under torchrun every rank meets the same mistake: say it once
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every process meets the same mistake: say it once a machine
         print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

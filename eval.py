@@ -6,7 +6,8 @@
 Notable choices:
 - One forward pass a prompt: greedy decoding gives the answer exactly when every token of the answer is the argmax given the
   ones before it, and the token after it is no further digit. No KV cache; only the scored rows meet the vocabulary.
-- Perplexity is weighted by token. A document is cut to the longest length asked for, so that every length scores the same text.
+- Perplexity is weighted by token. A document is cut to the longest length asked for, so that every length that it is long enough for
+  scores the same text; a shorter document is left out of the lengths that it does not fill.
 """
 import argparse
 import json
@@ -36,14 +37,14 @@ QUESTION = "What is the pass key? The pass key is"
 
 
 def parse_arguments():
-    p = argparse.ArgumentParser(description="Passkey retrieval and perplexity by length.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description="Passkey retrieval and perplexity by length.")
     p.add_argument("--task", choices=("passkey", "ppl"), required=True)
     p.add_argument("--model", nargs="+", help="folders or built-in names (default: the base and the result of the run in out/, else the built-in)")
-    p.add_argument("--lengths", help="tokens, comma-separated (default: from the first model's window, doubling, to the last one's)")
-    p.add_argument("--trials", type=int, default=50, help="passkey prompts per length")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--lengths", help="tokens, comma-separated (default: from the shortest original window, doubling, to the longest window)")
+    p.add_argument("--trials", type=int, default=50, help="passkey prompts per length (default: 50)")
+    p.add_argument("--seed", type=int, default=0, help="of the keys (default: 0)")
     p.add_argument("--data", nargs="+", default=[], metavar="FILE", help="texts for ppl (default: Python's standard library)")
-    p.add_argument("--documents", type=int, default=50, help="ppl: use that many of them, the longest ones")
+    p.add_argument("--documents", type=int, default=50, help="ppl: use that many, the longest (default: 50), each to the longest of --lengths")
     p.add_argument("--stride", type=int, help="ppl: tokens that the window moves on, at most a window (default: half of one, at most 16,384)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there")
@@ -169,10 +170,10 @@ def default_models():
 
 def parse_lengths(text, configs):
     if text is None:
-        shortest, longest = configs[0].original_window, configs[-1].max_position_embeddings
+        shortest, longest = min(c.original_window for c in configs), max(c.max_position_embeddings for c in configs)
         if shortest == longest:
             return [shortest // 2, shortest, 2 * shortest]
-        return [shortest * 2**i for i in range(math.floor(math.log2(longest / shortest)) + 1)]
+        return sorted({shortest * 2**i for i in range(math.floor(math.log2(longest / shortest)) + 1)} | {longest})
     try:
         lengths = sorted({int(part) for part in text.split(",")})
     except ValueError:
@@ -184,15 +185,18 @@ def parse_lengths(text, configs):
 
 def print_table(reports, lengths, task):
     figure = {"passkey": lambda r: f"{r['accuracy']:.0%}", "ppl": lambda r: "-" if r["ppl"] is None else f"{r['ppl']:,.2f}"}[task]
-    width = max(len(r["model"]) for r in reports) + 2
+    width = max(len(name) for name in ["tokens scored", *(r["model"] for r in reports)]) + 2
     print(f"{task:<{width}}" + "".join(f"{length:>10,}" for length in lengths))
     for report in reports:
         print(f"{report['model']:<{width}}" + "".join(f"{figure(r):>10}" for r in report["results"]))
-    if task == "passkey":
+    if task == "ppl":
+        print(f"{'documents':<{width}}" + "".join(f"{r['documents']:>10,}" for r in reports[-1]["results"]))
+        print(f"{'tokens scored':<{width}}" + "".join(f"{r['tokens']:>10,}" for r in reports[-1]["results"]))
+    else:
         for report in reports:
             works = [r["length"] for i, r in enumerate(report["results"]) if all(e["accuracy"] >= 0.95 for e in report["results"][: i + 1])]
-            reach = f"works to {works[-1]:,} tokens" if works else f"does not work at {lengths[0]:,} tokens"
-            print(f"{report['model']} {reach} (95% or more at every length)")
+            reach = f"works to {works[-1]:,}" if works else f"is below 95% already at {lengths[0]:,}"
+            print(f"{report['model']} {reach} tokens" + (" (95% or more at every length)" if works else ""))
 
 
 def draw(reports, task, path):

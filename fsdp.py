@@ -48,7 +48,7 @@ def leave():
 
 
 def shard(model, device, compute_dtype, activation_checkpointing="none", cpu_offload=False, compile=False):
-    """Shard each block and then the rest over all processes. Weights keep their dtype (the master copy), compute happens in
+    """Shard each block and then the rest over all processes. The master weights become float32, compute happens in
     compute_dtype, gradients are reduced in float32 and averaged over processes."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # cast_forward_inputs would round the float32 cos and sin.
@@ -62,10 +62,10 @@ def shard(model, device, compute_dtype, activation_checkpointing="none", cpu_off
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
         if compile:
             block.forward = torch.compile(block.forward, fullgraph=True)
-        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload)
+        fully_shard(block.float(), mesh=mesh, mp_policy=precision, offload_policy=offload)
     if compile:
         model.cross_entropy = torch.compile(decoder.cross_entropy_sum)
-    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    fully_shard(model.float(), mesh=mesh, mp_policy=precision, offload_policy=offload)
 
 
 def _save_matrix_products(context, op, *args, **kwargs):

@@ -32,27 +32,28 @@ RECIPES = {
     "tiny": PAPER | {"steps": 100, "batch_size": 32, "lr": 3e-4, "factor": 8},
     "smollm2-135m": PAPER | {"steps": 600, "batch_size": 16, "lr": 2e-4},
 }
+MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16, for MFU
 
 
 def parse_arguments():
-    p = argparse.ArgumentParser(description="Extend a model's context window with PoSE.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description="Extend a model's context window with PoSE.")
     p.add_argument("--model", help=f"a Hugging Face folder, or {' or '.join(weights.BUILT_IN)} (default: smollm2-135m with a GPU, else tiny)")
     p.add_argument("--target_len", type=int, help="tokens in the new window (default: 16 times the model's window; tiny: 8)")
     p.add_argument("--train_len", type=int, help="tokens in a training example (default: the model's window; target_len for full)")
-    p.add_argument("--method", choices=pose.METHODS, default="pose", help="full, pi and randpos are the paper's baselines")
-    p.add_argument("--rope", choices=weights.EXTENSIONS, default="yarn", help="interpolation")
-    p.add_argument("--chunks", type=int, default=2, help="chunks per example")
-    p.add_argument("--offset", choices=pose.OFFSETS, default="uniform", help="where a later chunk's text comes from (Table 4)")
+    p.add_argument("--method", choices=pose.METHODS, default="pose", help="full, pi and randpos are the paper's baselines (default: pose)")
+    p.add_argument("--rope", choices=weights.EXTENSIONS, default="yarn", help="interpolation (default: yarn)")
+    p.add_argument("--chunks", type=int, default=2, help="chunks per example (default: 2)")
+    p.add_argument("--offset", choices=pose.OFFSETS, default="uniform", help="a later chunk's text, the paper's Table 4 (default: uniform)")
     p.add_argument("--data", nargs="+", default=[], metavar="FILE", help=".txt, .jsonl, .jsonl.gz, folders (default: Python's standard library)")
     p.add_argument("--steps", type=int, help="optimizer steps; 0: the untrained model, interpolated (default: 1000; tiny 100, smollm2-135m 600)")
     p.add_argument("--batch_size", type=int, help="examples in a step, over all processes (default: 64; tiny 32, smollm2-135m 16)")
     p.add_argument("--micro_batch_size", type=int, help="examples in one forward pass of a process (default: about 32,768 tokens)")
     p.add_argument("--lr", type=float, help="peak of AdamW's learning rate (default: 2e-5; tiny 3e-4, smollm2-135m 2e-4)")
     p.add_argument("--warmup_steps", type=int, help="linear warm-up; then linear decay to 0 (default: 10)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, default=Path("out"), metavar="DIR")
-    p.add_argument("--save_every", type=int, default=0, metavar="N", help="checkpoint every N steps (0: only when interrupted)")
+    p.add_argument("--seed", type=int, default=0, help="default: 0")
+    p.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="a new folder for this run (default: out)")
+    p.add_argument("--save_every", type=int, default=0, metavar="N", help="checkpoint every N steps (default: only when interrupted)")
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     p.add_argument("--activation_checkpointing", choices=("none", "selective", "full"), default="none", help="less memory for more time")
     p.add_argument("--cpu_offload", action="store_true", help="keep weights and optimizer in host memory")
@@ -79,7 +80,7 @@ def complete(args, window):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
     if not args.lr >= 0:
-        raise UserError(f"--lr {args.lr:g}: must not be negative")
+        raise UserError(f"--lr {args.lr:g}: must be a number that is not negative")
     for key in ("steps", "warmup_steps", "save_every", "seed"):
         if getattr(args, key) < 0:
             raise UserError(f"--{key} {getattr(args, key)}: must not be negative")
@@ -91,6 +92,8 @@ def complete(args, window):
         raise UserError(f"--method full trains on whole windows: leave --train_len out or make it {args.target_len}")
     if args.batch_size % world:
         raise UserError(f"--batch_size {args.batch_size} does not divide over {world} processes; make it a multiple")
+    if gpu and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        raise UserError(f"more processes than GPUs: this machine has {torch.cuda.device_count()}; lower --nproc_per_node")
     share = args.batch_size // world
     if args.micro_batch_size is None:
         args.micro_batch_size = max(n for n in range(1, share + 1) if share % n == 0 and (n == 1 or n * args.train_len <= 32768))
@@ -117,6 +120,8 @@ def check_out(args):
     free = ("micro_batch_size", "device", "compile", "activation_checkpointing", "cpu_offload")  # change the speed, not the run
     if changed := [f"{k} was {theirs.get(k)}, now {mine[k]}" for k in mine if k not in free and theirs.get(k) != mine[k]]:
         raise UserError(f"--resume: the run in {args.out} had other arguments: {'; '.join(changed)}")
+    if (args.out / "model").exists() and len((args.out / "metrics.jsonl").read_text().splitlines()) >= args.steps:
+        raise UserError(f"--resume: the run in {args.out} is finished; its model is {args.out / 'model'}")
     return mine
 
 
@@ -137,22 +142,18 @@ def main():
     config = weights.read_config(weights.resolve(args.model))
     complete(args, config.max_position_embeddings)
     record = check_out(args)
+    window = config.max_position_embeddings
     config = weights.extend(config, args.rope, args.target_len)
     tokenizer = weights.load_tokenizer(args.model, config)
-
-    device = fsdp.start(args.device)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    try:
-        if rank == 0:  # the others find the tokens in the cache, or meet the same mistake
-            data.prepare(args.data, tokenizer, weights.cache_dir())
-    finally:
-        dist.barrier()
     documents = data.prepare(args.data, tokenizer, weights.cache_dir())
     sampling = {key: getattr(args, key) for key in ("method", "train_len", "target_len", "chunks", "offset")}
     batches = data.Batches(documents, args.seed, tokenizer.bos_id, **sampling)
 
-    model = weights.load(args.model, dtype=torch.float32)
+    model = weights.load(args.model)
     model.config = config
+
+    device = fsdp.start(args.device)
+    rank, world = dist.get_rank(), dist.get_world_size()
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "args.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -166,10 +167,10 @@ def main():
             tqdm.write(line, file=sys.stderr)
 
     tokens_per_step = args.batch_size * args.train_len
-    say(f"{args.model}: window {config.original_window:,} -> {args.target_len:,}, {args.method}, {args.rope}")
+    say(f"{args.model}: window {window:,} -> {args.target_len:,}, {args.method}, {args.rope}" + (f", going on after step {first}" if first else ""))
     say(
         f"{args.steps} steps of {args.batch_size} x {args.train_len:,} tokens on {world} process(es); {len(documents.tokens):,} tokens in "
-        f"{len(documents) - batches.skipped} documents, {batches.skipped} too short and left out"
+        f"{len(documents) - batches.skipped} document(s), {batches.skipped} too short and left out"
     )
     log = open_log(args.out / "metrics.jsonl", first) if rank == 0 else None
     peak_flops = next((v for k, v in PEAK_FLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), None)
@@ -208,12 +209,14 @@ def main():
         seconds = time.perf_counter() - began
         speed = tokens_per_step / seconds
         mfu = speed / world * config.flops_per_token(args.train_len) / peak_flops if peak_flops else None
-        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
         if rank == 0:
             line = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm.item(), "tokens_per_second": speed}
-            log.write(json.dumps(line | {"mfu": mfu, "peak_memory_gib": memory / 2**30}) + "\n")
+            log.write(json.dumps(line | {"mfu": mfu, "peak_memory_gib": memory / 2**30}).encode() + b"\n")
             shown = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}", "MFU": f"{mfu:.0%}" if mfu else "-", "GiB": f"{memory / 2**30:.1f}"}
             bar.set_postfix(shown, refresh=False)
+            if bar.disable and (step + 1) % max(1, args.steps // 20) == 0:  # no terminal: a line now and then
+                say(f"step {step + 1}: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
         done = step + 1
         if (stop and done < args.steps) or (args.save_every and done % args.save_every == 0):
             fsdp.save_checkpoint(args.out / "checkpoints", model, optimizer, done)
@@ -227,10 +230,12 @@ def main():
 
 
 def open_log(path, first):
-    """metrics.jsonl, without the lines of steps that will be done again."""
-    kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= first] if first else []
-    log = open(path, "w", buffering=1)  # a line a step reaches the disk at once
-    log.writelines(kept)
+    """metrics.jsonl, cut back to the first `first` lines: the steps after them will be done again."""
+    log = open(path, "a+b", buffering=0)  # a line a step reaches the disk at once
+    log.seek(0)
+    kept = sum(len(log.readline()) for _ in range(first))
+    if log.seek(0, os.SEEK_END) > kept:
+        log.truncate(kept)
     return log
 
 

@@ -132,9 +132,10 @@ def read_config(folder):
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(c.get(key) or {}, dict):
             refuse(f"{key} {c[key]!r} is not a JSON object")
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
-        if key in c and type(c[key]) is not int:
-            refuse(f"{key} is {c[key]!r}, not a whole number")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    for key in (*sizes, "num_key_value_heads", "head_dim"):
+        if key in c and not (type(c[key]) is int and c[key] > 0) and not (c[key] is None and key not in sizes):
+            refuse(f"{key} is {c[key]!r}, not a positive whole number")
     # Both spellings: rope_scaling beside rope_theta (before transformers 5), rope_parameters that holds both (since).
     parameters = dict(c.get("rope_parameters") or {})
     scaling = dict(c.get("rope_scaling") or parameters)
@@ -153,7 +154,7 @@ def read_config(folder):
             n_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
             head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
             max_position_embeddings=c["max_position_embeddings"],
-            norm_eps=c.get("rms_norm_eps", 1e-6),
+            norm_eps=float(c.get("rms_norm_eps", 1e-6)),
             rope_theta=float(theta),
             rope_scaling=None if mode == "default" else scaling,
             tie_embeddings=c.get("tie_word_embeddings", False),
@@ -161,10 +162,11 @@ def read_config(folder):
             eos_token_id=c.get("eos_token_id"),
             dtype=c.get("dtype") or c.get("torch_dtype") or "float32",
         )
-        rope.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        for seq_len in (1, 2**62):  # longrope has a list for short and one for long sequences
+            rope.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, seq_len)
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]!r} is missing; is this a config.json of a llama model?") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"{path}: {error}") from None
     if config.dtype not in ("float32", "bfloat16", "float16"):
         refuse(f"weights of dtype {config.dtype!r} are not known")

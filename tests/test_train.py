@@ -103,6 +103,21 @@ def test_the_curve_depends_neither_on_processes_nor_on_memory_savers(train):
     torch.testing.assert_close(losses(train("two", "--steps", 3, processes=2)), reference, rtol=1e-5, atol=0)
 
 
+def test_bfloat16_compute_stays_near_float32(train, tmp_path):
+    """Mixed precision: rounding may move the loss by a percent, and the master weights that are saved still learn."""
+    reference = losses(train("float32", "--steps", 3))
+    torch.testing.assert_close(losses(train("bfloat16", "--steps", 3, "--dtype", "bfloat16")), reference, rtol=2e-2, atol=0)
+
+
+def test_resume_of_a_finished_run_changes_nothing(train, run, texts, tmp_path):
+    train("run", "--steps", 2)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    arguments = ["--model", "tiny", "--device", "cpu", "--data", texts, "--train_len", 64, "--batch_size", 4, "--lr", 1e-3, "--warmup_steps", 2]
+    done = run("train.py", *arguments, "--steps", 2, "--out", tmp_path / "run", "--resume")
+    assert done.returncode == 2 and "is finished" in done.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
 def test_only_the_newest_checkpoint_is_kept(train, tmp_path):
     train("run", "--steps", 5, "--save_every", 2)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-4"]
