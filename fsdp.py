@@ -65,7 +65,9 @@ def shard(model, device, compute_dtype, activation_checkpointing="none", cpu_off
         fully_shard(block.float(), mesh=mesh, mp_policy=precision, offload_policy=offload)
     if compile:
         model.cross_entropy = torch.compile(decoder.cross_entropy_sum)
-    fully_shard(model.float(), mesh=mesh, mp_policy=precision, offload_policy=offload)
+    for rest in (model.embed, model.norm, model.head):
+        rest.float()
+    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
 
 
 def _save_matrix_products(context, op, *args, **kwargs):
