@@ -90,7 +90,7 @@ def prepare(paths, tokenizer, cache):
         key.update(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
     folder = Path(cache) / "tokens" / key.hexdigest()[:24]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(Path(cache) / "tokens.lock", "w") as lock:  # under torchrun one process tokenises, the others find it done
+    with open(Path(cache) / f"tokens-{folder.name}.lock", "w") as lock:  # under torchrun one process tokenises, the others find it done
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=folder.parent) as aside:

@@ -10,6 +10,7 @@ Notable choices:
   scores the same text; a shorter document is left out of the lengths that it does not fill.
 """
 import argparse
+import functools
 import json
 import math
 import sys
@@ -96,18 +97,23 @@ def passkey_prompt(tokenizer, length, depth, key):
     return tokens[:-answer_len], tokens[-answer_len:]
 
 
-def answers_greedily(model, prompts, answers, digit_tokens):
+def answers_greedily(model, prompts, answers, digits):
     """For each prompt, would greedy decoding continue it with its answer and then stop the number? One forward pass."""
     right = []
     for h, prompt, answer in zip(last_hidden(model, [p + a for p, a in zip(prompts, answers)]), prompts, answers):
         said = model.head(h[len(prompt) - 1 : len(prompt) + len(answer)]).argmax(-1).tolist()  # one more than the answer
-        right.append(said[:-1] == answer and said[-1] not in digit_tokens)
+        right.append(said[:-1] == answer and said[-1] not in digits)
     return right
+
+
+@functools.cache
+def digit_tokens(tokenizer):
+    """Ids that would make a number go on."""
+    return {i for i in range(tokenizer.vocab_size) if tokenizer.decode([i])[:1].isdigit()}
 
 
 def passkey(model, tokenizer, length, trials, seed):
     """One entry of `results`: trials at evenly spaced depths, a new 5-digit key each."""
-    digit_tokens = {i for i in range(tokenizer.vocab_size) if tokenizer.decode([i])[:1].isdigit()}
 
     def draw(trial):
         depth = (trial + 0.5) / trials
@@ -117,7 +123,7 @@ def passkey(model, tokenizer, length, trials, seed):
     by_trial = []
     for batch in batched(map(draw, tqdm(range(trials), desc=f"passkey {length:,}", leave=False, disable=None)), length, model):
         depths, prompts, answers = zip(*batch)
-        correct = answers_greedily(model, prompts, answers, digit_tokens)
+        correct = answers_greedily(model, prompts, answers, digit_tokens(tokenizer))
         by_trial += [{"depth": d, "correct": c} for d, c in zip(depths, correct)]
     return {"length": length, "trials": trials, "accuracy": sum(t["correct"] for t in by_trial) / trials, "by_trial": by_trial}
 

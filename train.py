@@ -140,9 +140,9 @@ def main():
     args.model = args.model or ("smollm2-135m" if args.device == "cuda" else "tiny")
 
     config = weights.read_config(weights.resolve(args.model))
-    complete(args, config.max_position_embeddings)
-    record = check_out(args)
     window = config.max_position_embeddings
+    complete(args, window)
+    record = check_out(args)
     config = weights.extend(config, args.rope, args.target_len)
     tokenizer = weights.load_tokenizer(args.model, config)
     documents = data.prepare(args.data, tokenizer, weights.cache_dir())
@@ -206,18 +206,18 @@ def main():
         total[1] = float(bool(interrupted))
         dist.all_reduce(total)
         loss, stop = total.tolist()
+        done = step + 1
         seconds = time.perf_counter() - began
         speed = tokens_per_step / seconds
         mfu = speed / world * config.flops_per_token(args.train_len) / peak_flops if peak_flops else None
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
         if rank == 0:
-            line = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm.item(), "tokens_per_second": speed}
+            line = {"step": done, "loss": loss, "lr": lr, "grad_norm": grad_norm.item(), "tokens_per_second": speed}
             log.write(json.dumps(line | {"mfu": mfu, "peak_memory_gib": memory / 2**30}).encode() + b"\n")
             shown = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}", "MFU": f"{mfu:.0%}" if mfu else "-", "GiB": f"{memory / 2**30:.1f}"}
             bar.set_postfix(shown, refresh=False)
-            if bar.disable and (step + 1) % max(1, args.steps // 20) == 0:  # no terminal: a line now and then
-                say(f"step {step + 1}: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
-        done = step + 1
+            if bar.disable and done % max(1, args.steps // 20) == 0:  # no terminal: a line now and then
+                say(f"step {done}: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
         if (stop and done < args.steps) or (args.save_every and done % args.save_every == 0):
             fsdp.save_checkpoint(args.out / "checkpoints", model, optimizer, done)
         if stop and done < args.steps:

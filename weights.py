@@ -133,9 +133,10 @@ def read_config(folder):
         if not isinstance(c.get(key) or {}, dict):
             refuse(f"{key} {c[key]!r} is not a JSON object")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-    for key in (*sizes, "num_key_value_heads", "head_dim"):
-        if key in c and not (type(c[key]) is int and c[key] > 0) and not (c[key] is None and key not in sizes):
-            refuse(f"{key} is {c[key]!r}, not a positive whole number")
+    given = {key: c[key] for key in sizes if key in c} | {key: c[key] for key in ("num_key_value_heads", "head_dim") if c.get(key) is not None}
+    for key, value in given.items():
+        if type(value) is not int or value < 1:
+            refuse(f"{key} is {value!r}, not a positive whole number")
     # Both spellings: rope_scaling beside rope_theta (before transformers 5), rope_parameters that holds both (since).
     parameters = dict(c.get("rope_parameters") or {})
     scaling = dict(c.get("rope_scaling") or parameters)

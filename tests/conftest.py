@@ -9,7 +9,7 @@ import torch
 import transformers
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # for models this small a second thread on a busy machine costs ten times what it saves
 
 
 @pytest.fixture(autouse=True, scope="session")

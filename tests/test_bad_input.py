@@ -46,8 +46,6 @@ def own_folder(tmp_path, monkeypatch):
 def call(monkeypatch, capfd):
     """call("train", "--steps", 3, ...) -> exit code and stderr of that command, in this process."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
 
     def start(script, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
@@ -61,7 +59,6 @@ def call(monkeypatch, capfd):
         return stop.value.code, capfd.readouterr().err
 
     yield start
-    torch.set_num_threads(threads)
     for name, handler in handlers.items():
         signal.signal(name, handler)
 

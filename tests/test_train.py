@@ -24,14 +24,17 @@ def texts(tmp_path_factory):
 
 
 @pytest.fixture
-def train(run, texts, tmp_path):
-    """train("name", "--steps", 3, …) -> the lines of its metrics.jsonl; a small PoSE run of `tiny` in tmp_path/name."""
+def short(texts):
+    """The arguments of a small PoSE run of `tiny`, but for --steps and --out."""
+    return ["--model", "tiny", "--device", "cpu", "--data", texts, "--train_len", 64, "--batch_size", 4, "--lr", 1e-3, "--warmup_steps", 2]
+
+
+@pytest.fixture
+def train(run, short, tmp_path):
+    """train("name", "--steps", 3, …) -> the lines of its metrics.jsonl; the run of `short` in tmp_path/name."""
 
     def start(name, *arguments, processes=None):
-        short = ["--train_len", 64, "--batch_size", 4, "--lr", 1e-3, "--warmup_steps", 2]
-        done = run(
-            "train.py", "--model", "tiny", "--device", "cpu", "--data", texts, *short, "--out", tmp_path / name, *arguments, processes=processes
-        )
+        done = run("train.py", *short, "--out", tmp_path / name, *arguments, processes=processes)
         assert done.returncode == 0, done.stderr
         return metrics(tmp_path / name)
 
@@ -103,17 +106,15 @@ def test_the_curve_depends_neither_on_processes_nor_on_memory_savers(train):
     torch.testing.assert_close(losses(train("two", "--steps", 3, processes=2)), reference, rtol=1e-5, atol=0)
 
 
-def test_bfloat16_compute_stays_near_float32(train, tmp_path):
-    """Mixed precision: rounding may move the loss by a percent, and the master weights that are saved still learn."""
+def test_bfloat16_compute_stays_near_float32(train):
     reference = losses(train("float32", "--steps", 3))
     torch.testing.assert_close(losses(train("bfloat16", "--steps", 3, "--dtype", "bfloat16")), reference, rtol=2e-2, atol=0)
 
 
-def test_resume_of_a_finished_run_changes_nothing(train, run, texts, tmp_path):
+def test_resume_of_a_finished_run_changes_nothing(train, run, short, tmp_path):
     train("run", "--steps", 2)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    arguments = ["--model", "tiny", "--device", "cpu", "--data", texts, "--train_len", 64, "--batch_size", 4, "--lr", 1e-3, "--warmup_steps", 2]
-    done = run("train.py", *arguments, "--steps", 2, "--out", tmp_path / "run", "--resume")
+    done = run("train.py", *short, "--steps", 2, "--out", tmp_path / "run", "--resume")
     assert done.returncode == 2 and "is finished" in done.stderr
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
@@ -123,13 +124,11 @@ def test_only_the_newest_checkpoint_is_kept(train, tmp_path):
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-4"]
 
 
-def test_sigterm_saves_and_a_resumed_run_equals_the_uninterrupted_one(texts, tmp_path, train):
-    arguments = ["--model", "tiny", "--device", "cpu", "--data", texts, "--train_len", "64", "--batch_size", "4", "--lr", "1e-3"]
-    arguments += ["--warmup_steps", "2", "--steps", "40"]
+def test_sigterm_saves_and_a_resumed_run_equals_the_uninterrupted_one(short, tmp_path, train):
     whole = losses(train("whole", "--steps", 40))
     out = tmp_path / "stopped"
     process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *map(str, arguments), "--out", out],
+        [sys.executable, ROOT / "train.py", *map(str, short), "--steps", "40", "--out", out],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     until = time.time() + 120

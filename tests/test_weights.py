@@ -30,15 +30,6 @@ NEAR = torch.arange(40).expand(2, 40)
 FAR = NEAR + 460 * (NEAR >= 15)  # a jump, as PoSE makes them: 0 … 14, 475 … 499
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For matrices this small a second thread on a busy machine costs ten times what it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def tiny_tokenizer():
     return tokenizer.load(TINY)
