@@ -8,6 +8,7 @@ OUT/metrics.jsonl gets a line a step, OUT/model is a Hugging Face folder at the 
 """
 import argparse
 import json
+import math
 import os
 import resource
 import signal
@@ -26,11 +27,12 @@ import pose
 import weights
 from errors import UserError
 
-# The paper's settings (section 4.1). The built-in models have their own, for a laptop and for ten minutes on one GPU.
-PAPER = {"steps": 1000, "batch_size": 64, "lr": 2e-5, "warmup_steps": 10, "factor": 16}
+# The paper's settings (section 4.1). The built-in models have their own, for a laptop and for minutes on one GPU. windows: target_len in
+# windows of the model. headroom: the factor in units of target_len / window; NTK needs some, its reach ends before its factor.
+PAPER = {"steps": 1000, "batch_size": 64, "lr": 2e-5, "warmup_steps": 10, "windows": 16, "rope": "yarn", "headroom": 1}
 RECIPES = {
-    "tiny": PAPER | {"steps": 100, "batch_size": 32, "lr": 3e-4, "factor": 8},
-    "smollm2-135m": PAPER | {"steps": 600, "batch_size": 16, "lr": 2e-4},
+    "tiny": PAPER | {"steps": 100, "batch_size": 32, "lr": 1e-4, "windows": 8, "headroom": 1.5, "beta_fast": 8},
+    "smollm2-135m": PAPER | {"steps": 200, "batch_size": 16, "lr": 1e-4, "rope": "ntk", "headroom": 2},
 }
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16, for MFU
@@ -42,14 +44,16 @@ def parse_arguments():
     p.add_argument("--target_len", type=int, help="tokens in the new window (default: 16 times the model's window; tiny: 8)")
     p.add_argument("--train_len", type=int, help="tokens in a training example (default: the model's window; target_len for full)")
     p.add_argument("--method", choices=pose.METHODS, default="pose", help="full, pi and randpos are the paper's baselines (default: pose)")
-    p.add_argument("--rope", choices=weights.EXTENSIONS, default="yarn", help="interpolation (default: yarn)")
+    p.add_argument("--rope", choices=weights.EXTENSIONS, help="interpolation (default: yarn; smollm2-135m ntk)")
+    p.add_argument("--factor", type=float, help="of the interpolation (default: target_len / window; tiny 1.5 times that, smollm2-135m twice)")
+    p.add_argument("--beta_fast", type=float, help="yarn leaves pairs alone that turn so often in the window (default: 32; tiny 8)")
     p.add_argument("--chunks", type=int, default=2, help="chunks per example (default: 2)")
     p.add_argument("--offset", choices=pose.OFFSETS, default="uniform", help="a later chunk's text, the paper's Table 4 (default: uniform)")
     p.add_argument("--data", nargs="+", default=[], metavar="FILE", help=".txt, .jsonl, .jsonl.gz, folders (default: Python's standard library)")
-    p.add_argument("--steps", type=int, help="optimizer steps; 0: the untrained model, interpolated (default: 1000; tiny 100, smollm2-135m 600)")
+    p.add_argument("--steps", type=int, help="optimizer steps; 0: the untrained model, interpolated (default: 1000; tiny 100, smollm2-135m 200)")
     p.add_argument("--batch_size", type=int, help="examples in a step, over all processes (default: 64; tiny 32, smollm2-135m 16)")
     p.add_argument("--micro_batch_size", type=int, help="examples in one forward pass of a process (default: about 32,768 tokens)")
-    p.add_argument("--lr", type=float, help="peak of AdamW's learning rate (default: 2e-5; tiny 3e-4, smollm2-135m 2e-4)")
+    p.add_argument("--lr", type=float, help="peak of AdamW's learning rate (default: 2e-5; tiny and smollm2-135m 1e-4)")
     p.add_argument("--warmup_steps", type=int, help="linear warm-up; then linear decay to 0 (default: 10)")
     p.add_argument("--seed", type=int, default=0, help="default: 0")
     p.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="a new folder for this run (default: out)")
@@ -65,11 +69,22 @@ def parse_arguments():
 
 def complete(args, window):
     """Fill in the defaults that depend on the model and the machine, and refuse what cannot run."""
-    for key, value in RECIPES.get(args.model, PAPER).items():
-        if key != "factor" and getattr(args, key) is None:
-            setattr(args, key, value)
+    recipe = RECIPES.get(args.model, PAPER)
+    for key in ("steps", "batch_size", "lr", "warmup_steps"):
+        if getattr(args, key) is None:
+            setattr(args, key, recipe[key])
     if args.target_len is None:
-        args.target_len = RECIPES.get(args.model, PAPER)["factor"] * window
+        args.target_len = recipe["windows"] * window
+    args.rope = args.rope or recipe["rope"]
+    stretch = recipe if args.rope == recipe["rope"] else PAPER
+    if args.beta_fast is not None and args.rope not in ("yarn", "yarn_revised", "ntk_by_parts"):
+        raise UserError(f"--beta_fast: --rope {args.rope} does not have it; leave it out or choose yarn")
+    if args.factor is not None and args.rope == "default":
+        raise UserError("--factor: --rope default interpolates nothing; leave it out or choose a mode")
+    if args.beta_fast is None:
+        args.beta_fast = stretch.get("beta_fast")
+    if args.factor is None and args.rope != "default":
+        args.factor = stretch["headroom"] * args.target_len / window
     if args.train_len is None:
         args.train_len = args.target_len if args.method == "full" else window
     gpu = args.device == "cuda"
@@ -88,6 +103,9 @@ def complete(args, window):
         raise UserError(f"--target_len {args.target_len} is smaller than the train window of {args.train_len}; raise it or lower --train_len")
     if args.target_len < window:
         raise UserError(f"--target_len {args.target_len} is smaller than the model's window of {window}; raise it")
+    for key in ("factor", "beta_fast"):
+        if getattr(args, key) is not None and not 1 <= getattr(args, key) < math.inf:
+            raise UserError(f"--{key} {getattr(args, key):g}: must be a number, at least 1")
     if args.method == "full" and args.train_len != args.target_len:
         raise UserError(f"--method full trains on whole windows: leave --train_len out or make it {args.target_len}")
     if args.batch_size % world:
@@ -143,7 +161,8 @@ def main():
     window = config.max_position_embeddings
     complete(args, window)
     record = check_out(args)
-    config = weights.extend(config, args.rope, args.target_len)
+    settings = {key: getattr(args, key) for key in ("factor", "beta_fast") if getattr(args, key) is not None}
+    config = weights.extend(config, args.rope, args.target_len, **settings)
     tokenizer = weights.load_tokenizer(args.model, config)
     documents = data.prepare(args.data, tokenizer, weights.cache_dir())
     sampling = {key: getattr(args, key) for key in ("method", "train_len", "target_len", "chunks", "offset")}

@@ -348,12 +348,13 @@ def hf_config(config):
 EXTENSIONS = ("default", "linear", "ntk", "ntk_by_parts", "yarn", "yarn_revised")  # modes that need no more than a factor
 
 
-def extend(config, mode, target_len):
-    """The Config of the same weights with their window stretched to target_len by a mode of rope.py."""
+def extend(config, mode, target_len, **settings):
+    """The Config of the same weights with their window stretched to target_len by a mode of rope.py. settings: what else rope_scaling
+    shall hold, such as `factor` (default: the ratio of the windows) or yarn's `beta_fast`."""
     original = config.max_position_embeddings
     if config.rope_scaling:
         raise UserError(f"this model is already scaled ({config.rope_scaling['rope_type']}); start from the model before it was extended")
-    scaling = {"rope_type": mode, "factor": target_len / original, "original_max_position_embeddings": original}
+    scaling = {"rope_type": mode, "factor": target_len / original, "original_max_position_embeddings": original} | settings
     return dataclasses.replace(config, max_position_embeddings=target_len, rope_scaling=None if mode == "default" else scaling)
 
 

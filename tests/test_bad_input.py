@@ -276,6 +276,11 @@ def test_no_tokenizer(refused, model):
         (["--method", "full", "--train_len", 64], ["--method full", "256"]),
         (["--seed", -1], ["--seed -1"]),
         (["--lr", -1], ["--lr -1"]),
+        (["--factor", 0.5], ["--factor 0.5", "at least 1"]),
+        (["--factor", "nan"], ["--factor nan"]),
+        (["--rope", "default", "--factor", 4], ["--factor", "--rope default"]),
+        (["--rope", "ntk", "--beta_fast", 8], ["--beta_fast", "--rope ntk"]),
+        (["--beta_fast", 0], ["--beta_fast 0", "at least 1"]),
     ],
     ids=lambda v: " ".join(map(str, v)),
 )
