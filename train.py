@@ -28,10 +28,10 @@ import weights
 from errors import UserError
 
 # The paper's settings (section 4.1). The built-in models have their own, for a laptop and for minutes on one GPU. windows: target_len in
-# windows of the model. headroom: the factor in units of target_len / window; NTK needs some, its reach ends before its factor.
+# windows of the model. headroom: the factor in units of target_len / window.
 PAPER = {"steps": 1000, "batch_size": 64, "lr": 2e-5, "warmup_steps": 10, "windows": 16, "rope": "yarn", "headroom": 1}
 RECIPES = {
-    "tiny": PAPER | {"steps": 100, "batch_size": 32, "lr": 1e-4, "windows": 8, "headroom": 1.5, "beta_fast": 8},
+    "tiny": PAPER | {"steps": 100, "batch_size": 32, "lr": 2e-4, "windows": 8, "headroom": 2, "beta_fast": 8},
     "smollm2-135m": PAPER | {"steps": 200, "batch_size": 16, "lr": 1e-4, "rope": "ntk", "headroom": 2},
 }
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
@@ -45,7 +45,7 @@ def parse_arguments():
     p.add_argument("--train_len", type=int, help="tokens in a training example (default: the model's window; target_len for full)")
     p.add_argument("--method", choices=pose.METHODS, default="pose", help="full, pi and randpos are the paper's baselines (default: pose)")
     p.add_argument("--rope", choices=weights.EXTENSIONS, help="interpolation (default: yarn; smollm2-135m ntk)")
-    p.add_argument("--factor", type=float, help="of the interpolation (default: target_len / window; tiny 1.5 times that, smollm2-135m twice)")
+    p.add_argument("--factor", type=float, help="of the interpolation (default: target_len / window; the built-in models twice that)")
     p.add_argument("--beta_fast", type=float, help="yarn leaves pairs alone that turn so often in the window (default: 32; tiny 8)")
     p.add_argument("--chunks", type=int, default=2, help="chunks per example (default: 2)")
     p.add_argument("--offset", choices=pose.OFFSETS, default="uniform", help="a later chunk's text, the paper's Table 4 (default: uniform)")
@@ -53,7 +53,7 @@ def parse_arguments():
     p.add_argument("--steps", type=int, help="optimizer steps; 0: the untrained model, interpolated (default: 1000; tiny 100, smollm2-135m 200)")
     p.add_argument("--batch_size", type=int, help="examples in a step, over all processes (default: 64; tiny 32, smollm2-135m 16)")
     p.add_argument("--micro_batch_size", type=int, help="examples in one forward pass of a process (default: about 32,768 tokens)")
-    p.add_argument("--lr", type=float, help="peak of AdamW's learning rate (default: 2e-5; tiny and smollm2-135m 1e-4)")
+    p.add_argument("--lr", type=float, help="peak of AdamW's learning rate (default: 2e-5; tiny 2e-4, smollm2-135m 1e-4)")
     p.add_argument("--warmup_steps", type=int, help="linear warm-up; then linear decay to 0 (default: 10)")
     p.add_argument("--seed", type=int, default=0, help="default: 0")
     p.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="a new folder for this run (default: out)")
