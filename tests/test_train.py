@@ -58,7 +58,7 @@ def test_a_run_writes_its_metrics_and_a_model_that_transformers_loads(train, tmp
     assert [line["lr"] for line in lines] == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.5e-3])
     ours = weights.load(tmp_path / "run" / "model", dtype=torch.float32)
     assert ours.config.max_position_embeddings == 2048
-    assert ours.config.rope_scaling == {"rope_type": "yarn", "factor": 8.0, "beta_fast": 8, "original_max_position_embeddings": 256}
+    assert ours.config.rope_scaling == {"rope_type": "yarn", "factor": 8.0, "beta_fast": 8.0, "original_max_position_embeddings": 256}
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
     tokens = torch.randint(0, 2048, (1, 700))  # beyond the old window
     with torch.no_grad():
