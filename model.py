@@ -1,4 +1,4 @@
-"""The decoder: LLaMA architecture (RMSNorm, SwiGLU, grouped-query attention, RoPE), training loss and greedy generation.
+"""The decoder of LLaMA, Mistral and Qwen2 (RMSNorm, SwiGLU, grouped-query attention, RoPE), training loss and greedy generation.
 
 Notable choices:
 - Positions are an input. cos and sin are computed once a forward pass from the actual positions and shared by all layers.
@@ -32,10 +32,12 @@ class Config:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # Hugging Face's terms, see rope.py
+    qkv_bias: bool = False  # Qwen2
     tie_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     dtype: str = "float32"  # of the weights on disk
+    model_type: str = "llama"  # Hugging Face's name of the family
 
     @property
     def original_window(self):
@@ -56,9 +58,9 @@ class Block(nn.Module):
         C, D = config.hidden_dim, config.head_dim
         self.head_dim = D
         self.attn_norm = nn.RMSNorm(C, eps=config.norm_eps)
-        self.q = nn.Linear(C, config.n_heads * D, bias=False)
-        self.k = nn.Linear(C, config.n_kv_heads * D, bias=False)
-        self.v = nn.Linear(C, config.n_kv_heads * D, bias=False)
+        self.q = nn.Linear(C, config.n_heads * D, bias=config.qkv_bias)
+        self.k = nn.Linear(C, config.n_kv_heads * D, bias=config.qkv_bias)
+        self.v = nn.Linear(C, config.n_kv_heads * D, bias=config.qkv_bias)
         self.o = nn.Linear(config.n_heads * D, C, bias=False)
         self.mlp_norm = nn.RMSNorm(C, eps=config.norm_eps)
         self.gate = nn.Linear(C, config.intermediate_dim, bias=False)

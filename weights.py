@@ -30,6 +30,7 @@ from errors import UserError
 from model import Config, Transformer
 
 BUILT_IN = ("tiny", "smollm2-135m")
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}  # model_type -> class
 SHARD_BYTES = 5 * 2**30
 
 # Our name of a weight -> Hugging Face's, GGUF's. Inside a block first.
@@ -111,7 +112,7 @@ def read_config(folder):
         raise UserError(f"{path}: not readable ({error}); copy it again") from None
 
     def refuse(why):
-        raise UserError(f"{path}: {why}; this code extends RoPE models of the LLaMA architecture")
+        raise UserError(f"{path}: {why}; this code extends RoPE models of {', '.join(ARCHITECTURES)}")
 
     if not isinstance(c, dict):
         refuse("not a JSON object")
@@ -120,23 +121,26 @@ def read_config(folder):
         refuse(f"{kind!r} uses ALiBi, not RoPE")
     if kind in ("gpt2", "opt", "gpt_bigcode", "gpt_neo", "bert"):
         refuse(f"{kind!r} uses learned positions, not RoPE")
-    if kind != "llama":
+    if kind not in ARCHITECTURES:
         refuse(f"model_type {kind!r} is not known")
     if c.get("attention_bias") or c.get("mlp_bias"):
-        refuse("biases in attention or MLP are not known for llama")
+        refuse(f"biases in attention or MLP are not known for {kind}")
     if c.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act {c['hidden_act']!r} is not known for llama")
+        refuse(f"hidden_act {c['hidden_act']!r} is not known for {kind}")
     if c.get("partial_rotary_factor", 1) != 1:
-        refuse(f"partial_rotary_factor {c['partial_rotary_factor']} is not known for llama")
+        refuse(f"partial_rotary_factor {c['partial_rotary_factor']} is not known for {kind}")
 
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(c.get(key) or {}, dict):
             refuse(f"{key} {c[key]!r} is not a JSON object")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-    given = {key: c[key] for key in sizes if key in c} | {key: c[key] for key in ("num_key_value_heads", "head_dim") if c.get(key) is not None}
+    optional = ("num_key_value_heads", "head_dim", "sliding_window")
+    given = {key: c[key] for key in sizes if key in c} | {key: c[key] for key in optional if c.get(key) is not None}
     for key, value in given.items():
         if type(value) is not int or value < 1:
             refuse(f"{key} is {value!r}, not a positive whole number")
+    if _slides(c):
+        refuse(f"{kind} with sliding_window {c.get('sliding_window', 4096)} in use: it never looks further back, so longer positions gain nothing")
     # Both spellings: rope_scaling beside rope_theta (before transformers 5), rope_parameters that holds both (since).
     parameters = dict(c.get("rope_parameters") or {})
     scaling = dict(c.get("rope_scaling") or parameters)
@@ -158,10 +162,12 @@ def read_config(folder):
             norm_eps=float(c.get("rms_norm_eps", 1e-6)),
             rope_theta=float(theta),
             rope_scaling=None if mode == "default" else scaling,
+            qkv_bias=kind == "qwen2",
             tie_embeddings=c.get("tie_word_embeddings", False),
             bos_token_id=c.get("bos_token_id"),
             eos_token_id=c.get("eos_token_id"),
             dtype=c.get("dtype") or c.get("torch_dtype") or "float32",
+            model_type=kind,
         )
         for seq_len in (1, 2**62):  # longrope has a list for short and one for long sequences
             rope.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, seq_len)
@@ -172,6 +178,14 @@ def read_config(folder):
     if config.dtype not in ("float32", "bfloat16", "float16"):
         refuse(f"weights of dtype {config.dtype!r} are not known")
     return config
+
+
+def _slides(c):
+    """Does the model of this config.json look back less far than its window?"""
+    if c["model_type"] == "mistral":  # absent means 4,096 to stock loaders
+        reach = c.get("sliding_window", 4096)
+        return reach is not None and reach < c.get("max_position_embeddings", 0)
+    return bool(c.get("use_sliding_window")) or "sliding_attention" in str(c.get("layer_types"))
 
 
 def hf_name(name):
@@ -320,8 +334,8 @@ def hf_config(config):
         scaling.setdefault("factor", config.max_position_embeddings / config.original_window)
     both = scaling | {"type": scaling["rope_type"]} if scaling else None  # older readers want `type`
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [ARCHITECTURES[config.model_type]],
+        "model_type": config.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_dim,
         "intermediate_size": config.intermediate_dim,
@@ -335,8 +349,7 @@ def hf_config(config):
         "rope_scaling": both,
         "rope_parameters": {"rope_type": "default"} | scaling | {"rope_theta": theta},
         "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
+        **({"attention_bias": False, "mlp_bias": False} if config.model_type == "llama" else {"sliding_window": None}),
         "hidden_act": "silu",
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
@@ -345,17 +358,40 @@ def hf_config(config):
     }
 
 
-EXTENSIONS = ("default", "linear", "ntk", "ntk_by_parts", "yarn", "yarn_revised")  # modes that need no more than a factor
+EXTENSIONS = ("default", "linear", "ntk", "ntk_by_parts", "yarn", "yarn_revised", "llama3")  # modes that need no more than a factor
 
 
 def extend(config, mode, target_len, **settings):
     """The Config of the same weights with their window stretched to target_len by a mode of rope.py. settings: what else rope_scaling
-    shall hold, such as `factor` (default: the ratio of the windows) or yarn's `beta_fast`."""
-    original = config.max_position_embeddings
-    if config.rope_scaling:
-        raise UserError(f"this model is already scaled ({config.rope_scaling['rope_type']}); start from the model before it was extended")
-    scaling = {"rope_type": mode, "factor": target_len / original, "original_max_position_embeddings": original} | settings
-    return dataclasses.replace(config, max_position_embeddings=target_len, rope_scaling=None if mode == "default" else scaling)
+    shall hold, such as `factor` (default: the ratio of the windows) or yarn's `beta_fast`.
+    A model that is scaled already (Llama 3.1, or one of ours) keeps that: the factors multiply. UserError where they cannot."""
+    window = config.max_position_embeddings
+    scaling = {"rope_type": mode, "factor": target_len / window, "original_max_position_embeddings": window} | settings
+    if mode == "llama3":
+        scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | scaling  # Llama 3.1's own
+    if mode == "default":
+        scaling = config.rope_scaling
+    elif config.rope_scaling:
+        scaling = _compose(config, scaling)
+    return dataclasses.replace(config, max_position_embeddings=target_len, rope_scaling=scaling)
+
+
+def _compose(config, new):
+    """rope_scaling that stretches an already scaled model once more."""
+    old = config.rope_scaling
+    if old["rope_type"] == "dynamic" or (old["rope_type"] == "longrope" and old["short_factor"] != old["long_factor"]):
+        raise UserError(f"this model's {old['rope_type']} scaling depends on the length, which another on top cannot keep; start from its base model")
+    if old["rope_type"] == new["rope_type"] and "attention_factor" not in old:  # the same as one stretch of the first window
+        return new | old | {"factor": old["factor"] * new["factor"]}
+    plain, _ = rope.rope_frequencies(config.head_dim, config.rope_theta)
+    factors, attention_factor = 1.0, 1.0  # of each pair: what the first stretch divides by, times what the second does
+    for scaling in (old, new):
+        inv_freq, on_attention = rope.rope_frequencies(config.head_dim, config.rope_theta, scaling)
+        factors, attention_factor = factors * plain / inv_freq, attention_factor * on_attention
+    return {
+        "rope_type": "longrope", "short_factor": factors.tolist(), "long_factor": factors.tolist(), "attention_factor": attention_factor,
+        "factor": new["factor"] * old.get("factor", 1.0), "original_max_position_embeddings": config.original_window,
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- built-in models and GGUF

@@ -26,12 +26,13 @@ SMALL = {
 
 @pytest.fixture
 def make_llama(tmp_path):
-    """make_llama(name, **config) -> a folder written by transformers with a random small LLaMA, and that model (float32, eval)."""
+    """make_llama(name, **config) -> a folder written by transformers with a random small LLaMA (or family: Mistral, Qwen2), and that
+    model (float32, eval)."""
 
-    def make(name="model", seed=0, max_shard_size="5GB", **changes):
+    def make(name="model", family="Llama", seed=0, max_shard_size="5GB", **changes):
         torch.manual_seed(seed)
-        config = transformers.LlamaConfig(**(SMALL | changes))
-        model = transformers.LlamaForCausalLM(config).eval()
+        config = getattr(transformers, family + "Config")(**(SMALL | changes))
+        model = getattr(transformers, family + "ForCausalLM")(config).eval()
         for p in model.parameters():  # transformers' 0.02 makes logits so small that any two models agree
             torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.12)
         folder = tmp_path / name

@@ -146,6 +146,11 @@ def test_config_without_a_key(refused, model, key):
         ({"model_type": None}, ["model_type"]),
         ({"attention_bias": True}, ["bias"]),
         ({"hidden_act": "gelu"}, ["gelu"]),
+        ({"model_type": "mistral", "sliding_window": 32}, ["mistral", "sliding_window 32"]),
+        ({"model_type": "mistral", "max_position_embeddings": 32768}, ["mistral", "sliding_window 4096"]),  # what its class assumes
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32}, ["qwen2", "sliding_window 32"]),
+        ({"model_type": "mistral", "sliding_window": "no"}, ["sliding_window", "'no'"]),
+        ({"model_type": "mixtral"}, ["mixtral"]),
         ({"dtype": "int8"}, ["int8"]),
         ({"rope_parameters": {"rope_type": "spiral", "factor": 2.0, "rope_theta": 1e4}}, ["spiral"]),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["yarn", "factor"]),

@@ -19,7 +19,11 @@ def hf_logits(model, tokens, positions):
     return model(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions).logits
 
 
-SHAPES = {"gqa": {}, "mha": {"num_key_value_heads": 4}, "tied": {"tie_word_embeddings": True}, "mqa": {"num_key_value_heads": 1, "head_dim": 32}}
+SHAPES = {
+    "gqa": {}, "mha": {"num_key_value_heads": 4}, "tied": {"tie_word_embeddings": True}, "mqa": {"num_key_value_heads": 1, "head_dim": 32},
+    "mistral": {"family": "Mistral", "sliding_window": None}, "qwen2": {"family": "Qwen2"},
+    "tied qwen2": {"family": "Qwen2", "tie_word_embeddings": True},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES)

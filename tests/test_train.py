@@ -27,7 +27,8 @@ def texts(tmp_path_factory):
 @pytest.fixture
 def short(texts):
     """The arguments of a small PoSE run of `tiny`, but for --steps and --out."""
-    return ["--model", "tiny", "--device", "cpu", "--data", texts, "--train_len", 64, "--batch_size", 4, "--lr", 1e-3, "--warmup_steps", 2, "--factor", 8]
+    sizes = ["--train_len", 64, "--batch_size", 4, "--factor", 8]
+    return ["--model", "tiny", "--device", "cpu", "--data", texts, *sizes, "--lr", 1e-3, "--warmup_steps", 2]
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ import pytest
 import safetensors
 import tokenizers
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, pre_tokenizers, trainers
-from transformers import LlamaForCausalLM
 
+import rope
 import tokenizer
 import weights
 from errors import UserError
@@ -39,7 +40,7 @@ def tiny_tokenizer():
 def stock(model, positions=NEAR, tokens=TOKENS):
     """Logits of transformers, in float32. A mask of ones: without one it takes a jump in position_ids for a packed document."""
     if isinstance(model, Path):
-        model = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     return model(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions).logits
 
 
@@ -145,7 +146,7 @@ def test_both_spellings_of_the_rope_config(make_llama, name):
 # ---------------------------------------------------------------- saving
 
 
-@pytest.mark.parametrize("mode", ["default", "linear", "ntk", "ntk_by_parts", "yarn", "yarn_revised"])
+@pytest.mark.parametrize("mode", weights.EXTENSIONS)
 def test_what_we_write_transformers_computes(make_llama, tiny_tokenizer, tmp_path, mode):
     folder, base = make_llama()
     model = weights.load(folder)
@@ -156,6 +157,54 @@ def test_what_we_write_transformers_computes(make_llama, tiny_tokenizer, tmp_pat
         assert_same(ours(tmp_path / "out", positions), ours(model, positions), 1e-6)
     if mode != "default":  # the interpolation is really there
         assert (stock(tmp_path / "out", FAR) - stock(base, FAR)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", [{"family": "Mistral", "sliding_window": None}, {"family": "Qwen2"}], ids=lambda f: f["family"])
+@pytest.mark.parametrize("mode", ["ntk", "yarn", "yarn_revised"])
+def test_every_family_is_written_as_itself(make_llama, tiny_tokenizer, tmp_path, family, mode):
+    folder, base = make_llama(**family)
+    model = weights.load(folder)
+    model.config = weights.extend(model.config, mode, 8192)  # past 4,096, the sliding window that Mistral's class assumes when none is named
+    weights.save(model, tiny_tokenizer, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["architectures"] == [family["family"] + "ForCausalLM"] and written["sliding_window"] is None
+    assert not transformers.AutoConfig.from_pretrained(tmp_path / "out").sliding_window
+    for positions in (NEAR, FAR):
+        assert_same(stock(tmp_path / "out", positions), ours(model, positions))
+    assert weights.read_config(tmp_path / "out").qkv_bias == (family["family"] == "Qwen2")
+
+
+LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("mode", ["linear", "ntk", "yarn", "yarn_revised", "llama3"])
+def test_a_scaled_model_is_stretched_further(make_llama, tiny_tokenizer, tmp_path, mode):
+    """Llama 3.1 and its 8 x, then 4 x more: each pair is slowed by both, and stock loaders compute the same."""
+    folder, base = make_llama(max_position_embeddings=512, rope_parameters=LLAMA31 | {"rope_theta": 5e5})
+    model = weights.load(folder)
+    model.config = weights.extend(model.config, mode, 2048)
+    assert model.config.max_position_embeddings == 2048 and model.config.original_window == 64
+
+    def slowed_by(scaling):
+        return rope.rope_frequencies(16, 5e5)[0] / rope.rope_frequencies(16, 5e5, scaling)[0]
+
+    if mode == "llama3":  # the same mode: one stretch of the first window by 32
+        expected = slowed_by(LLAMA31 | {"factor": 32.0})
+    else:
+        expected = slowed_by(LLAMA31) * slowed_by({"rope_type": mode, "factor": 4.0, "original_max_position_embeddings": 512})
+    torch.testing.assert_close(slowed_by(model.config.rope_scaling), expected, rtol=1e-12, atol=0)
+    assert expected[-1] == pytest.approx(32)  # the slowest pair: 8 times 4
+    weights.save(model, tiny_tokenizer, tmp_path / "out")
+    for positions in (NEAR, FAR):
+        assert_same(stock(tmp_path / "out", positions), ours(model, positions))
+    assert (stock(tmp_path / "out", FAR) - stock(base, FAR)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("mode", ["linear", "yarn"])
+def test_two_stretches_of_one_mode_are_one(make_llama, mode):
+    config = weights.load(make_llama()[0]).config
+    twice = weights.extend(weights.extend(config, mode, 256), mode, 1024)
+    assert twice == weights.extend(config, mode, 1024)
 
 
 @pytest.mark.parametrize("shape", [{"tie_word_embeddings": True}, {"num_key_value_heads": 4}, {"head_dim": 32}], ids=str)
