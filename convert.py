@@ -1,6 +1,6 @@
-"""Other layouts of checkpoints -> the safetensors folders that weights.py reads: pickled .bin files, GGUF, the built-in SmolLM2.
+"""Other layouts of checkpoints -> the safetensors folders that weights.py reads: pickled .bin files, Meta's .pth, GGUF, the built-in SmolLM2.
 
-    python weights.py convert SOURCE DEST
+    python weights.py convert SOURCE DEST [--window TOKENS]
 
 A pickle is read through torch.load(weights_only=True) alone: code in one is refused, not run. DEST appears when it is whole.
 """
@@ -23,43 +23,58 @@ from errors import UserError
 from model import Config, Transformer
 
 
-def convert(source, dest):
-    """Write the checkpoint `source` (a Hugging Face folder with .bin weights, or a .gguf file) as a safetensors folder `dest`."""
+def convert(source, dest, window=None):
+    """Write the checkpoint `source` as a safetensors folder `dest`: a Hugging Face folder with .bin weights, a folder of Meta's
+    consolidated.*.pth (window: its tokens, which that layout does not record), or a .gguf file. UserError leaves nothing behind."""
     source, dest = Path(source), Path(dest)
     if dest.exists():
         raise UserError(f"{dest} exists already; name a new folder")
-    if source.is_file() and source.suffix == ".gguf":
+    meta = source.is_dir() and (source / "params.json").is_file()
+    if window is not None and not meta:
+        raise UserError(f"--window: {source} records its window itself; leave it out")
+    if meta:
+        convert_meta(source, dest, window)
+    elif source.is_file() and source.suffix == ".gguf":
         convert_gguf(source, dest)
     elif source.is_dir() and any(source.glob("pytorch_model*.bin")):
         convert_bin(source, dest)
     else:
-        raise UserError(f"{source}: neither a .gguf file nor a folder with pytorch_model*.bin; nothing to convert")
+        raise UserError(f"{source}: no pytorch_model*.bin, no params.json, no .gguf file; nothing to convert")
 
 
 def convert_bin(source, dest):
     """pytorch_model.bin, or its shards by their index, one at a time: memory stays near one shard. dtypes stay as they are."""
     config = weights.read_config(source)  # an architecture that is not known is refused before a weight is read
     index = source / "pytorch_model.bin.index.json"
-    files = weights.read_index(index) if index.is_file() else {source / "pytorch_model.bin": None}
+    files = list(weights.read_index(index)) if index.is_file() else [source / "pytorch_model.bin"]
     if absent := [path for path in files if not path.is_file()]:
         raise UserError(f"{absent[0]}: missing; copy the checkpoint again")
+
+    def shards():
+        for path in files:
+            yield {key: t.contiguous().clone() for key, t in _read_pickle(path).items() if not weights.recomputed(key, config)}
+
+    others = {name: (source / name).read_bytes() for name in ("config.json", *tokenizers.FILES) if (source / name).is_file()}
+    _write(dest, shards(), len(files), others)
+
+
+def _write(dest, shards, count, others):
+    """A folder of `count` safetensors files, an index and the `others` {name: bytes}; checked, then renamed to dest."""
     aside = dest.with_name(dest.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         weight_map, size = {}, 0
-        for i, path in enumerate(tqdm(files, desc="converting", unit="file", disable=None), 1):
-            name = f"model-{i:05}-of-{len(files):05}.safetensors"
-            tensors = {key: t.contiguous().clone() for key, t in _read_pickle(path).items() if not weights.recomputed(key, config)}
+        for i, tensors in enumerate(tqdm(shards, total=count, desc="converting", unit="file", disable=None), 1):
+            name = f"model-{i:05}-of-{count:05}.safetensors"
             weights.save_tensors(tensors, aside / name)
             weight_map |= dict.fromkeys(tensors, name)
             size += sum(t.nbytes for t in tensors.values())
-            del tensors
+            tensors.clear()  # before the next shard is read
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        for name in ("config.json", *tokenizers.FILES):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, aside / name)
+        for name, content in others.items():
+            (aside / name).write_bytes(content)
         weights.check(aside)
         aside.rename(dest)
     except BaseException:
@@ -69,15 +84,106 @@ def convert_bin(source, dest):
 
 def _read_pickle(path):
     """{name: tensor} of a file that torch.save wrote, on the CPU."""
+    with open(path, "rb") as f:
+        zipped = f.read(2) == b"PK"  # what torch.save writes since 1.6; only that can be mapped
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: holds more than weights (code, or unknown objects); it is not opened, do not use it") from None
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise UserError(f"{path}: truncated or damaged ({type(error).__name__}); copy it again") from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"{path}: not a dictionary of tensors; is this the weights file of a Hugging Face folder?")
     return state
+
+
+# ---------------------------------------------------------------- Meta's layout of LLaMA 1 and 2
+
+META_NAMES = {
+    "attn_norm": "attention_norm", "q": "attention.wq", "k": "attention.wk", "v": "attention.wv", "o": "attention.wo",
+    "mlp_norm": "ffn_norm", "gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2",
+    "embed": "tok_embeddings", "norm": "norm", "head": "output",
+}  # fmt: skip
+
+
+def convert_meta(source, dest, window):
+    """params.json and consolidated.00.pth … : every file holds one rank's part of each weight. The files are mapped, not read whole."""
+    if window is None or window < 1:
+        raise UserError(f"{source}: Meta's params.json does not say the window; add --window 2048 (LLaMA 1) or --window 4096 (LLaMA 2)")
+    try:
+        params = dict(json.loads((source / "params.json").read_text()))
+        dim, heads = params["dim"], params["n_heads"]
+        head_dim = dim // heads
+    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{source / 'params.json'}: not readable ({error!r}); copy it again") from None
+    if params.get("use_scaled_rope") or params.get("moe"):
+        raise UserError(f"{source / 'params.json'}: newer than LLaMA 2; take this model's Hugging Face folder instead")
+    vocabulary = next((path for path in (source / "tokenizer.model", source.parent / "tokenizer.model") if path.is_file()), None)
+    if vocabulary is None:
+        raise UserError(f"{source}: no tokenizer.model here or one folder up; copy it there")
+    paths = sorted(source.glob("consolidated.*.pth"))
+    if not paths:
+        raise UserError(f"{source}: no consolidated.*.pth; copy the checkpoint again")
+    ranks = [_read_pickle(path) for path in paths]
+
+    def parts(name):
+        if absent := [path for path, rank in zip(paths, ranks) if name not in rank]:
+            raise UserError(f"{absent[0]}: {name} is missing; the files are not of one model, or one is damaged")
+        return [rank[name] for rank in ranks]
+
+    embedding = parts("tok_embeddings.weight")
+    rows, columns = embedding[0].shape
+    config = Config(
+        vocab_size=rows if columns * len(ranks) == dim else rows * len(ranks),  # LLaMA splits the table by columns, others by rows
+        hidden_dim=dim,
+        intermediate_dim=sum(len(part) for part in parts("layers.0.feed_forward.w1.weight")),
+        n_layers=params.get("n_layers", 0),
+        n_heads=heads,
+        n_kv_heads=params.get("n_kv_heads") or heads,
+        head_dim=head_dim,
+        max_position_embeddings=window,
+        norm_eps=params.get("norm_eps", 1e-5),
+        rope_theta=params.get("rope_theta", 10000.0),
+        bos_token_id=1,
+        eos_token_id=2,
+        dtype=str(embedding[0].dtype).removeprefix("torch."),
+    )
+    with torch.device("meta"):
+        wanted = {name: p.shape for name, p in Transformer(config).state_dict().items()}
+
+    def read(name):
+        *block, module, kind = name.split(".")
+        theirs = f"{META_NAMES[module]}.{kind}"
+        theirs = f"layers.{block[1]}.{theirs}" if block else theirs
+        pieces = parts(theirs)
+        shapes = [tuple(pieces[0].shape)]  # of the whole weight, if every rank holds it, or if they split dimension 0, or 1
+        for dim in range(pieces[0].dim()):
+            shapes.append(tuple(sum(p.shape[d] for p in pieces) if d == dim else n for d, n in enumerate(shapes[0])))
+        if tuple(wanted[name]) not in shapes or len({p.shape for p in pieces}) > 1:
+            told = f"{len(pieces)} file(s) with {shapes[0]} of {theirs} do not make {tuple(wanted[name])}"
+            raise UserError(f"{source}: {told}, which params.json asks for; is a consolidated.*.pth missing?")
+        found = shapes.index(tuple(wanted[name]))
+        w = torch.cat(pieces, found - 1) if found else pieces[0].clone()
+        return _half_split(w, head_dim) if module in ("q", "k") else w
+
+    groups, size = [[]], 0
+    for name, shape in wanted.items():
+        if size > weights.SHARD_BYTES:
+            groups, size = [*groups, []], 0
+        groups[-1].append(name)
+        size += shape.numel() * embedding[0].itemsize
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    others = {
+        "config.json": json.dumps(weights.hf_config(config), indent=2).encode(),
+        "tokenizer.model": vocabulary.read_bytes(),
+        "tokenizer_config.json": json.dumps(settings | {"legacy": False}).encode(),
+    }
+    _write(dest, ({weights.hf_name(name): read(name) for name in group} for group in groups), len(groups), others)
+
+
+def _half_split(w, head_dim):
+    """Rows of q or k from interleaved pairs (x[2j], x[2j + 1]) to our (x[j], x[j + D/2])."""
+    return w.view(-1, head_dim // 2, 2, w.shape[-1]).transpose(1, 2).reshape(w.shape)
 
 
 # ---------------------------------------------------------------- GGUF and the built-in SmolLM2
@@ -143,7 +249,7 @@ def convert_gguf(source, dest):
         tensor = tensors[theirs]
         w = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
         if module in ("q", "k"):  # GGUF keeps the two halves of each head interleaved
-            w = w.view(-1, config.head_dim // 2, 2, hidden).transpose(1, 2).reshape(-1, hidden)
+            w = _half_split(w, config.head_dim)
         return w.to(torch.bfloat16)
 
     state = {name: read(name) for name in model.state_dict() if not (config.tie_embeddings and name == "head.weight")}

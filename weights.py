@@ -1,7 +1,7 @@
 """Hugging Face checkpoint folders <-> model.py: configs, names of weights, safetensors in and out.
 
     python weights.py show PATH                # family, sizes, window, scaling; what is wrong, if something is
-    python weights.py convert SOURCE DEST      # .bin or GGUF -> a safetensors folder (convert.py)
+    python weights.py convert SOURCE DEST      # .bin, .pth or GGUF -> a safetensors folder (convert.py)
 
 Notable choices:
 - A folder is checked whole (config, every name, every shape) before a weight is read.
@@ -440,15 +440,16 @@ def main():
     commands = p.add_subparsers(dest="command", required=True)
     command = commands.add_parser("show", help="family, sizes, window, scaling; what is wrong, if something is")
     command.add_argument("path", help="a Hugging Face folder or a built-in name")
-    command = commands.add_parser("convert", help=".bin weights or a .gguf file -> a safetensors folder")
-    command.add_argument("source", type=Path, help="a Hugging Face folder with pytorch_model*.bin, or a .gguf file")
+    command = commands.add_parser("convert", help=".bin or .pth weights or a .gguf file -> a safetensors folder")
+    command.add_argument("source", type=Path, help="a folder with pytorch_model*.bin, one with Meta's consolidated.*.pth, or a .gguf file")
     command.add_argument("dest", type=Path, help="a new folder")
+    command.add_argument("--window", type=int, metavar="TOKENS", help="of Meta's layout, which does not record it")
     args = p.parse_args()
     if args.command == "show":
         return show(args.path)
     import convert  # which imports this file
 
-    convert.convert(args.source, args.dest)
+    convert.convert(args.source, args.dest, args.window)
     show(args.dest)
 
 

@@ -116,6 +116,83 @@ def test_what_cannot_be_converted_leaves_nothing(make_bin, tmp_path, how):
     assert sorted(tmp_path.iterdir()) == before  # no folder, whole or partial, and the trap did not spring
 
 
+@pytest.fixture
+def make_meta(make_llama, tmp_path):
+    """make_meta(ranks, **config) -> a folder laid out like Meta's LLaMA downloads, and transformers' model of the same weights."""
+
+    def make(ranks=2, **changes):
+        _, model = make_llama(vocab_size=2048, **changes)
+        c = model.config
+        names = {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "embed_tokens": "tok_embeddings", "lm_head": "output"}
+        names |= {f"self_attn.{x}_proj": f"attention.w{x}" for x in "qkvo"}
+        names |= {"mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}
+        files = [{"rope.freqs": torch.ones(8)} for _ in range(ranks)]
+        for name, w in model.state_dict().items():
+            if "q_proj" in name or "k_proj" in name:  # row 2j of a head is row j here, row 2j + 1 is row j + D/2
+                heads, half = w.shape[0] // c.head_dim, c.head_dim // 2
+                rows = [h * c.head_dim + j + half * odd for h in range(heads) for j in range(half) for odd in (0, 1)]
+                w = w[rows]
+            name = name.removeprefix("model.")
+            for theirs, meta in names.items():
+                name = name.replace(theirs, meta)
+            split = 1 if any(x in name for x in ("tok_embeddings", "wo", "w2")) else 0
+            parts = [w] * ranks if w.dim() == 1 else w.chunk(ranks, split)
+            for file, part in zip(files, parts):
+                file[name] = part.clone()
+        folder = tmp_path / "meta"
+        folder.mkdir()
+        for i, file in enumerate(files):
+            torch.save(file, folder / f"consolidated.{i:02}.pth")
+        params = {"dim": 64, "n_layers": 2, "n_heads": 4, "multiple_of": 32, "norm_eps": 1e-5, "vocab_size": -1}
+        params |= {"n_kv_heads": c.num_key_value_heads} if c.num_key_value_heads != 4 else {}
+        (folder / "params.json").write_text(json.dumps(params))
+        shutil.copy(TINY / "tokenizer.model", tmp_path)  # one folder up, as in the downloads
+        return folder, model
+
+    return make
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_metas_layout(make_meta, tmp_path, monkeypatch, ranks, kv_heads):
+    monkeypatch.setattr(weights, "SHARD_BYTES", 200_000)
+    folder, theirs = make_meta(ranks, num_key_value_heads=kv_heads)
+    convert.convert(folder, tmp_path / "out", window=64)
+    with torch.no_grad():
+        torch.testing.assert_close(weights.load(tmp_path / "out")(TOKENS), theirs(TOKENS).logits, rtol=0, atol=1e-4)
+        assert torch.equal(type(theirs).from_pretrained(tmp_path / "out")(TOKENS).logits, theirs(TOKENS).logits)
+    config = weights.read_config(tmp_path / "out")
+    assert config.max_position_embeddings == 64 and weights.load_tokenizer(tmp_path / "out", config).bos_id == 1
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+
+META_SPOILT = {
+    "no window": "--window", "rank": "missing", "params": "params.json", "layers": "missing", "truncated": "copy it again",
+    "tokenizer": "tokenizer.model",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", META_SPOILT)
+def test_metas_layout_spoilt(make_meta, tmp_path, how):
+    folder, _ = make_meta(2)
+    params = json.loads((folder / "params.json").read_text())
+    if how == "rank":
+        (folder / "consolidated.01.pth").unlink()
+    elif how == "params":
+        (folder / "params.json").write_text("{")
+    elif how == "layers":
+        (folder / "params.json").write_text(json.dumps(params | {"n_layers": 3}))
+    elif how == "truncated":
+        file = folder / "consolidated.00.pth"
+        file.write_bytes(file.read_bytes()[:5000])
+    elif how == "tokenizer":
+        (tmp_path / "tokenizer.model").unlink()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=META_SPOILT[how]) as refusal:
+        convert.convert(folder, tmp_path / "out", None if how == "no window" else 64)
+    assert "\n" not in str(refusal.value) and sorted(tmp_path.iterdir()) == before
+
+
 def command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["weights.py", *map(str, arguments)])
     weights.main()
