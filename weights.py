@@ -131,7 +131,7 @@ def read_config(folder):
         refuse(f"{kind!r} uses ALiBi, not RoPE")
     if kind in ("gpt2", "opt", "gpt_bigcode", "gpt_neo", "bert"):
         refuse(f"{kind!r} uses learned positions, not RoPE")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         refuse(f"model_type {kind!r} is not known")
     if c.get("attention_bias") or c.get("mlp_bias"):
         refuse(f"biases in attention or MLP are not known for {kind}")

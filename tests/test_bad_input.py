@@ -144,6 +144,7 @@ def test_config_without_a_key(refused, model, key):
         ({"position_embedding_type": "alibi"}, ["ALiBi"]),
         ({"model_type": "mamba2"}, ["mamba2"]),
         ({"model_type": None}, ["model_type"]),
+        ({"model_type": ["llama"]}, ["model_type"]),
         ({"attention_bias": True}, ["bias"]),
         ({"hidden_act": "gelu"}, ["gelu"]),
         ({"model_type": "mistral", "sliding_window": 32}, ["mistral", "sliding_window 32"]),
