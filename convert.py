@@ -7,7 +7,6 @@ A pickle is read through torch.load(weights_only=True) alone: code in one is ref
 import hashlib
 import json
 import pickle
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -60,10 +59,7 @@ def convert_bin(source, dest):
 
 def _write(dest, shards, count, others):
     """A folder of `count` safetensors files, an index and the `others` {name: bytes}; checked, then renamed to dest."""
-    aside = dest.with_name(dest.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with weights.new_folder(dest) as aside:
         weight_map, size = {}, 0
         for i, tensors in enumerate(tqdm(shards, total=count, desc="converting", unit="file", disable=None), 1):
             name = f"model-{i:05}-of-{count:05}.safetensors"
@@ -71,15 +67,10 @@ def _write(dest, shards, count, others):
             weight_map |= dict.fromkeys(tensors, name)
             size += sum(t.nbytes for t in tensors.values())
             tensors.clear()  # before the next shard is read
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        weights.save_index(aside, weight_map, size)
         for name, content in others.items():
             (aside / name).write_bytes(content)
         weights.check(aside)
-        aside.rename(dest)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
 def _read_pickle(path):
@@ -166,12 +157,7 @@ def convert_meta(source, dest, window):
         w = torch.cat(pieces, found - 1) if found else pieces[0].clone()
         return _half_split(w, head_dim) if module in ("q", "k") else w
 
-    groups, size = [[]], 0
-    for name, shape in wanted.items():
-        if size > weights.SHARD_BYTES:
-            groups, size = [*groups, []], 0
-        groups[-1].append(name)
-        size += shape.numel() * embedding[0].itemsize
+    groups = weights.split_by_size({name: shape.numel() * embedding[0].itemsize for name, shape in wanted.items()})
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
     others = {
         "config.json": json.dumps(weights.hf_config(config), indent=2).encode(),

@@ -32,12 +32,15 @@ class Config:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # Hugging Face's terms, see rope.py
-    qkv_bias: bool = False  # Qwen2
     tie_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     dtype: str = "float32"  # of the weights on disk
     model_type: str = "llama"  # Hugging Face's name of the family
+
+    @property
+    def qkv_bias(self):
+        return self.model_type == "qwen2"
 
     @property
     def original_window(self):

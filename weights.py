@@ -10,6 +10,7 @@ Notable choices:
 - A folder is written aside and renamed: a full disk or a kill leaves the earlier one whole.
 """
 import argparse
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -172,7 +173,6 @@ def read_config(folder):
             norm_eps=float(c.get("rms_norm_eps", 1e-6)),
             rope_theta=float(theta),
             rope_scaling=None if mode == "default" else scaling,
-            qkv_bias=kind == "qwen2",
             tie_embeddings=c.get("tie_word_embeddings", False),
             bos_token_id=c.get("bos_token_id"),
             eos_token_id=c.get("eos_token_id"),
@@ -276,21 +276,12 @@ def save(model, tokenizer, path):
     if config.tie_embeddings:
         del state["lm_head.weight"]
     dtype = getattr(torch, config.dtype)
-    shards, size = [[]], 0
-    for name, p in state.items():
-        if size + p.numel() * dtype.itemsize > SHARD_BYTES and shards[-1]:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += p.numel() * dtype.itemsize
+    sizes = {name: p.numel() * dtype.itemsize for name, p in state.items()}
+    shards = split_by_size(sizes)
     names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
 
     writes = not dist.is_initialized() or dist.get_rank() == 0
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        if writes:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+    with new_folder(path) if writes else contextlib.nullcontext() as aside:
         for file, shard in zip(names, shards):
             tensors = {}
             for name in shard:
@@ -302,18 +293,42 @@ def save(model, tokenizer, path):
                 save_tensors(tensors, aside / file)
         if writes:
             if len(shards) > 1:
-                weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
-                total = sum(p.numel() * dtype.itemsize for p in state.values())
-                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+                save_index(aside, {name: file for file, shard in zip(names, shards) for name in shard}, sum(sizes.values()))
             (aside / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n")
             for name, content in tokenizer.files.items():
                 (aside / name).write_bytes(content)
-            replace_folder(aside, path)
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """An empty folder beside `path` to write into; renamed to it at the end, removed after an error."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        replace_folder(aside, path)
     except BaseException:
-        if writes:
-            shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def split_by_size(sizes):
+    """{name: bytes} -> lists of names, each of at most SHARD_BYTES unless one weight alone is larger."""
+    shards, size = [[]], 0
+    for name, more in sizes.items():
+        if size + more > SHARD_BYTES and shards[-1]:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += more
+    return shards
+
+
+def save_index(folder, weight_map, total_size):
+    """model.safetensors.index.json. weight_map: {name of a weight: its file}; total_size: bytes of all weights."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def replace_folder(new, old):
