@@ -32,7 +32,7 @@ from errors import UserError
 PAPER = {"steps": 1000, "batch_size": 64, "lr": 2e-5, "warmup_steps": 10, "windows": 16, "rope": "yarn", "headroom": 1}
 RECIPES = {
     "tiny": PAPER | {"steps": 100, "batch_size": 32, "lr": 2e-4, "windows": 8, "headroom": 2, "beta_fast": 8},
-    "smollm2-135m": PAPER | {"steps": 200, "batch_size": 16, "lr": 1e-4, "rope": "ntk", "headroom": 2},
+    "smollm2-135m": PAPER | {"steps": 200, "batch_size": 16, "lr": 5e-5, "rope": "ntk", "headroom": 2},
 }
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16, for MFU
@@ -53,7 +53,7 @@ def parse_arguments():
     p.add_argument("--steps", type=int, help="optimizer steps; 0: the untrained model, interpolated (default: 1000; tiny 100, smollm2-135m 200)")
     p.add_argument("--batch_size", type=int, help="examples in a step, over all processes (default: 64; tiny 32, smollm2-135m 16)")
     p.add_argument("--micro_batch_size", type=int, help="examples in one forward pass of a process (default: about 32,768 tokens)")
-    p.add_argument("--lr", type=float, help="peak of AdamW's learning rate (default: 2e-5; tiny 2e-4, smollm2-135m 1e-4)")
+    p.add_argument("--lr", type=float, help="peak of AdamW's learning rate (default: 2e-5; tiny 2e-4, smollm2-135m 5e-5)")
     p.add_argument("--warmup_steps", type=int, help="linear warm-up; then linear decay to 0 (default: 10)")
     p.add_argument("--seed", type=int, default=0, help="default: 0")
     p.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="a new folder for this run (default: out)")
