@@ -103,7 +103,7 @@ def convert_meta(source, dest, window):
         raise UserError(f"{source}: Meta's params.json does not say the window; add --window 2048 (LLaMA 1) or --window 4096 (LLaMA 2)")
     try:
         params = dict(json.loads((source / "params.json").read_text()))
-        dim, heads = params["dim"], params["n_heads"]
+        dim, heads, n_layers = (int(params[key]) for key in ("dim", "n_heads", "n_layers"))
         head_dim = dim // heads
     except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise UserError(f"{source / 'params.json'}: not readable ({error!r}); copy it again") from None
@@ -128,7 +128,7 @@ def convert_meta(source, dest, window):
         vocab_size=rows if columns * len(ranks) == dim else rows * len(ranks),  # LLaMA splits the table by columns, others by rows
         hidden_dim=dim,
         intermediate_dim=sum(len(part) for part in parts("layers.0.feed_forward.w1.weight")),
-        n_layers=params.get("n_layers", 0),
+        n_layers=n_layers,
         n_heads=heads,
         n_kv_heads=params.get("n_kv_heads") or heads,
         head_dim=head_dim,
@@ -142,10 +142,18 @@ def convert_meta(source, dest, window):
     with torch.device("meta"):
         wanted = {name: p.shape for name, p in Transformer(config).state_dict().items()}
 
-    def read(name):
+    def meta_name(name):
         *block, module, kind = name.split(".")
-        theirs = f"{META_NAMES[module]}.{kind}"
-        theirs = f"layers.{block[1]}.{theirs}" if block else theirs
+        return f"{f'layers.{block[1]}.' if block else ''}{META_NAMES[module]}.{kind}"
+
+    theirs = {meta_name(name) for name in wanted}
+    for path, rank in zip(paths, ranks):
+        if extra := sorted(name for name in rank if name not in theirs and not name.endswith("rope.freqs")):  # those are recomputed
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            raise UserError(f"{path}: {extra[0]}{more} is not part of the model that params.json describes ({n_layers} layers); copy it again")
+
+    def read(name):
+        theirs, module = meta_name(name), name.split(".")[-2]
         pieces = parts(theirs)
         shapes = [tuple(pieces[0].shape)]  # of the whole weight, if every rank holds it, or if they split dimension 0, or 1
         for dim in range(pieces[0].dim()):

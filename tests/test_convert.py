@@ -126,7 +126,7 @@ def make_meta(make_llama, tmp_path):
         names = {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "embed_tokens": "tok_embeddings", "lm_head": "output"}
         names |= {f"self_attn.{x}_proj": f"attention.w{x}" for x in "qkvo"}
         names |= {"mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}
-        files = [{"rope.freqs": torch.ones(8)} for _ in range(ranks)]
+        files = [{"rope.freqs": torch.ones(8), "layers.0.attention.inner_attention.rope.freqs": torch.ones(8)} for _ in range(ranks)]
         for name, w in model.state_dict().items():
             if "q_proj" in name or "k_proj" in name:  # row 2j of a head is row j here, row 2j + 1 is row j + D/2
                 heads, half = w.shape[0] // c.head_dim, c.head_dim // 2
@@ -168,7 +168,8 @@ def test_metas_layout(make_meta, tmp_path, monkeypatch, ranks, kv_heads):
 
 META_SPOILT = {
     "no window": "--window", "rank": "missing", "params": "params.json", "layers": "missing", "truncated": "copy it again",
-    "tokenizer": "tokenizer.model",
+    "tokenizer": "tokenizer.model", "no n_layers": "n_layers", "fewer layers": "layers.1.attention.wk.weight and 8 more",
+    "an extra weight": "layers.0.attention.gate",
 }  # fmt: skip
 
 
@@ -182,6 +183,12 @@ def test_metas_layout_spoilt(make_meta, tmp_path, how):
         (folder / "params.json").write_text("{")
     elif how == "layers":
         (folder / "params.json").write_text(json.dumps(params | {"n_layers": 3}))
+    elif how == "no n_layers":
+        (folder / "params.json").write_text(json.dumps({key: value for key, value in params.items() if key != "n_layers"}))
+    elif how == "fewer layers":
+        (folder / "params.json").write_text(json.dumps(params | {"n_layers": 1}))
+    elif how == "an extra weight":
+        torch.save(torch.load(folder / "consolidated.01.pth") | {"layers.0.attention.gate": torch.ones(4)}, folder / "consolidated.01.pth")
     elif how == "truncated":
         file = folder / "consolidated.00.pth"
         file.write_bytes(file.read_bytes()[:5000])
