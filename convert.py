@@ -207,47 +207,108 @@ def fetch_smollm2():
     return folder
 
 
+GGUF_KEYS = (
+    "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.freq_base",
+    "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+    "tensor_data_layout",
+)  # fmt: skip
+
+
 def convert_gguf(source, dest):
-    """Write a GGUF file of a llama model as a Hugging Face folder in bfloat16. Any quantisation that the gguf package reads; of
-    tokenizers, the ones that tokenizer.from_gguf rebuilds."""
+    """A GGUF file of architecture llama (which Mistral's have too) or qwen2, quantised or not; of tokenizers, the ones that
+    tokenizer.from_gguf rebuilds. dtypes: float32 and float16 stay, everything else becomes bfloat16. The file is mapped, not read whole."""
     import gguf  # needed here alone
 
-    reader = gguf.GGUFReader(source)
-    meta = {key: field.contents() for key, field in reader.fields.items()}
-    if meta["general.architecture"] != "llama":
-        raise UserError(f"{source}: architecture {meta['general.architecture']!r} is not known; this code reads llama")
+    try:
+        reader = gguf.GGUFReader(source)
+        meta = {key: field.contents() for key, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(f"{source}: truncated, or not GGUF ({error}); copy it again") from None
     tensors = {t.name: t for t in reader.tensors}
-    hidden, heads = meta["llama.embedding_length"], meta["llama.attention.head_count"]
+    kind = meta.get("general.architecture")
+    if kind not in ("llama", "qwen2"):
+        raise UserError(f"{source}: architecture {kind!r} is not known; this code reads llama and qwen2")
+    known = {f"{kind}.{key}" for key in GGUF_KEYS}
+    if strange := sorted(key for key, value in meta.items() if key.startswith(f"{kind}.") and key not in known and value):
+        raise UserError(f"{source}: {strange[0]} {meta[strange[0]]} is not known; this code would compute another model without it")
+
+    def need(key, default=None):
+        value = meta.get(f"{kind}.{key}", default)
+        if type(value) not in (int, float) or not value > 0:
+            raise UserError(f"{source}: {kind}.{key} is {value!r}, not a positive number; convert the model to GGUF again")
+        return value
+
+    hidden, heads = need("embedding_length"), need("attention.head_count")
+    head_dim = need("attention.key_length", hidden // heads)
+    if {need("attention.value_length", head_dim), need("rope.dimension_count", head_dim)} != {head_dim}:
+        raise UserError(f"{source}: values or rotated dimensions of another size than keys ({head_dim}) are not known")
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{source}: tensor token_embd.weight is missing; copy it again, or convert the model to GGUF again")
+    embedding = tensors["token_embd.weight"]
     config = Config(
-        vocab_size=meta["llama.vocab_size"],
+        vocab_size=int(embedding.shape[-1]),
         hidden_dim=hidden,
-        intermediate_dim=meta["llama.feed_forward_length"],
-        n_layers=meta["llama.block_count"],
+        intermediate_dim=need("feed_forward_length"),
+        n_layers=need("block_count"),
         n_heads=heads,
-        n_kv_heads=meta["llama.attention.head_count_kv"],
-        head_dim=hidden // heads,
-        max_position_embeddings=meta["llama.context_length"],
-        norm_eps=round(meta["llama.attention.layer_norm_rms_epsilon"], 10),  # stored as float32
-        rope_theta=meta["llama.rope.freq_base"],
+        n_kv_heads=need("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_position_embeddings=need("context_length"),
+        norm_eps=round(need("attention.layer_norm_rms_epsilon"), 10),  # stored as float32
+        rope_theta=need("rope.freq_base", 10000.0),
+        rope_scaling=_gguf_scaling(source, meta, tensors.pop("rope_freqs.weight", None)),
         tie_embeddings="output.weight" not in tensors,
-        bos_token_id=meta["tokenizer.ggml.bos_token_id"],
-        eos_token_id=meta["tokenizer.ggml.eos_token_id"],
-        dtype="bfloat16",
+        bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=meta.get("tokenizer.ggml.eos_token_id"),
+        dtype={"F32": "float32", "F16": "float16"}.get(embedding.tensor_type.name, "bfloat16"),
+        model_type=kind,
     )
     with torch.device("meta"):
         model = Transformer(config)
+    wanted = {}  # our name -> the tensor
+    for name, p in model.state_dict().items():
+        *block, module, part = name.split(".")
+        theirs = f"blk.{block[1]}.{weights.BLOCK_NAMES[module][1]}.{part}" if block else f"{weights.OUTER_NAMES[module][1]}.{part}"
+        if config.tie_embeddings and name == "head.weight":
+            continue
+        if theirs not in tensors:
+            raise UserError(f"{source}: tensor {theirs} is missing; copy it again, or convert the model to GGUF again")
+        wanted[name] = tensors.pop(theirs)
+        if (shape := tuple(int(n) for n in wanted[name].shape[::-1])) != tuple(p.shape):
+            raise UserError(f"{source}: tensor {theirs} has shape {shape}, its metadata say {tuple(p.shape)}; convert the model to GGUF again")
+    if tensors:
+        raise UserError(f"{source}: tensor {min(tensors)} is not part of a {kind} model that this code knows ({len(tensors)} such)")
+    tokenizer = tokenizers.from_gguf(meta)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; convert it again")
 
     def read(name):
-        *block, module, kind = name.split(".")
-        theirs = f"blk.{block[1]}.{weights.BLOCK_NAMES[module][1]}.{kind}" if block else f"{weights.OUTER_NAMES[module][1]}.{kind}"
-        tensor = tensors[theirs]
-        w = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        if module in ("q", "k"):  # GGUF keeps the two halves of each head interleaved
-            w = _half_split(w, config.head_dim)
-        return w.to(torch.bfloat16)
+        tensor = wanted[name]
+        try:
+            w = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).to(getattr(torch, config.dtype))
+        except NotImplementedError:
+            raise UserError(f"{source}: quantisation {tensor.tensor_type.name} of {tensor.name} is not known; take a Q8_0 or F16 file") from None
+        if kind == "llama" and name.split(".")[-2] in ("q", "k"):  # a llama file keeps the two halves of each head interleaved
+            w = _half_split(w, head_dim)
+        return w
 
-    state = {name: read(name) for name in model.state_dict() if not (config.tie_embeddings and name == "head.weight")}
-    model.load_state_dict(state, strict=False, assign=True)
-    if config.tie_embeddings:
-        model.head.weight = model.embed.weight
-    weights.save(model, tokenizers.from_gguf(meta), dest)
+    size = getattr(torch, config.dtype).itemsize
+    groups = weights.split_by_size({name: int(tensor.n_elements) * size for name, tensor in wanted.items()})
+    others = tokenizer.files | {"config.json": json.dumps(weights.hf_config(config), indent=2).encode()}
+    _write(dest, ({weights.hf_name(name): read(name) for name in group} for group in groups), len(groups), others)
+
+
+def _gguf_scaling(source, meta, factors):
+    """rope_scaling of a GGUF file. factors: its rope_freqs.weight or None, what Llama 3.1's scaling divides the frequency of each pair by."""
+    kind = meta["general.architecture"]
+    mode, factor = meta.get(f"{kind}.rope.scaling.type", "none"), meta.get(f"{kind}.rope.scaling.factor")
+    window = meta.get(f"{kind}.rope.scaling.original_context_length") or meta.get(f"{kind}.context_length")
+    if mode not in ("none", "linear", "yarn") or (mode != "none" and (factor is None or factors is not None)):
+        other = "" if factors is None else " beside rope_freqs.weight"
+        raise UserError(f"{source}: {kind}.rope.scaling.type {mode!r} with factor {factor}{other} is not known; this code reads linear and yarn")
+    if factors is not None:
+        factors = factors.data.tolist()
+        both = {"short_factor": factors, "long_factor": factors, "attention_factor": 1.0}
+        return {"rope_type": "longrope", "original_max_position_embeddings": window} | both
+    return None if mode == "none" else {"rope_type": mode, "factor": factor, "original_max_position_embeddings": window}

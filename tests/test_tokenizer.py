@@ -1,13 +1,14 @@
 """Both kinds of tokenizer give the ids of transformers, and the text back."""
 import json
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.tokenization_utils_base import generate_merges
 
 import tokenizer
@@ -223,6 +224,158 @@ def test_no_tokenizer(tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
-def test_gguf_tokenizer_that_is_not_known():
-    with pytest.raises(UserError, match="'llama'.*'default'"):
-        tokenizer.from_gguf({"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"})
+# ---------------------------------------------------------------- rebuilt from a GGUF file
+
+# Every family's own cut of text, as its published tokenizer.json has it (Llama 3, Qwen2) or its class (GPT-2: ByteLevel's own).
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CORPUS = [
+    "The cat's mat, the dog's mat; we're 12 345 67890. I'LL say: naïve café", "def f(x):\n    return  x\r\n\n\t# 123 456 789\n" * 2,
+    "你好，世界 مرحبا 안녕 😀👩\u200d👧 1234567", "word   word    word \n \n  end.", "<|im_start|>user\nHello<|im_end|>",
+]  # fmt: skip
+HARDER = AWKWARD[:-1] + SPACES + CORPUS + [
+    "I'M IT'S we'Ll", "1234 12 ١٢٣ ½ ²", "...\n\n!!\r\n", "a\u00a0b\u2003c", "e\u0301 \u00e9 \u1100\u1161\u11a8 각", "ꦗꦮ 𐍈 \U0001f468\u200d\U0001f469",
+]  # fmt: skip
+
+
+def train(vocab_size, special, pre_tokenizer=None):
+    """(vocabulary, merges) of a byte-level BPE trained on CORPUS, special tokens last as in Llama 3 and Qwen2."""
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(CORPUS * 3, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False))
+    model = json.loads(bpe.to_str())["model"]
+    return model["vocab"] | {token: len(model["vocab"]) + i for i, token in enumerate(special)}, [tuple(m) for m in model["merges"]]
+
+
+def gguf_metadata(vocab, merges, pre, types, **more):
+    tokens = sorted(vocab, key=vocab.get)
+    known = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": [types.get(t, 1) for t in tokens]}
+    known["merges"] = [" ".join(m) for m in merges]
+    return {f"tokenizer.ggml.{key}": value for key, value in (known | more).items()}
+
+
+def whole(pattern):
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def stock_of(family, vocab, merges, special):
+    """The same tokenizer through transformers: its class where one has the family's cut, else a tokenizer.json in the published form."""
+    if family in ("gpt-2", "qwen2"):
+        stock = {"gpt-2": GPT2Tokenizer, "qwen2": Qwen2Tokenizer}[family](vocab=vocab, merges=merges)
+    else:
+        bpe = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+        bpe.pre_tokenizer, bpe.decoder = whole(LLAMA3), decoders.ByteLevel()
+        bos = special[0]
+        template = processors.TemplateProcessing(single=f"{bos}:0 $A:0", pair=None, special_tokens=[(bos, vocab[bos])])
+        bpe.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+        stock = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos)
+    stock.add_special_tokens({"additional_special_tokens": special})
+    return stock
+
+
+SPECIAL = {
+    "gpt-2": ["<|endoftext|>"], "qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    "llama-bpe": ["<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_gguf_byte_level_bpe(tmp_path, family):
+    special = SPECIAL[family]
+    vocab, merges = train(400, special)
+    stock = stock_of(family, vocab, merges, special)
+    more = {"bos_token_id": vocab[special[0]], "eos_token_id": vocab[special[-1]]}
+    ours = tokenizer.from_gguf(gguf_metadata(vocab, merges, family, dict.fromkeys(special, 3), **more))
+    for text in HARDER + [f"a{token} b{token}" for token in special]:
+        assert ours.encode(text) == stock.encode(text, add_special_tokens=False), text
+        assert ours.decode(ours.encode(text)) == (unicodedata.normalize("NFC", text) if family == "qwen2" else text)
+    assert ours.vocab_size == len(stock) == len(vocab)
+    assert ours.bos_id == (vocab[special[0]] if family == "llama-bpe" else None)
+    for name, content in ours.files.items():
+        (tmp_path / name).write_bytes(content)
+    again, theirs = tokenizer.load(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert again.bos_id == ours.bos_id and again.encode_batch(HARDER) == [theirs.encode(t, add_special_tokens=False) for t in HARDER]
+    assert theirs("cat").input_ids == [ours.bos_id] * (family == "llama-bpe") + ours.encode("cat")
+
+
+def test_gguf_families_differ():
+    """What a wrong pre-tokenizer would do: other ids, without any error."""
+    vocab, merges = train(400, [])
+    every = [tokenizer.from_gguf(gguf_metadata(vocab, merges, family, {}, add_bos_token=False)) for family in tokenizer.PRE_TOKENIZERS]
+    ids = [ours.encode_batch(CORPUS) for ours in every]
+    assert all(a != b for i, a in enumerate(ids) for b in ids[:i])
+
+
+def test_gguf_llama_3_takes_a_whole_word_without_its_merges():
+    """Some of Llama 3's tokens cannot be reached by merges: its tokenizer.json has ignore_merges."""
+    vocab, merges = train(300, ["Ġunreachable"])
+    ours = tokenizer.from_gguf(gguf_metadata(vocab, merges, "llama-bpe", {}, add_bos_token=False))
+    assert ours.encode(" unreachable") == [vocab["Ġunreachable"]] and len(ours.encode(" unreachables")) > 1
+
+
+@pytest.mark.parametrize("add, bos", [(True, 300), (False, None), (None, None)])
+def test_gguf_bos(add, bos):
+    vocab, merges = train(300, ["<|begin|>", "<tool>"])
+    more = {"bos_token_id": 300} | ({} if add is None else {"add_bos_token": add})
+    ours = tokenizer.from_gguf(gguf_metadata(vocab, merges, "qwen2", {"<|begin|>": 3, "<tool>": 4}, **more))
+    assert ours.bos_id == bos and ours.encode("a<tool>b")[1] == 301  # a user-defined token is one token, though not a control token
+    sentences = tokenizer.from_gguf(SENTENCEPIECE | ({} if add is None else {"tokenizer.ggml.add_bos_token": add}))
+    assert sentences.bos_id == (None if add is False else 1)
+
+
+def sentencepiece_metadata(model):
+    """A tokenizer.model as llama.cpp's converter writes it into a GGUF file."""
+    ids = range(model.vocab_size())
+    kinds = [6 if model.is_byte(i) else 3 if model.is_control(i) else 2 if model.is_unknown(i) else 5 if model.is_unused(i) else 1 for i in ids]
+    known = {"model": "llama", "pre": "default", "tokens": [model.id_to_piece(i) for i in ids], "token_type": kinds}
+    known |= {"scores": [model.get_score(i) for i in ids], "bos_token_id": model.bos_id(), "eos_token_id": model.eos_id(), "unknown_token_id": model.unk_id()}
+    return {f"tokenizer.ggml.{key}": value for key, value in known.items()}
+
+
+SENTENCEPIECE = sentencepiece_metadata(sentencepiece.SentencePieceProcessor(model_file=str(TINY / "tokenizer.model")))
+
+
+def test_gguf_sentencepiece(sp, tmp_path):
+    ours = tokenizer.from_gguf(SENTENCEPIECE)
+    for text in HARDER + AWKWARD + ["<s>", "</s> and more", "<unk>", "<0x0A>"]:
+        assert ours.encode(text) == sp.encode(text), text
+        assert ours.decode(ours.encode(text)) == text
+    assert (ours.vocab_size, ours.bos_id) == (sp.vocab_size, sp.bos_id)
+    rebuilt = sentencepiece.SentencePieceProcessor(model_proto=ours.files["tokenizer.model"])
+    assert (rebuilt.bos_id(), rebuilt.eos_id(), rebuilt.unk_id(), rebuilt.pad_id()) == (1, 2, 0, -1)
+    for name, content in ours.files.items():
+        (tmp_path / name).write_bytes(content)
+    assert tokenizer.load(tmp_path).encode_batch(HARDER) == sp.encode_batch(HARDER)
+
+
+def test_gguf_sentencepiece_with_user_defined_tokens():
+    """Added tokens, as chat models have: longest match before anything is merged, as SentencePiece itself does."""
+    metadata = {key: list(value) if isinstance(value, list) else value for key, value in SENTENCEPIECE.items()}
+    for key, value in (("tokens", "<tool>"), ("scores", -1000.0), ("token_type", 4)):
+        metadata[f"tokenizer.ggml.{key}"].append(value)
+    ours = tokenizer.from_gguf(metadata)
+    assert ours.vocab_size == 2049 and 2048 in ours.encode("say <tool> now") and ours.decode(ours.encode("say <tool> now")) == "say <tool> now"
+
+
+REFUSED = {
+    "pre": ({"model": "gpt2", "pre": "tekken"}, "'gpt2'.*'tekken'"),
+    "default": ({"model": "gpt2", "pre": "default"}, "'default'"),  # written when the converter did not know the family
+    "no pre": ({"model": "gpt2"}, "pre-tokenizer None"),
+    "kind": ({"model": "t5", "pre": "default"}, "'t5'"),
+    "none": ({}, "GGUF tokenizer None"),
+    "no tokens": ({"model": "gpt2", "pre": "qwen2"}, "tokenizer.ggml.tokens is missing"),
+    "no scores": ({"model": "llama", "tokens": ["a"]}, "tokenizer.ggml.scores is missing"),
+    "scores of no use": ({"model": "llama", "tokens": ["<unk>", "a", "b"], "scores": [-1000.0] * 3, "token_type": [2, 1, 1]}, "no scores"),
+    "no unknown piece": ({"model": "llama", "tokens": ["a", "b", "c"], "scores": [0.0, -1.0, -2.0], "token_type": [1] * 3}, "not usable"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_gguf_tokenizer_that_cannot_be_rebuilt(how):
+    metadata, told = REFUSED[how]
+    with pytest.raises(UserError, match=told) as refusal:
+        tokenizer.from_gguf({f"tokenizer.ggml.{key}": value for key, value in metadata.items()})
+    assert "\n" not in str(refusal.value)
