@@ -1,4 +1,4 @@
-"""Other layouts of checkpoints -> the safetensors folders that weights.py reads: pickled .bin files, Meta's .pth, GGUF, the built-in SmolLM2.
+"""Other layouts of checkpoints -> the safetensors folders that weights.py reads: pickled .bin, Meta's .pth, GGUF, the built-in SmolLM2.
 
     python weights.py convert SOURCE DEST [--window TOKENS]
 
@@ -43,7 +43,8 @@ def convert(source, dest, window=None):
 
 def convert_bin(source, dest):
     """pytorch_model.bin, or its shards by their index, one at a time: memory stays near one shard. dtypes stay as they are."""
-    config = weights.read_config(source)  # an architecture that is not known is refused before a weight is read
+    config = weights.read_config(source)  # an architecture that is not known is refused before a weight is read,
+    weights.load_tokenizer(source, config)  # and so is a tokenizer
     index = source / "pytorch_model.bin.index.json"
     files = list(weights.read_index(index)) if index.is_file() else [source / "pytorch_model.bin"]
     if absent := [path for path in files if not path.is_file()]:
@@ -150,7 +151,7 @@ def convert_meta(source, dest, window):
     for path, rank in zip(paths, ranks):
         if extra := sorted(name for name in rank if name not in theirs and not name.endswith("rope.freqs")):  # those are recomputed
             more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-            raise UserError(f"{path}: {extra[0]}{more} is not part of the model that params.json describes ({n_layers} layers); copy it again")
+            raise UserError(f"{path}: {extra[0]}{more} not part of what params.json describes ({n_layers} layers); copy it again")
 
     def read(name):
         theirs, module = meta_name(name), name.split(".")[-2]
@@ -233,9 +234,9 @@ def convert_gguf(source, dest):
     if strange := sorted(key for key, value in meta.items() if key.startswith(f"{kind}.") and key not in known and value):
         raise UserError(f"{source}: {strange[0]} {meta[strange[0]]} is not known; this code would compute another model without it")
 
-    def need(key, default=None):
+    def need(key, default=None, of=int):
         value = meta.get(f"{kind}.{key}", default)
-        if type(value) not in (int, float) or not value > 0:
+        if type(value) is not of or not value > 0:
             raise UserError(f"{source}: {kind}.{key} is {value!r}, not a positive number; convert the model to GGUF again")
         return value
 
@@ -255,8 +256,8 @@ def convert_gguf(source, dest):
         n_kv_heads=need("attention.head_count_kv", heads),
         head_dim=head_dim,
         max_position_embeddings=need("context_length"),
-        norm_eps=round(need("attention.layer_norm_rms_epsilon"), 10),  # stored as float32
-        rope_theta=need("rope.freq_base", 10000.0),
+        norm_eps=round(need("attention.layer_norm_rms_epsilon", of=float), 10),  # stored as float32
+        rope_theta=need("rope.freq_base", 10000.0, float),
         rope_scaling=_gguf_scaling(source, meta, tensors.pop("rope_freqs.weight", None)),
         tie_embeddings="output.weight" not in tensors,
         bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
@@ -276,10 +277,14 @@ def convert_gguf(source, dest):
             raise UserError(f"{source}: tensor {theirs} is missing; copy it again, or convert the model to GGUF again")
         wanted[name] = tensors.pop(theirs)
         if (shape := tuple(int(n) for n in wanted[name].shape[::-1])) != tuple(p.shape):
-            raise UserError(f"{source}: tensor {theirs} has shape {shape}, its metadata say {tuple(p.shape)}; convert the model to GGUF again")
+            told = f"tensor {theirs} has shape {shape}, the metadata say {tuple(p.shape)}"
+            raise UserError(f"{source}: {told}; convert the model to GGUF again")
     if tensors:
         raise UserError(f"{source}: tensor {min(tensors)} is not part of a {kind} model that this code knows ({len(tensors)} such)")
-    tokenizer = tokenizers.from_gguf(meta)
+    try:
+        tokenizer = tokenizers.from_gguf(meta)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; convert it again")
 
@@ -288,7 +293,8 @@ def convert_gguf(source, dest):
         try:
             w = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).to(getattr(torch, config.dtype))
         except NotImplementedError:
-            raise UserError(f"{source}: quantisation {tensor.tensor_type.name} of {tensor.name} is not known; take a Q8_0 or F16 file") from None
+            told = f"quantisation {tensor.tensor_type.name} of {tensor.name} is not known"
+            raise UserError(f"{source}: {told}; take a Q8_0 or F16 file") from None
         if kind == "llama" and name.split(".")[-2] in ("q", "k"):  # a llama file keeps the two halves of each head interleaved
             w = _half_split(w, head_dim)
         return w
@@ -300,13 +306,13 @@ def convert_gguf(source, dest):
 
 
 def _gguf_scaling(source, meta, factors):
-    """rope_scaling of a GGUF file. factors: its rope_freqs.weight or None, what Llama 3.1's scaling divides the frequency of each pair by."""
+    """rope_scaling of a GGUF file. factors: its rope_freqs.weight or None, which divide the frequency of each pair (Llama 3.1)."""
     kind = meta["general.architecture"]
     mode, factor = meta.get(f"{kind}.rope.scaling.type", "none"), meta.get(f"{kind}.rope.scaling.factor")
     window = meta.get(f"{kind}.rope.scaling.original_context_length") or meta.get(f"{kind}.context_length")
     if mode not in ("none", "linear", "yarn") or (mode != "none" and (factor is None or factors is not None)):
-        other = "" if factors is None else " beside rope_freqs.weight"
-        raise UserError(f"{source}: {kind}.rope.scaling.type {mode!r} with factor {factor}{other} is not known; this code reads linear and yarn")
+        told = f"rope.scaling.type {mode!r} with factor {factor}" + ("" if factors is None else " beside rope_freqs.weight")
+        raise UserError(f"{source}: {kind}.{told} is not known; this code reads linear and yarn")
     if factors is not None:
         factors = factors.data.tolist()
         both = {"short_factor": factors, "long_factor": factors, "attention_factor": 1.0}

@@ -1,4 +1,4 @@
-"""Text <-> token ids: SentencePiece `tokenizer.model`, Hugging Face `tokenizer.json` or `vocab.json` + `merges.txt`, behind one small interface.
+"""Text <-> token ids: SentencePiece `tokenizer.model`, `tokenizer.json` or `vocab.json` + `merges.txt`, behind one small interface.
 
 A tokenizer has `vocab_size`, `bos_id` (the token this model's windows begin with, None if it was trained without one),
 `encode(text)`, `encode_batch(texts)` (lists of ids, no special tokens), `decode(ids)`, and `files`, the bytes it was read from.
@@ -66,17 +66,13 @@ class SentencePiece:
 
 class TokenizerJson:
     def __init__(self, files):
-        self.files, settings = files, _settings(files)
+        self.files = files
         self._model = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode()) if "tokenizer.json" in files else _from_merges(files)
         self.vocab_size = max(self._model.get_vocab().values()) + 1
         self._model.no_truncation()  # some files come with both switched on: they would cut every document
         self._model.no_padding()
-        begin = self._model.encode("a")  # the post-processor says what a text begins with
+        begin = self._model.encode("a")  # the post-processor says what a text begins with, as in transformers 5 (not tokenizer_config)
         self.bos_id = begin.ids[0] if begin.special_tokens_mask[0] else None
-        if settings.get("add_bos_token") is False:  # what tokenizer_config.json says stands above it, as in transformers
-            self.bos_id = None
-        elif settings.get("add_bos_token") and settings.get("bos_token"):
-            self.bos_id = self._model.token_to_id(_content(settings["bos_token"]))
 
     def encode(self, text):
         return self._model.encode(text, add_special_tokens=False).ids
@@ -96,7 +92,7 @@ def _content(token):
     return token["content"] if isinstance(token, dict) else token
 
 
-# ---------------------------------------------------------------- rebuilt: byte-level BPE from a vocabulary and merges, SentencePiece from pieces
+# ---------------------------------------------------------------- rebuilt from a vocabulary and merges, or from scored pieces
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -116,14 +112,16 @@ PRE_TOKENIZERS = {
 CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}  # tokenizer_class -> the family
 
 
-def _byte_level_bpe(vocab, merges, family, added):
-    """vocab {token: id}, merges (left, right) in order, added {token: is it special?} -> a tokenizers.Tokenizer."""
+def _byte_level_bpe(vocab, merges, family, added, bos=None):
+    """vocab {token: id}, merges (left, right) in order, added {token: special?}, bos: what texts begin with -> a tokenizers.Tokenizer."""
     model = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=family == "llama-bpe"))
     if family == "qwen2":
         model.normalizer = normalizers.NFC()
     model.pre_tokenizer = PRE_TOKENIZERS[family]
     model.decoder = decoders.ByteLevel()
     model.add_tokens([AddedToken(token, special=special, normalized=False) for token, special in added.items()])
+    if bos:
+        model.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, model.token_to_id(bos))])
     return model
 
 
@@ -135,15 +133,16 @@ def _from_merges(files):
         said = f"tokenizer_class {settings.get('tokenizer_class')!r}, add_prefix_space {settings.get('add_prefix_space', False)}"
         raise UserError(f"vocab.json and merges.txt of {said} are not known; save a tokenizer.json there with transformers")
     lines = files["merges.txt"].decode().split("\n")
-    merges = [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
+    merges = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version") :] if line]
     ids = json.loads(files.get("added_tokens.json", b"{}"))
     ids |= {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
     named = {_content(settings[key]) for key in ("bos_token", "eos_token", "unk_token", "pad_token") if settings.get(key)}
     added = dict.fromkeys(sorted(ids, key=ids.get), False) | dict.fromkeys(token for token in named if token in vocab or token in ids)
     special = {token["content"] for token in settings.get("added_tokens_decoder", {}).values() if token.get("special")} | named
-    model = _byte_level_bpe(vocab, merges, family, {token: token in special for token in added})
+    bos = _content(settings["bos_token"]) if settings.get("add_bos_token") else None
+    model = _byte_level_bpe(vocab, merges, family, {token: token in special for token in added}, bos)
     if wrong := [token for token, i in ids.items() if model.token_to_id(token) != i]:
-        raise UserError(f"added token {wrong[0]!r} would get another id than {ids[wrong[0]]}; save a tokenizer.json there with transformers")
+        raise UserError(f"added token {wrong[0]!r} does not get its id {ids[wrong[0]]}; save a tokenizer.json there with transformers")
     return model
 
 
@@ -152,8 +151,8 @@ def from_gguf(metadata):
     meta = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     kind, pre = meta.get("model"), meta.get("pre")
     if kind != "llama" and (kind, pre) not in [("gpt2", family) for family in PRE_TOKENIZERS]:
-        known = f"llama, or gpt2 with {', '.join(PRE_TOKENIZERS)}"
-        raise UserError(f"GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not one this code rebuilds ({known}); take a Hugging Face folder")
+        known = f"this code rebuilds llama, and gpt2 with {', '.join(PRE_TOKENIZERS)}"
+        raise UserError(f"GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not known ({known}); take a Hugging Face folder")
     try:
         return _sentencepiece_from_gguf(meta) if kind == "llama" else _bpe_from_gguf(meta, pre)
     except KeyError as error:
@@ -169,12 +168,10 @@ def _bpe_from_gguf(meta, family):
     control, user_defined = 3, 4
     added = {token: kind == control for token, kind in zip(tokens, types) if kind in (control, user_defined)}
     vocab = {token: i for i, token in enumerate(tokens)}
-    model = _byte_level_bpe(vocab, [tuple(line.split(" ")) for line in meta["merges"]], family, added)
-    settings = {f"{name}_token": tokens[meta[f"{name}_token_id"]] for name in ("bos", "eos") if f"{name}_token_id" in meta}
     add_bos = meta.get("add_bos_token", family == "llama-bpe")  # llama.cpp's own default
-    if add_bos:
-        bos = tokens[meta["bos_token_id"]]
-        model.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, vocab[bos])])
+    bos = tokens[meta["bos_token_id"]] if add_bos else None
+    model = _byte_level_bpe(vocab, [tuple(line.split(" ")) for line in meta["merges"]], family, added, bos)
+    settings = {f"{name}_token": tokens[meta[f"{name}_token_id"]] for name in ("bos", "eos") if f"{name}_token_id" in meta}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": add_bos}
     return TokenizerJson({"tokenizer.json": model.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode()})
 
