@@ -230,6 +230,8 @@ def convert_gguf(source, dest):
     kind = meta.get("general.architecture")
     if kind not in ("llama", "qwen2"):
         raise UserError(f"{source}: architecture {kind!r} is not known; this code reads llama and qwen2")
+    if (parts := meta.get("split.count", 1)) > 1:
+        raise UserError(f"{source}: one of {parts} parts of a model; join them first (llama.cpp: llama-gguf-split --merge)")
     known = {f"{kind}.{key}" for key in GGUF_KEYS}
     if strange := sorted(key for key, value in meta.items() if key.startswith(f"{kind}.") and key not in known and value):
         raise UserError(f"{source}: {strange[0]} {meta[strange[0]]} is not known; this code would compute another model without it")

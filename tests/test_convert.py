@@ -270,7 +270,7 @@ def write_gguf(path, model, tokenizer_metadata, kind, metadata=None, tensors=Non
     }  # fmt: skip
     for key, value in (own | tokenizer_metadata | (metadata or {})).items():
         if value is not None:
-            put(writer, key if key.startswith("tokenizer.") else f"{arch}.{key}", value)
+            put(writer, key if key.startswith(("tokenizer.", "split.")) else f"{arch}.{key}", value)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), c.num_hidden_layers)
     arrays = {}
     for name, tensor in model.state_dict().items():
@@ -435,6 +435,7 @@ GGUF_SPOILT = {  # what to change -> what the refusal names
     "a shape": ({}, {"blk.0.attn_v.weight": np.ones((16, 64), np.float32)}, r"shape \(16, 64\).*\(32, 64\)"),
     "a smaller vocabulary": ({}, {"token_embd.weight": np.ones((128, 64), np.float32), "output.weight": None}, "288 tokens.* only 128"),
     "a tokenizer": ({"tokenizer.ggml.pre": "tekken"}, {}, "model.gguf: .*'tekken'"),
+    "a part of several": ({"split.count": 3}, {"blk.1.ffn_up.weight": None}, "one of 3 parts"),
     "half a layer": ({"block_count": 2.5}, {}, "block_count is 2.5"),
     "no merges": ({"tokenizer.ggml.merges": None}, {}, "tokenizer.ggml.merges is missing"),
     "merges of another model": ({"tokenizer.ggml.merges": ["q q", "qq q"]}, {}, "not usable"),
