@@ -1,4 +1,4 @@
-"""Other layouts of checkpoints -> the safetensors folders that weights.py reads: pickled .bin files, Meta's .pth, GGUF, the built-in SmolLM2.
+"""Other layouts of checkpoints -> the safetensors folders that weights.py reads: pickled .bin, Meta's .pth, GGUF, the built-in SmolLM2.
 
     python weights.py convert SOURCE DEST [--window TOKENS]
 
@@ -43,7 +43,8 @@ def convert(source, dest, window=None):
 
 def convert_bin(source, dest):
     """pytorch_model.bin, or its shards by their index, one at a time: memory stays near one shard. dtypes stay as they are."""
-    config = weights.read_config(source)  # an architecture that is not known is refused before a weight is read
+    config = weights.read_config(source)  # an architecture that is not known is refused before a weight is read,
+    weights.load_tokenizer(source, config)  # and so is a tokenizer
     index = source / "pytorch_model.bin.index.json"
     files = list(weights.read_index(index)) if index.is_file() else [source / "pytorch_model.bin"]
     if absent := [path for path in files if not path.is_file()]:
@@ -103,7 +104,7 @@ def convert_meta(source, dest, window):
         raise UserError(f"{source}: Meta's params.json does not say the window; add --window 2048 (LLaMA 1) or --window 4096 (LLaMA 2)")
     try:
         params = dict(json.loads((source / "params.json").read_text()))
-        dim, heads = params["dim"], params["n_heads"]
+        dim, heads, n_layers = (int(params[key]) for key in ("dim", "n_heads", "n_layers"))
         head_dim = dim // heads
     except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise UserError(f"{source / 'params.json'}: not readable ({error!r}); copy it again") from None
@@ -128,7 +129,7 @@ def convert_meta(source, dest, window):
         vocab_size=rows if columns * len(ranks) == dim else rows * len(ranks),  # LLaMA splits the table by columns, others by rows
         hidden_dim=dim,
         intermediate_dim=sum(len(part) for part in parts("layers.0.feed_forward.w1.weight")),
-        n_layers=params.get("n_layers", 0),
+        n_layers=n_layers,
         n_heads=heads,
         n_kv_heads=params.get("n_kv_heads") or heads,
         head_dim=head_dim,
@@ -142,10 +143,18 @@ def convert_meta(source, dest, window):
     with torch.device("meta"):
         wanted = {name: p.shape for name, p in Transformer(config).state_dict().items()}
 
-    def read(name):
+    def meta_name(name):
         *block, module, kind = name.split(".")
-        theirs = f"{META_NAMES[module]}.{kind}"
-        theirs = f"layers.{block[1]}.{theirs}" if block else theirs
+        return f"{f'layers.{block[1]}.' if block else ''}{META_NAMES[module]}.{kind}"
+
+    theirs = {meta_name(name) for name in wanted}
+    for path, rank in zip(paths, ranks):
+        if extra := sorted(name for name in rank if name not in theirs and not name.endswith("rope.freqs")):  # those are recomputed
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            raise UserError(f"{path}: {extra[0]}{more} not part of what params.json describes ({n_layers} layers); copy it again")
+
+    def read(name):
+        theirs, module = meta_name(name), name.split(".")[-2]
         pieces = parts(theirs)
         shapes = [tuple(pieces[0].shape)]  # of the whole weight, if every rank holds it, or if they split dimension 0, or 1
         for dim in range(pieces[0].dim()):
@@ -199,47 +208,115 @@ def fetch_smollm2():
     return folder
 
 
+GGUF_KEYS = (
+    "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.freq_base",
+    "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+    "tensor_data_layout",
+)  # fmt: skip
+
+
 def convert_gguf(source, dest):
-    """Write a GGUF file of a llama model as a Hugging Face folder in bfloat16. Any quantisation that the gguf package reads; of
-    tokenizers, the ones that tokenizer.from_gguf rebuilds."""
+    """A GGUF file of architecture llama (which Mistral's have too) or qwen2, quantised or not; of tokenizers, the ones that
+    tokenizer.from_gguf rebuilds. dtypes: float32 and float16 stay, everything else becomes bfloat16. The file is mapped, not read whole."""
     import gguf  # needed here alone
 
-    reader = gguf.GGUFReader(source)
-    meta = {key: field.contents() for key, field in reader.fields.items()}
-    if meta["general.architecture"] != "llama":
-        raise UserError(f"{source}: architecture {meta['general.architecture']!r} is not known; this code reads llama")
+    try:
+        reader = gguf.GGUFReader(source)
+        meta = {key: field.contents() for key, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(f"{source}: truncated, or not GGUF ({error}); copy it again") from None
     tensors = {t.name: t for t in reader.tensors}
-    hidden, heads = meta["llama.embedding_length"], meta["llama.attention.head_count"]
+    kind = meta.get("general.architecture")
+    if kind not in ("llama", "qwen2"):
+        raise UserError(f"{source}: architecture {kind!r} is not known; this code reads llama and qwen2")
+    if (parts := meta.get("split.count", 1)) > 1:
+        raise UserError(f"{source}: one of {parts} parts of a model; join them first (llama.cpp: llama-gguf-split --merge)")
+    known = {f"{kind}.{key}" for key in GGUF_KEYS}
+    if strange := sorted(key for key, value in meta.items() if key.startswith(f"{kind}.") and key not in known and value):
+        raise UserError(f"{source}: {strange[0]} {meta[strange[0]]} is not known; this code would compute another model without it")
+
+    def need(key, default=None, of=int):
+        value = meta.get(f"{kind}.{key}", default)
+        if type(value) is not of or not value > 0:
+            raise UserError(f"{source}: {kind}.{key} is {value!r}, not a positive number; convert the model to GGUF again")
+        return value
+
+    hidden, heads = need("embedding_length"), need("attention.head_count")
+    head_dim = need("attention.key_length", hidden // heads)
+    if {need("attention.value_length", head_dim), need("rope.dimension_count", head_dim)} != {head_dim}:
+        raise UserError(f"{source}: values or rotated dimensions of another size than keys ({head_dim}) are not known")
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{source}: tensor token_embd.weight is missing; copy it again, or convert the model to GGUF again")
+    embedding = tensors["token_embd.weight"]
     config = Config(
-        vocab_size=meta["llama.vocab_size"],
+        vocab_size=int(embedding.shape[-1]),
         hidden_dim=hidden,
-        intermediate_dim=meta["llama.feed_forward_length"],
-        n_layers=meta["llama.block_count"],
+        intermediate_dim=need("feed_forward_length"),
+        n_layers=need("block_count"),
         n_heads=heads,
-        n_kv_heads=meta["llama.attention.head_count_kv"],
-        head_dim=hidden // heads,
-        max_position_embeddings=meta["llama.context_length"],
-        norm_eps=round(meta["llama.attention.layer_norm_rms_epsilon"], 10),  # stored as float32
-        rope_theta=meta["llama.rope.freq_base"],
+        n_kv_heads=need("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_position_embeddings=need("context_length"),
+        norm_eps=round(need("attention.layer_norm_rms_epsilon", of=float), 10),  # stored as float32
+        rope_theta=need("rope.freq_base", 10000.0, float),
+        rope_scaling=_gguf_scaling(source, meta, tensors.pop("rope_freqs.weight", None)),
         tie_embeddings="output.weight" not in tensors,
-        bos_token_id=meta["tokenizer.ggml.bos_token_id"],
-        eos_token_id=meta["tokenizer.ggml.eos_token_id"],
-        dtype="bfloat16",
+        bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=meta.get("tokenizer.ggml.eos_token_id"),
+        dtype={"F32": "float32", "F16": "float16"}.get(embedding.tensor_type.name, "bfloat16"),
+        model_type=kind,
     )
     with torch.device("meta"):
         model = Transformer(config)
+    wanted = {}  # our name -> the tensor
+    for name, p in model.state_dict().items():
+        *block, module, part = name.split(".")
+        theirs = f"blk.{block[1]}.{weights.BLOCK_NAMES[module][1]}.{part}" if block else f"{weights.OUTER_NAMES[module][1]}.{part}"
+        if config.tie_embeddings and name == "head.weight":
+            continue
+        if theirs not in tensors:
+            raise UserError(f"{source}: tensor {theirs} is missing; copy it again, or convert the model to GGUF again")
+        wanted[name] = tensors.pop(theirs)
+        if (shape := tuple(int(n) for n in wanted[name].shape[::-1])) != tuple(p.shape):
+            told = f"tensor {theirs} has shape {shape}, the metadata say {tuple(p.shape)}"
+            raise UserError(f"{source}: {told}; convert the model to GGUF again")
+    if tensors:
+        raise UserError(f"{source}: tensor {min(tensors)} is not part of a {kind} model that this code knows ({len(tensors)} such)")
+    try:
+        tokenizer = tokenizers.from_gguf(meta)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; convert it again")
 
     def read(name):
-        *block, module, kind = name.split(".")
-        theirs = f"blk.{block[1]}.{weights.BLOCK_NAMES[module][1]}.{kind}" if block else f"{weights.OUTER_NAMES[module][1]}.{kind}"
-        tensor = tensors[theirs]
-        w = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        if module in ("q", "k"):  # GGUF keeps the two halves of each head interleaved
-            w = _half_split(w, config.head_dim)
-        return w.to(torch.bfloat16)
+        tensor = wanted[name]
+        try:
+            w = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).to(getattr(torch, config.dtype))
+        except NotImplementedError:
+            told = f"quantisation {tensor.tensor_type.name} of {tensor.name} is not known"
+            raise UserError(f"{source}: {told}; take a Q8_0 or F16 file") from None
+        if kind == "llama" and name.split(".")[-2] in ("q", "k"):  # a llama file keeps the two halves of each head interleaved
+            w = _half_split(w, head_dim)
+        return w
 
-    state = {name: read(name) for name in model.state_dict() if not (config.tie_embeddings and name == "head.weight")}
-    model.load_state_dict(state, strict=False, assign=True)
-    if config.tie_embeddings:
-        model.head.weight = model.embed.weight
-    weights.save(model, tokenizers.from_gguf(meta), dest)
+    size = getattr(torch, config.dtype).itemsize
+    groups = weights.split_by_size({name: int(tensor.n_elements) * size for name, tensor in wanted.items()})
+    others = tokenizer.files | {"config.json": json.dumps(weights.hf_config(config), indent=2).encode()}
+    _write(dest, ({weights.hf_name(name): read(name) for name in group} for group in groups), len(groups), others)
+
+
+def _gguf_scaling(source, meta, factors):
+    """rope_scaling of a GGUF file. factors: its rope_freqs.weight or None, which divide the frequency of each pair (Llama 3.1)."""
+    kind = meta["general.architecture"]
+    mode, factor = meta.get(f"{kind}.rope.scaling.type", "none"), meta.get(f"{kind}.rope.scaling.factor")
+    window = meta.get(f"{kind}.rope.scaling.original_context_length") or meta.get(f"{kind}.context_length")
+    if mode not in ("none", "linear", "yarn") or (mode != "none" and (factor is None or factors is not None)):
+        told = f"rope.scaling.type {mode!r} with factor {factor}" + ("" if factors is None else " beside rope_freqs.weight")
+        raise UserError(f"{source}: {kind}.{told} is not known; this code reads linear and yarn")
+    if factors is not None:
+        factors = factors.data.tolist()
+        both = {"short_factor": factors, "long_factor": factors, "attention_factor": 1.0}
+        return {"rope_type": "longrope", "original_max_position_embeddings": window} | both
+    return None if mode == "none" else {"rope_type": mode, "factor": factor, "original_max_position_embeddings": window}

@@ -1,14 +1,18 @@
-"""Text <-> token ids: SentencePiece `tokenizer.model` and Hugging Face `tokenizer.json` behind one small interface.
+"""Text <-> token ids: SentencePiece `tokenizer.model`, `tokenizer.json` or `vocab.json` + `merges.txt`, behind one small interface.
 
 A tokenizer has `vocab_size`, `bos_id` (the token this model's windows begin with, None if it was trained without one),
 `encode(text)`, `encode_batch(texts)` (lists of ids, no special tokens), `decode(ids)`, and `files`, the bytes it was read from.
+
+Text that spells a control token ("<s>", "<|endoftext|>") stays text in SentencePiece and becomes that token in a tokenizer.json, as in
+transformers. A folder with both files is read by its tokenizer.model: tokens that only the other one adds are never produced.
 """
 import json
+import struct
 from pathlib import Path
 
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from errors import UserError
 
@@ -23,17 +27,21 @@ def load(folder):
     """The tokenizer of a Hugging Face folder. SentencePiece first: it reads a whole book at once in linear time."""
     folder = Path(folder)
     files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
-    if "tokenizer.model" not in files and "tokenizer.json" not in files:
+    name = next((name for name in ("tokenizer.model", "tokenizer.json", "merges.txt") if name in files), None)
+    if name is None or (name == "merges.txt" and "vocab.json" not in files):
         raise UserError(f"{folder}: no tokenizer.model or tokenizer.json; put the model's own tokenizer file there")
-    try:
-        json.loads(files.get("tokenizer_config.json", b"{}"))
-    except ValueError as error:
-        raise UserError(f"{folder / 'tokenizer_config.json'}: not readable ({error}); copy it again") from None
-    kind, name = (SentencePiece, "tokenizer.model") if "tokenizer.model" in files else (TokenizerJson, "tokenizer.json")
+    for settings in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            if not isinstance(json.loads(files.get(settings, b"{}")), dict):
+                raise ValueError("not a JSON object")
+        except ValueError as error:
+            raise UserError(f"{folder / settings}: not readable ({error}); copy it again") from None
     try:
         if not files[name]:
             raise ValueError("it is empty")
-        return kind(files)
+        return SentencePiece(files) if name == "tokenizer.model" else TokenizerJson(files)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
     except Exception as error:  # both libraries raise bare RuntimeError or Exception for a broken file
         raise UserError(f"{folder / name}: not readable ({str(error).strip().splitlines()[0]}); copy it again") from None
 
@@ -43,7 +51,7 @@ class SentencePiece:
         self.files = files
         self._model = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
         self.vocab_size = self._model.vocab_size()
-        wanted = json.loads(files.get("tokenizer_config.json", b"{}")).get("add_bos_token", True)
+        wanted = _settings(files).get("add_bos_token", True)
         self.bos_id = self._model.bos_id() if wanted and self._model.bos_id() >= 0 else None
 
     def encode(self, text):
@@ -53,17 +61,17 @@ class SentencePiece:
         return self._model.encode(texts, num_threads=-1)
 
     def decode(self, ids):
-        return self._model.decode([int(i) for i in ids])
+        return self._model.decode([int(i) for i in ids if i < self.vocab_size])  # a model may have rows beyond it: added tokens, padding
 
 
 class TokenizerJson:
     def __init__(self, files):
         self.files = files
-        self._model = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        self._model = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode()) if "tokenizer.json" in files else _from_merges(files)
         self.vocab_size = max(self._model.get_vocab().values()) + 1
         self._model.no_truncation()  # some files come with both switched on: they would cut every document
         self._model.no_padding()
-        begin = self._model.encode("a")  # the post-processor says what a text begins with
+        begin = self._model.encode("a")  # the post-processor says what a text begins with, as in transformers 5 (not tokenizer_config)
         self.bos_id = begin.ids[0] if begin.special_tokens_mask[0] else None
 
     def encode(self, text):
@@ -76,20 +84,123 @@ class TokenizerJson:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
-def from_gguf(metadata):
-    """A byte-level BPE rebuilt from the vocabulary and merges in a GGUF file. metadata: key -> value."""
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if (kind, pre) != ("gpt2", "smollm"):
-        raise UserError(f"GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not one this code rebuilds (gpt2, smollm)")
-    tokens = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(line.split(" ")) for line in metadata["tokenizer.ggml.merges"]]
-    model = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    model.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+def _settings(files):
+    return {k: v for name in ("special_tokens_map.json", "tokenizer_config.json") for k, v in json.loads(files.get(name, b"{}")).items()}
+
+
+def _content(token):
+    return token["content"] if isinstance(token, dict) else token
+
+
+# ---------------------------------------------------------------- rebuilt from a vocabulary and merges, or from scored pieces
+
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _cut(digits):
+    split = pre_tokenizers.Split(Regex(WORDS % digits), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+# How each family cuts text into pieces before it merges bytes, by the name that GGUF files have for it.
+PRE_TOKENIZERS = {
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+    "llama-bpe": _cut(r"\p{N}{1,3}"),
+    "qwen2": _cut(r"\p{N}"),
+}
+CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}  # tokenizer_class -> the family
+
+
+def _byte_level_bpe(vocab, merges, family, added, bos=None):
+    """vocab {token: id}, merges (left, right) in order, added {token: special?}, bos: what texts begin with -> a tokenizers.Tokenizer."""
+    model = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=family == "llama-bpe"))
+    if family == "qwen2":
+        model.normalizer = normalizers.NFC()
+    model.pre_tokenizer = PRE_TOKENIZERS[family]
     model.decoder = decoders.ByteLevel()
-    control = 3  # GGUF's token type for special tokens
-    model.add_special_tokens([t for t, kind in zip(tokens, metadata["tokenizer.ggml.token_type"]) if kind == control])
-    bos, eos = (tokens[metadata[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
+    model.add_tokens([AddedToken(token, special=special, normalized=False) for token, special in added.items()])
+    if bos:
+        model.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, model.token_to_id(bos))])
+    return model
+
+
+def _from_merges(files):
+    """vocab.json and merges.txt, as GPT-2, GPT-J and Qwen2 were published: how text is cut depends on the family, which the class names."""
+    settings, vocab = _settings(files), json.loads(files["vocab.json"])
+    family = CLASSES.get(str(settings.get("tokenizer_class")).removesuffix("Fast"))
+    if family is None or settings.get("add_prefix_space"):
+        said = f"tokenizer_class {settings.get('tokenizer_class')!r}, add_prefix_space {settings.get('add_prefix_space', False)}"
+        raise UserError(f"vocab.json and merges.txt of {said} are not known; save a tokenizer.json there with transformers")
+    lines = files["merges.txt"].decode().split("\n")
+    merges = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version") :] if line]
+    ids = json.loads(files.get("added_tokens.json", b"{}"))
+    ids |= {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
+    named = {_content(settings[key]) for key in ("bos_token", "eos_token", "unk_token", "pad_token") if settings.get(key)}
+    added = dict.fromkeys(sorted(ids, key=ids.get), False) | dict.fromkeys(token for token in named if token in vocab or token in ids)
+    special = {token["content"] for token in settings.get("added_tokens_decoder", {}).values() if token.get("special")} | named
+    bos = _content(settings["bos_token"]) if settings.get("add_bos_token") else None
+    model = _byte_level_bpe(vocab, merges, family, {token: token in special for token in added}, bos)
+    if wrong := [token for token, i in ids.items() if model.token_to_id(token) != i]:
+        raise UserError(f"added token {wrong[0]!r} does not get its id {ids[wrong[0]]}; save a tokenizer.json there with transformers")
+    return model
+
+
+def from_gguf(metadata):
+    """The tokenizer of a GGUF file, rebuilt as tokenizer.json or tokenizer.model. metadata: key -> value. UserError for one not known."""
+    meta = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    kind, pre = meta.get("model"), meta.get("pre")
+    if kind != "llama" and (kind, pre) not in [("gpt2", family) for family in PRE_TOKENIZERS]:
+        known = f"this code rebuilds llama, and gpt2 with {', '.join(PRE_TOKENIZERS)}"
+        raise UserError(f"GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not known ({known}); take a Hugging Face folder")
+    try:
+        return _sentencepiece_from_gguf(meta) if kind == "llama" else _bpe_from_gguf(meta, pre)
+    except KeyError as error:
+        raise UserError(f"GGUF tokenizer: tokenizer.ggml.{error.args[0]} is missing; convert the model to GGUF again") from None
+    except Exception as error:  # both libraries raise bare RuntimeError or Exception for what they cannot use
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"GGUF tokenizer: not usable ({str(error).strip().splitlines()[0]}); convert the model to GGUF again") from None
+
+
+def _bpe_from_gguf(meta, family):
+    tokens, types = meta["tokens"], meta["token_type"]
+    control, user_defined = 3, 4
+    added = {token: kind == control for token, kind in zip(tokens, types) if kind in (control, user_defined)}
+    vocab = {token: i for i, token in enumerate(tokens)}
+    add_bos = meta.get("add_bos_token", family == "llama-bpe")  # llama.cpp's own default
+    bos = tokens[meta["bos_token_id"]] if add_bos else None
+    model = _byte_level_bpe(vocab, [tuple(line.split(" ")) for line in meta["merges"]], family, added, bos)
+    settings = {f"{name}_token": tokens[meta[f"{name}_token_id"]] for name in ("bos", "eos") if f"{name}_token_id" in meta}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": add_bos}
     return TokenizerJson({"tokenizer.json": model.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode()})
+
+
+def _sentencepiece_from_gguf(meta):
+    """Pieces with scores -> tokenizer.model, a protobuf message that is short enough to be written by hand."""
+    tokens, scores, types = meta["tokens"], meta["scores"], meta["token_type"]
+    normal = 1
+    if len({score for score, kind in zip(scores, types) if kind == normal}) < 2:  # from a converter that knew the merges alone
+        raise UserError("GGUF tokenizer: its pieces have no scores of their own; take a Hugging Face folder")
+    unk, bos, eos = (tokens[meta.get(f"{name}_token_id", i)] for i, name in enumerate(("unknown", "bos", "eos")))
+    pieces = [_field(1, token.encode()) + _field(2, float(score)) + _field(3, kind) for token, score, kind in zip(tokens, scores, types)]
+    names = b"".join(_field(45 + i, token.encode()) for i, token in enumerate((unk, bos, eos)))
+    trained = _field(3, 2) + _field(4, len(tokens)) + _field(35, 1) + names  # BPE, vocabulary size, byte fallback
+    spaces = _field(3, int(meta.get("add_space_prefix", True))) + _field(4, int(meta.get("remove_extra_whitespaces", False)))
+    proto = b"".join(_field(1, piece) for piece in pieces) + _field(2, trained) + _field(3, _field(1, b"identity") + spaces)
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": bos, "eos_token": eos, "unk_token": unk, "legacy": False}
+    settings |= {"add_bos_token": meta.get("add_bos_token", True)}
+    return SentencePiece({"tokenizer.model": proto, "tokenizer_config.json": json.dumps(settings).encode()})
+
+
+def _field(number, value):
+    """One field of a protobuf message: a float, an int, or bytes."""
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(n):
+    return bytes([n & 127 | 128]) + _varint(n >> 7) if n > 127 else bytes([n])

@@ -1,13 +1,14 @@
 """Both kinds of tokenizer give the ids of transformers, and the text back."""
 import json
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.tokenization_utils_base import generate_merges
 
 import tokenizer
@@ -223,6 +224,314 @@ def test_no_tokenizer(tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
-def test_gguf_tokenizer_that_is_not_known():
-    with pytest.raises(UserError, match="'llama'.*'default'"):
-        tokenizer.from_gguf({"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"})
+# ---------------------------------------------------------------- rebuilt from a GGUF file
+
+# Every family's own cut of text, as its published tokenizer.json has it (Llama 3, Qwen2) or its class (GPT-2: ByteLevel's own).
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CORPUS = [
+    "The cat's mat, the dog's mat; we're 12 345 67890. I'LL say: naïve café", "def f(x):\n    return  x\r\n\n\t# 123 456 789\n" * 2,
+    "你好，世界 مرحبا 안녕 😀👩\u200d👧 1234567", "word   word    word \n \n  end.", "<|im_start|>user\nHello<|im_end|>",
+]  # fmt: skip
+HARDER = AWKWARD[:-1] + SPACES + CORPUS + [
+    "I'M IT'S we'Ll", "1234 12 ١٢٣ ½ ²", "...\n\n!!\r\n", "a\u00a0b\u2003c",
+    "e\u0301 \u00e9 \u1100\u1161\u11a8 각", "ꦗꦮ 𐍈 \U0001f468\u200d\U0001f469",
+]  # fmt: skip
+
+
+def train(vocab_size, special, pre_tokenizer=None):
+    """(vocabulary, merges) of a byte-level BPE trained on CORPUS, special tokens last as in Llama 3 and Qwen2."""
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(CORPUS * 3, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False))
+    model = json.loads(bpe.to_str())["model"]
+    return model["vocab"] | {token: len(model["vocab"]) + i for i, token in enumerate(special)}, [tuple(m) for m in model["merges"]]
+
+
+def gguf_metadata(vocab, merges, pre, types, **more):
+    tokens = sorted(vocab, key=vocab.get)
+    known = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": [types.get(t, 1) for t in tokens]}
+    known["merges"] = [" ".join(m) for m in merges]
+    return {f"tokenizer.ggml.{key}": value for key, value in (known | more).items()}
+
+
+def whole(pattern):
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def stock_of(family, vocab, merges, special):
+    """The same tokenizer through transformers: its class where one has the family's cut, else a tokenizer.json in the published form."""
+    if family in ("gpt-2", "qwen2"):
+        stock = {"gpt-2": GPT2Tokenizer, "qwen2": Qwen2Tokenizer}[family](vocab=vocab, merges=merges)
+    else:
+        bpe = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+        bpe.pre_tokenizer, bpe.decoder = whole(LLAMA3), decoders.ByteLevel()
+        bos = special[0]
+        template = processors.TemplateProcessing(single=f"{bos}:0 $A:0", pair=None, special_tokens=[(bos, vocab[bos])])
+        bpe.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+        stock = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos)
+    stock.add_special_tokens({"additional_special_tokens": special})
+    return stock
+
+
+SPECIAL = {
+    "gpt-2": ["<|endoftext|>"], "qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    "llama-bpe": ["<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_gguf_byte_level_bpe(tmp_path, family):
+    special = SPECIAL[family]
+    vocab, merges = train(400, special)
+    stock = stock_of(family, vocab, merges, special)
+    more = {"bos_token_id": vocab[special[0]], "eos_token_id": vocab[special[-1]]}
+    ours = tokenizer.from_gguf(gguf_metadata(vocab, merges, family, dict.fromkeys(special, 3), **more))
+    for text in HARDER + [f"a{token} b{token}" for token in special]:
+        assert ours.encode(text) == stock.encode(text, add_special_tokens=False), text
+        assert ours.decode(ours.encode(text)) == (unicodedata.normalize("NFC", text) if family == "qwen2" else text)
+    assert ours.vocab_size == len(stock) == len(vocab)
+    assert ours.bos_id == (vocab[special[0]] if family == "llama-bpe" else None)
+    for name, content in ours.files.items():
+        (tmp_path / name).write_bytes(content)
+    again, theirs = tokenizer.load(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert again.bos_id == ours.bos_id and again.encode_batch(HARDER) == [theirs.encode(t, add_special_tokens=False) for t in HARDER]
+    assert theirs("cat").input_ids == [ours.bos_id] * (family == "llama-bpe") + ours.encode("cat")
+
+
+def test_gguf_families_differ():
+    """What a wrong pre-tokenizer would do: other ids, without any error."""
+    vocab, merges = train(400, [])
+    every = [tokenizer.from_gguf(gguf_metadata(vocab, merges, family, {}, add_bos_token=False)) for family in tokenizer.PRE_TOKENIZERS]
+    ids = [ours.encode_batch(CORPUS) for ours in every]
+    assert all(a != b for i, a in enumerate(ids) for b in ids[:i])
+
+
+def test_gguf_llama_3_takes_a_whole_word_without_its_merges():
+    """Some of Llama 3's tokens cannot be reached by merges: its tokenizer.json has ignore_merges."""
+    vocab, merges = train(300, ["Ġunreachable"])
+    ours = tokenizer.from_gguf(gguf_metadata(vocab, merges, "llama-bpe", {}, add_bos_token=False))
+    assert ours.encode(" unreachable") == [vocab["Ġunreachable"]] and len(ours.encode(" unreachables")) > 1
+
+
+@pytest.mark.parametrize("add, bos", [(True, 300), (False, None), (None, None)])
+def test_gguf_bos(add, bos):
+    vocab, merges = train(300, ["<|begin|>", "<tool>"])
+    more = {"bos_token_id": 300} | ({} if add is None else {"add_bos_token": add})
+    ours = tokenizer.from_gguf(gguf_metadata(vocab, merges, "qwen2", {"<|begin|>": 3, "<tool>": 4}, **more))
+    assert ours.bos_id == bos and ours.encode("a<tool>b")[1] == 301  # a user-defined token is one token, though not a control token
+    sentences = tokenizer.from_gguf(SENTENCEPIECE | ({} if add is None else {"tokenizer.ggml.add_bos_token": add}))
+    assert sentences.bos_id == (None if add is False else 1)
+
+
+def sentencepiece_metadata(model):
+    """A tokenizer.model as llama.cpp's converter writes it into a GGUF file."""
+    ids = range(model.vocab_size())
+    kinds = [6 if model.is_byte(i) else 3 if model.is_control(i) else 2 if model.is_unknown(i) else 1 for i in ids]
+    known = {"model": "llama", "pre": "default", "tokens": [model.id_to_piece(i) for i in ids], "token_type": kinds}
+    known |= {"scores": [model.get_score(i) for i in ids]}
+    known |= {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id(), "unknown_token_id": model.unk_id()}
+    return {f"tokenizer.ggml.{key}": value for key, value in known.items()}
+
+
+SENTENCEPIECE = sentencepiece_metadata(sentencepiece.SentencePieceProcessor(model_file=str(TINY / "tokenizer.model")))
+
+
+def test_gguf_sentencepiece(sp, tmp_path):
+    ours = tokenizer.from_gguf(SENTENCEPIECE)
+    for text in HARDER + AWKWARD + ["<s>", "</s> and more", "<unk>", "<0x0A>"]:
+        assert ours.encode(text) == sp.encode(text), text
+        assert ours.decode(ours.encode(text)) == text
+    assert (ours.vocab_size, ours.bos_id) == (sp.vocab_size, sp.bos_id)
+    rebuilt = sentencepiece.SentencePieceProcessor(model_proto=ours.files["tokenizer.model"])
+    assert (rebuilt.bos_id(), rebuilt.eos_id(), rebuilt.unk_id(), rebuilt.pad_id()) == (1, 2, 0, -1)
+    for name, content in ours.files.items():
+        (tmp_path / name).write_bytes(content)
+    assert tokenizer.load(tmp_path).encode_batch(HARDER) == sp.encode_batch(HARDER)
+
+
+def test_gguf_sentencepiece_with_user_defined_tokens():
+    """Added tokens, as chat models have: longest match before anything is merged, as SentencePiece itself does."""
+    metadata = {key: list(value) if isinstance(value, list) else value for key, value in SENTENCEPIECE.items()}
+    for key, value in (("tokens", "<tool>"), ("scores", -1000.0), ("token_type", 4)):
+        metadata[f"tokenizer.ggml.{key}"].append(value)
+    ours = tokenizer.from_gguf(metadata)
+    ids = ours.encode("say <tool> now")
+    assert ours.vocab_size == 2049 and 2048 in ids and ours.decode(ids) == "say <tool> now"
+
+
+REFUSED = {
+    "pre": ({"model": "gpt2", "pre": "tekken"}, "'gpt2'.*'tekken'"),
+    "default": ({"model": "gpt2", "pre": "default"}, "'default'"),  # written when the converter did not know the family
+    "no pre": ({"model": "gpt2"}, "pre-tokenizer None"),
+    "kind": ({"model": "t5", "pre": "default"}, "'t5'"),
+    "none": ({}, "GGUF tokenizer None"),
+    "no tokens": ({"model": "gpt2", "pre": "qwen2"}, "tokenizer.ggml.tokens is missing"),
+    "no scores": ({"model": "llama", "tokens": ["a"]}, "tokenizer.ggml.scores is missing"),
+    "scores of no use": ({"model": "llama", "tokens": ["<unk>", "a", "b"], "scores": [-1000.0] * 3, "token_type": [2, 1, 1]}, "no scores"),
+    "no unknown piece": ({"model": "llama", "tokens": ["a", "b", "c"], "scores": [0.0, -1.0, -2.0], "token_type": [1] * 3}, "not usable"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_gguf_tokenizer_that_cannot_be_rebuilt(how):
+    metadata, told = REFUSED[how]
+    with pytest.raises(UserError, match=told) as refusal:
+        tokenizer.from_gguf({f"tokenizer.ggml.{key}": value for key, value in metadata.items()})
+    assert "\n" not in str(refusal.value)
+
+
+# ---------------------------------------------------------------- the published form of each family
+
+
+def write(folder, **files):
+    """write(folder, tokenizer_config={...}, ...): each keyword a .json file (merges a .txt)."""
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        path = folder / (name + (".txt" if name == "merges" else ".json"))
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def llama3(vocab, merges, special):
+    """tokenizer.json and tokenizer_config.json in the form of Llama 3's."""
+    stock = stock_of("llama-bpe", vocab, merges, special)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": special[0], "eos_token": special[1]}
+    return {"tokenizer": stock.backend_tokenizer.to_str(), "tokenizer_config": settings}
+
+
+def qwen2(vocab, merges, special):
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, "bos_token": None, "eos_token": special[0]}
+    return {"tokenizer": stock_of("qwen2", vocab, merges, special).backend_tokenizer.to_str(), "tokenizer_config": settings}
+
+
+def smollm2(vocab, merges, special):
+    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(special)
+    settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "bos_token": special[0], "eos_token": special[0]}
+    return {"tokenizer": bpe.to_str(), "tokenizer_config": settings}
+
+
+def mistral(vocab, merges, special):
+    """The tokenizer.json that comes beside Mistral's and LLaMA 2's tokenizer.model: SentencePiece's BPE in the library's terms."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(TINY / "tokenizer.model"))
+    vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    merges = [m if isinstance(m, tuple) else tuple(m) for m in generate_merges(vocab)]
+    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1)])
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    bpe.add_special_tokens(["<unk>", "<s>", "</s>"])
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return {"tokenizer": bpe.to_str(), "tokenizer_config": settings}
+
+
+FAMILIES = {  # how the files are made, the control tokens, the one that a text begins with
+    "llama 3": (llama3, SPECIAL["llama-bpe"], "<|begin_of_text|>"), "qwen2": (qwen2, SPECIAL["qwen2"], None),
+    "smollm2": (smollm2, SPECIAL["qwen2"], None), "mistral": (mistral, ["<s>", "</s>"], "<s>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_as_published(tmp_path, family):
+    make, special, bos = FAMILIES[family]
+    write(tmp_path, **make(*train(400, special), special))
+    ours, stock = tokenizer.load(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for text in HARDER:
+        assert ours.encode(text) == stock.encode(text, add_special_tokens=False), text
+        if family != "qwen2":  # which puts text into NFC
+            assert ours.decode(ours.encode(text)) == text
+    begin = stock("cat").input_ids[0]
+    assert ours.bos_id == (stock.convert_tokens_to_ids(bos) if bos else None)
+    assert (begin == ours.bos_id) == (bos is not None)
+    for token in special:  # text that spells a control token becomes it, as in transformers: the file cannot tell the two apart
+        assert ours.encode(f"a{token}b") == stock.encode(f"a{token}b", add_special_tokens=False)
+        assert stock.convert_tokens_to_ids(token) in ours.encode(f"a{token}b")
+
+
+@pytest.mark.parametrize("wanted", [True, False, None])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_json_template_stands_above_add_bos_token(tmp_path, template, wanted):
+    """As in transformers 5. (In a tokenizer.model there is no template, so add_bos_token decides.)"""
+    make_bpe(template).save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"} | ({} if wanted is None else {"add_bos_token": wanted})
+    write(tmp_path, tokenizer_config=settings)
+    stock = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert (tokenizer.load(tmp_path).bos_id == 1) == (stock("cat").input_ids[0] == 1)
+
+
+def test_baichuan_begins_with_nothing(tmp_path):
+    """Its tokenizer.model has a <s>, its tokenizer_config.json (with tokens as objects) says that no text begins with it."""
+    bos = {"__type": "AddedToken", "content": "<s>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": True}
+    write(tmp_path, tokenizer_config={"tokenizer_class": "BaichuanTokenizer", "add_bos_token": False, "bos_token": bos})
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    assert tokenizer.load(tmp_path).bos_id is None
+
+
+def test_both_files(sp, tmp_path):
+    """tokenizer.model and a tokenizer.json with tokens added to it: SentencePiece reads, the added ones stay text and decode to nothing."""
+    files = mistral(None, None, None)
+    bpe = tokenizers.Tokenizer.from_str(files["tokenizer"])
+    bpe.add_special_tokens(["<|added|>"])
+    write(tmp_path, tokenizer=bpe.to_str(), tokenizer_config=files["tokenizer_config"], added_tokens={"<|added|>": 2048})
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    ours = tokenizer.load(tmp_path)
+    assert bpe.encode("<|added|>", add_special_tokens=False).ids == [2048]
+    for text in HARDER + ["a<|added|>b", "<s>a</s>"]:
+        assert ours.encode(text) == sp.encode(text) and ours.decode(ours.encode(text)) == text
+    for text in HARDER:  # elsewhere the two files agree
+        assert ours.encode(text) == bpe.encode(text, add_special_tokens=False).ids, text
+    assert (ours.vocab_size, ours.bos_id) == (2048, 1) and ours.decode([*ours.encode("cat"), 2048]) == "cat"
+
+
+MERGES_CLASSES = {
+    "GPT2Tokenizer": (GPT2Tokenizer, "gpt-2"), "GPT2TokenizerFast": (GPT2Tokenizer, "gpt-2"), "Qwen2Tokenizer": (Qwen2Tokenizer, "qwen2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, begins", [(kind, False) for kind in MERGES_CLASSES] + [("GPT2Tokenizer", True)])
+def test_vocabulary_and_merges(tmp_path, kind, begins):
+    """Folders without a tokenizer.json: GPT-J's <|endoftext|> is in vocab.json, its and Qwen2's other tokens are added ones."""
+    stock_class, family = MERGES_CLASSES[kind]
+    vocab, merges = train(400, ["<|endoftext|>"] if family == "gpt-2" else [])
+    added = ["<|extratoken_1|>", "<|extratoken_2|>"] if family == "gpt-2" else ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    added = {token: len(vocab) + i for i, token in enumerate(added)}
+    settings = {"tokenizer_class": kind, "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>" if family == "gpt-2" else None}
+    if family == "qwen2":
+        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+        settings |= {"added_tokens_decoder": {str(i): {"content": token} | flags for token, i in added.items()}, "add_bos_token": False}
+    if begins:  # OPT's and a few others'
+        settings["add_bos_token"] = True
+    lines = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
+    write(tmp_path, vocab=vocab, merges=lines, added_tokens=added, tokenizer_config=settings)
+    ours, stock = tokenizer.load(tmp_path), stock_class.from_pretrained(tmp_path)
+    for text in HARDER + [f"a{token} {token}b" for token in ["<|endoftext|>", *added]]:
+        assert ours.encode(text) == stock.encode(text, add_special_tokens=False), text
+        assert ours.decode(ours.encode(text)) == (unicodedata.normalize("NFC", text) if family == "qwen2" else text)
+    assert ours.vocab_size == len(stock) == len(vocab) + len(added)
+    assert ours.bos_id == (vocab["<|endoftext|>"] if begins else None) == (stock.bos_token_id if begins else None)
+    assert stock("cat").input_ids == [ours.bos_id] * begins + ours.encode("cat")
+    assert set(ours.files) == {"vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize("settings, added, told", [
+    ({}, {}, "tokenizer_class None"),
+    ({"tokenizer_class": "RobertaTokenizer"}, {}, "RobertaTokenizer"),
+    ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, {}, "add_prefix_space True"),
+    ({"tokenizer_class": "GPT2Tokenizer"}, {"<x>": 999}, "'<x>' does not get its id 999"),
+])  # fmt: skip
+def test_vocabulary_and_merges_that_are_not_known(tmp_path, settings, added, told):
+    vocab, merges = train(300, [])
+    write(tmp_path, vocab=vocab, merges="".join(f"{a} {b}\n" for a, b in merges), tokenizer_config=settings, added_tokens=added)
+    with pytest.raises(UserError, match=told) as refusal:
+        tokenizer.load(tmp_path)
+    assert str(tmp_path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_vocabulary_without_merges(tmp_path):
+    write(tmp_path, vocab={"a": 0}, tokenizer_config={"tokenizer_class": "GPT2Tokenizer"})
+    with pytest.raises(UserError, match="no tokenizer.model or tokenizer.json"):
+        tokenizer.load(tmp_path)

