@@ -34,6 +34,9 @@ KEYS = {
 }  # fmt: skip
 
 
+SWIGLU = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+
 @dataclass(frozen=True)
 class Family:
     architecture: str | None = None  # the stock class that computes what we write
@@ -42,7 +45,7 @@ class Family:
     keys: dict = field(default_factory=lambda: KEYS)
     optional: tuple = ("num_key_value_heads", "head_dim", "sliding_window")  # absent or null is fine
     norm_eps: str = "rms_norm_eps"
-    fixed: dict = field(default_factory=lambda: {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False})  # we compute no others
+    fixed: dict = field(default_factory=lambda: SWIGLU)  # we compute no others
     defaults: dict = field(default_factory=lambda: {"rms_norm_eps": 1e-6})  # what stock loaders take for an absent key
     # Of the weights:
     layers: str = "model.layers"
@@ -79,6 +82,7 @@ FAMILIES = {  # model_type ->
     "baichuan": Family(
         written_as="llama",
         keys={field: key for field, key in KEYS.items() if field not in ("n_kv_heads", "head_dim")},
+        fixed=SWIGLU | {"tie_word_embeddings": False},
         names=dict.fromkeys("qkv", "self_attn.W_pack"),
     ),
 }  # fmt: skip

@@ -70,9 +70,10 @@ def load(name, device="cpu", dtype=None):
     state = {}
     for path, tensors in files.items():
         with safe_open(path, "pt", device=str(device)) as f:
-            for theirs in wanted.keys() & set(tensors):
-                tensor = f.get_tensor(theirs).to(dtype or getattr(torch, config.dtype))
-                state |= families.from_published(tensor, wanted[theirs][0], config)
+            for theirs in tensors:
+                if theirs in wanted:
+                    tensor = f.get_tensor(theirs).to(dtype or getattr(torch, config.dtype))
+                    state |= families.from_published(tensor, wanted[theirs][0], config)
     model.load_state_dict(state, strict=False, assign=True)  # complete: the names were checked
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
@@ -164,7 +165,7 @@ def read_config(folder):
         refuse(f"partial_rotary_factor {partial} is not known for {kind}")
     try:
         rotary, head_dim = sizes.setdefault("rotary_dim", int(sizes["head_dim"] * partial)), sizes["head_dim"]
-        if rotary % 2 or not 0 < rotary <= head_dim:
+        if rotary % 2 or not 0 < rotary <= head_dim or int(head_dim * (rotary / head_dim)) != rotary:  # the last: as Phi is written
             refuse(f"{rotary} rotary dimensions in a head of {head_dim} are not known")
         config = Config(
             **sizes,
