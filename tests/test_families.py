@@ -181,7 +181,7 @@ def assert_same_logits_and_gradients(folder, theirs, every_positions):
     for positions in every_positions:
         expected = theirs.oracle(TOKENS, positions)
         assert expected.std() > 0.3  # else any model would agree
-        torch.testing.assert_close(ours(TOKENS, positions), expected, rtol=0, atol=1e-4 * max(1, expected.abs().max().item()))
+        torch.testing.assert_close(ours(TOKENS, positions), expected, rtol=0, atol=1e-4)  # the exact GELU is 6e-4 away
         ours.zero_grad()
         theirs.zero_grad()
         ours(TOKENS, positions, TARGETS).backward()
@@ -246,7 +246,7 @@ WRITTEN_AS = {"gptj": "PhiForCausalLM", "phi": "PhiForCausalLM", "baichuan": "Ll
 @pytest.mark.parametrize("mode", weights.EXTENSIONS)
 @pytest.mark.parametrize("family", WRITTEN_AS)
 def test_what_we_write_stock_loaders_compute(make, tmp_path, family, mode):
-    folder, theirs = make(family)
+    folder, theirs = make(family, **({"rotary_dim": 4} if family == "gptj" else {}))  # not the half that Phi's class assumes
     model = weights.load(folder)
     model.config = weights.extend(model.config, mode, 512)
     weights.save(model, tokenizer.load(TINY), tmp_path / "out")
