@@ -25,7 +25,6 @@ import data
 import errors
 import weights
 from errors import UserError
-from model import chunked_cross_entropy
 
 # Mohtashami & Jaggi 2023, the prompt of PoSE section 4.2.
 TASK = (
@@ -158,7 +157,7 @@ def perplexity(model, tokenizer, length, documents, longest, stride):
     for batch in batched(windows(), length, model):
         for h, (row, first) in zip(last_hidden(model, [row for row, _ in batch]), batch):
             targets = torch.tensor(row[first:], device=h.device)
-            nats += chunked_cross_entropy(h[first - 1 : len(row) - 1], model.head.weight, targets).item()
+            nats += model.loss(h[first - 1 : len(row) - 1], targets).item()
             count += len(targets)
     ppl = math.exp(min(nats / count, 700)) if count else None
     return {"length": length, "documents": len(long_enough), "tokens": count, "ppl": ppl}

@@ -73,7 +73,7 @@ def shard(model, device, compute_dtype, activation_checkpointing="none", cpu_off
 def _save_matrix_products(context, op, *args, **kwargs):
     """Selective checkpointing: keep what the matrix products and the attention kernel made, recompute the rest."""
     name = op.overloadpacket.__name__ if hasattr(op, "overloadpacket") else str(op)
-    return CheckpointPolicy.MUST_SAVE if name == "mm" or "scaled_dot_product" in name else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if name in ("mm", "addmm") or "scaled_dot_product" in name else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # ---------------------------------------------------------------- checkpoints

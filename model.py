@@ -1,4 +1,5 @@
-"""The decoder of LLaMA, Mistral and Qwen2 (RMSNorm, SwiGLU, grouped-query attention, RoPE), training loss and greedy generation.
+"""The decoder of LLaMA, Mistral, Qwen2 and Baichuan (RMSNorm, SwiGLU, grouped-query attention, RoPE), that of GPT-J and Phi (attention and
+MLP side by side), training loss and greedy generation.
 
 Notable choices:
 - Positions are an input. cos and sin are computed once a forward pass from the actual positions and shared by all layers.
@@ -37,10 +38,24 @@ class Config:
     eos_token_id: int | None = None
     dtype: str = "float32"  # of the weights on disk
     model_type: str = "llama"  # Hugging Face's name of the family
+    rotary_dim: int | None = None  # RoPE turns so many dimensions of each head, the first ones; None: all
+    normalised_head: bool = False  # Baichuan2
+
+    def __post_init__(self):
+        self.rotary_dim = self.rotary_dim or self.head_dim
+
+    @property
+    def parallel(self):
+        """Attention and MLP side by side (ParallelBlock), LayerNorm, a bias on the head."""
+        return self.model_type in ("gptj", "phi")
 
     @property
     def qkv_bias(self):
-        return self.model_type == "qwen2"
+        return self.model_type in ("qwen2", "phi")
+
+    @property
+    def o_bias(self):
+        return self.model_type == "phi"
 
     @property
     def original_window(self):
@@ -49,41 +64,82 @@ class Config:
 
     def flops_per_token(self, T):
         """Of one training step: 6 per weight in a matrix product, and causal attention counted once (not its masked half)."""
-        block = self.hidden_dim * (2 * self.n_heads + 2 * self.n_kv_heads) * self.head_dim + 3 * self.hidden_dim * self.intermediate_dim
+        mlp = (2 if self.parallel else 3) * self.hidden_dim * self.intermediate_dim
+        block = self.hidden_dim * (2 * self.n_heads + 2 * self.n_kv_heads) * self.head_dim + mlp
         return 6 * (self.n_layers * block + self.vocab_size * self.hidden_dim) + 6 * self.n_layers * self.n_heads * self.head_dim * T
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + SwiGLU(norm(x))."""
+class Attention(nn.Module):
+    """Causal self-attention: what both kinds of block have."""
 
     def __init__(self, config):
         super().__init__()
         C, D = config.hidden_dim, config.head_dim
         self.head_dim = D
-        self.attn_norm = nn.RMSNorm(C, eps=config.norm_eps)
         self.q = nn.Linear(C, config.n_heads * D, bias=config.qkv_bias)
         self.k = nn.Linear(C, config.n_kv_heads * D, bias=config.qkv_bias)
         self.v = nn.Linear(C, config.n_kv_heads * D, bias=config.qkv_bias)
-        self.o = nn.Linear(config.n_heads * D, C, bias=False)
+        self.o = nn.Linear(config.n_heads * D, C, bias=config.o_bias)
+
+    def attend(self, h, cos, sin, cache, start):
+        """h (B, T, C) -> (B, T, C). cache: None or (keys, values), each (B, K, S, D), whose first `start` places are filled."""
+        q, k, v = (w(h).unflatten(-1, (-1, self.head_dim)) for w in (self.q, self.k, self.v))  # (B, T, H or K, D)
+        q, k, v = apply_rope(q, cos, sin).transpose(1, 2), apply_rope(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            end = start + h.shape[1]
+            for new, whole in zip((k, v), cache):
+                whole[:, :, start:end] = new
+            k, v = (whole[:, :, :end] for whole in cache)
+        return self.o(attention(q, k, v).transpose(1, 2).flatten(2))  # from (B, T, H * D)
+
+
+class Block(Attention):
+    """x + attention(norm(x)), then x + SwiGLU(norm(x))."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        C = config.hidden_dim
+        self.attn_norm = nn.RMSNorm(C, eps=config.norm_eps)
         self.mlp_norm = nn.RMSNorm(C, eps=config.norm_eps)
         self.gate = nn.Linear(C, config.intermediate_dim, bias=False)
         self.up = nn.Linear(C, config.intermediate_dim, bias=False)
         self.down = nn.Linear(config.intermediate_dim, C, bias=False)
 
     def forward(self, x, cos, sin, cache=None, start=0):
-        """x (B, T, C). cache: None or (keys, values), each (B, K, S, D), whose first `start` places are filled."""
-        h = self.attn_norm(x)
-        q, k, v = (w(h).unflatten(-1, (-1, self.head_dim)) for w in (self.q, self.k, self.v))  # (B, T, H or K, D)
-        q, k, v = apply_rope(q, cos, sin).transpose(1, 2), apply_rope(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
-        if cache is not None:
-            end = start + x.shape[1]
-            for new, whole in zip((k, v), cache):
-                whole[:, :, start:end] = new
-            k, v = (whole[:, :, :end] for whole in cache)
-        h = attention(q, k, v).transpose(1, 2).flatten(2)  # (B, T, H * D)
-        x = x + self.o(h)
+        """x (B, T, C) -> (B, T, C). cache and start: as in attend."""
+        x = x + self.attend(self.attn_norm(x), cos, sin, cache, start)
         h = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class ParallelBlock(Attention):
+    """x + attention(h) + MLP(h) with h = norm(x), as in GPT-J and Phi."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.attn_norm = nn.LayerNorm(config.hidden_dim, eps=config.norm_eps)  # the MLP's too
+        self.up = nn.Linear(config.hidden_dim, config.intermediate_dim)
+        self.down = nn.Linear(config.intermediate_dim, config.hidden_dim)
+
+    def forward(self, x, cos, sin, cache=None, start=0):
+        """x (B, T, C) -> (B, T, C). cache and start: as in attend."""
+        h = self.attn_norm(x)
+        return x + self.attend(h, cos, sin, cache, start) + self.down(F.gelu(self.up(h), approximate="tanh"))
+
+
+class Head(nn.Linear):
+    """Hidden states (…, C) -> logits (…, V). Baichuan2's takes each row of its weight at unit length. The weight stays the parameter:
+    Baichuan's own code overwrites it in evaluation, after which it learns no more."""
+
+    def __init__(self, config):
+        super().__init__(config.hidden_dim, config.vocab_size, bias=config.parallel)
+        self.normalised = config.normalised_head
+
+    def rows(self):
+        return F.normalize(self.weight) if self.normalised else self.weight
+
+    def forward(self, h):
+        return F.linear(h, self.rows(), self.bias)
 
 
 def attention(q, k, v):
@@ -102,9 +158,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.hidden_dim, eps=config.norm_eps)
-        self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
+        block, norm = (ParallelBlock, nn.LayerNorm) if config.parallel else (Block, nn.RMSNorm)
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layers))
+        self.norm = norm(config.hidden_dim, eps=config.norm_eps)
+        self.head = Head(config)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.cross_entropy = cross_entropy_sum  # fsdp.py puts a compiled one here
@@ -115,7 +172,11 @@ class Transformer(nn.Module):
         h = self.hidden(tokens, positions)
         if targets is None:
             return self.head(h)
-        return chunked_cross_entropy(h.flatten(0, 1), self.head.weight, targets.flatten(), self.cross_entropy)
+        return self.loss(h.flatten(0, 1), targets.flatten())
+
+    def loss(self, hidden, targets):
+        """Summed cross-entropy in nats of normed hidden states (N, C) against targets int64 (N,)."""
+        return chunked_cross_entropy(hidden, self.head.rows(), self.head.bias, targets, self.cross_entropy)
 
     def hidden(self, tokens, positions=None, cache=None, start=0):
         """The normed last hidden states (B, T, C); `head` turns the ones you need into logits."""
@@ -124,7 +185,7 @@ class Transformer(nn.Module):
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(tokens.shape)
         by_length = config.rope_scaling and config.rope_scaling["rope_type"] in ("dynamic", "longrope")
         seq_len = int(positions.max()) + 1 if by_length else None  # of this call only: no state is left behind
-        cos, sin = rope_cos_sin(positions, *rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, seq_len))
+        cos, sin = rope_cos_sin(positions, *rope_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling, seq_len))
         x = self.embed(tokens)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin) if cache is None else block(x, cos, sin, cache[i], start)
@@ -144,14 +205,15 @@ class Transformer(nn.Module):
         return torch.cat(new, dim=1)
 
 
-def cross_entropy_sum(hidden, weight, targets):
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+def cross_entropy_sum(hidden, weight, bias, targets):
+    return F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="sum")
 
 
-def chunked_cross_entropy(hidden, weight, targets, cross_entropy=cross_entropy_sum, max_logits=2**27):
-    """Summed cross-entropy of hidden (N, C) @ weight (V, C).T against targets (N,), with at most max_logits logits in memory."""
+def chunked_cross_entropy(hidden, weight, bias, targets, cross_entropy=cross_entropy_sum, max_logits=2**27):
+    """Summed cross-entropy of hidden (N, C) @ weight (V, C).T + bias (V,) or None against targets (N,), with at most max_logits logits
+    in memory."""
     rows = 2 ** max(0, (max_logits // len(weight)).bit_length() - 1)  # a power of two, so that chunks are equal for usual N
     if len(hidden) <= rows:
-        return cross_entropy(hidden, weight, targets)
+        return cross_entropy(hidden, weight, bias, targets)
     pieces = zip(hidden.split(rows), targets.split(rows))
-    return torch.stack([checkpoint(cross_entropy, h, weight, t, use_reentrant=False) for h, t in pieces]).sum()
+    return torch.stack([checkpoint(cross_entropy, h, weight, bias, t, use_reentrant=False) for h, t in pieces]).sum()

@@ -8,7 +8,7 @@ Notable choices:
 - Angles are float64 products of the *actual* positions, cos and sin are float32: exact at position 1,000,000. There is no
   table of length target_len, so any target window costs nothing.
 - `scaling` is the dictionary that Hugging Face calls `rope_scaling`; what we compute is what stock loaders compute.
-- Half-split layout: pair j is (x[j], x[j + d/2]), as in Hugging Face LLaMA.
+- Half-split layout: pair j is (x[j], x[j + d/2]), as in Hugging Face LLaMA; d may be less than the head (GPT-J, Phi).
 """
 import math
 
@@ -122,6 +122,8 @@ def rope_cos_sin(positions, inv_freq, attention_factor=1.0):
 
 
 def apply_rope(x, cos, sin):
-    """Turn the pairs (x[j], x[j + D/2]). x (B, T, H, D) -> the same shape and dtype; the arithmetic is float32."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+    """Turn the pairs (x[j], x[j + d/2]) of the first d dimensions, d/2 = cos.shape[-1]; the rest passes. x (B, T, H, D) -> the same shape
+    and dtype; the arithmetic is float32."""
+    d = 2 * cos.shape[-1]
+    a, b = x[..., :d].float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos, x[..., d:]), dim=-1).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint folders <-> model.py: configs, names of weights, safetensors in and out.
+"""Hugging Face checkpoint folders <-> model.py: configs, safetensors in and out. families.py has the names.
 
     python weights.py show PATH                # family, sizes, window, scaling; what is wrong, if something is
     python weights.py convert SOURCE DEST      # .bin, .pth or GGUF -> a safetensors folder (convert.py)
@@ -22,32 +22,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import errors
+import families
 import rope
 import tokenizer as tokenizers
 from errors import UserError
+from families import BLOCK_NAMES, FAMILIES, OUTER_NAMES, hf_name  # noqa: F401 (convert.py takes them from here)
 from model import Config, Transformer
 
 BUILT_IN = ("tiny", "smollm2-135m")
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}  # model_type -> class
 SHARD_BYTES = 5 * 2**30
-
-# Our name of a weight -> Hugging Face's, GGUF's. Inside a block first.
-BLOCK_NAMES = {
-    "attn_norm": ("input_layernorm", "attn_norm"),
-    "q": ("self_attn.q_proj", "attn_q"),
-    "k": ("self_attn.k_proj", "attn_k"),
-    "v": ("self_attn.v_proj", "attn_v"),
-    "o": ("self_attn.o_proj", "attn_output"),
-    "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
-    "gate": ("mlp.gate_proj", "ffn_gate"),
-    "up": ("mlp.up_proj", "ffn_up"),
-    "down": ("mlp.down_proj", "ffn_down"),
-}
-OUTER_NAMES = {"embed": ("model.embed_tokens", "token_embd"), "norm": ("model.norm", "output_norm"), "head": ("lm_head", "output")}
 
 
 def cache_dir():
@@ -82,7 +70,10 @@ def load(name, device="cpu", dtype=None):
     state = {}
     for path, tensors in files.items():
         with safe_open(path, "pt", device=str(device)) as f:
-            state |= {wanted[theirs][0]: f.get_tensor(theirs).to(dtype or getattr(torch, config.dtype)) for theirs in tensors if theirs in wanted}
+            for theirs in tensors:
+                if theirs in wanted:
+                    tensor = f.get_tensor(theirs).to(dtype or getattr(torch, config.dtype))
+                    state |= families.from_published(tensor, wanted[theirs][0], config)
     model.load_state_dict(state, strict=False, assign=True)  # complete: the names were checked
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
@@ -90,12 +81,16 @@ def load(name, device="cpu", dtype=None):
 
 
 def check(folder):
-    """Read no weight, but make sure that each is there and fits. -> the model on the meta device, {Hugging Face's name: (ours, shape)},
-    {safetensors file: names in it}. UserError if anything about the folder is wrong."""
+    """Read no weight, but make sure that each is there and fits. -> the model on the meta device, {published name: (our names of what is
+    in it, shape)}, {safetensors file: names in it}. UserError if anything about the folder is wrong."""
     config = read_config(folder)
     with torch.device("meta"):
         model = Transformer(config)
-    wanted = {hf_name(ours): (ours, tuple(p.shape)) for ours, p in model.state_dict().items()}
+    wanted = {}
+    for ours, p in model.state_dict().items():
+        theirs = hf_name(ours, config.model_type)
+        above, (rows, *_) = wanted.get(theirs, ((), (0,)))
+        wanted[theirs] = (*above, ours), (rows + p.shape[0], *p.shape[1:])
     if config.tie_embeddings:
         del wanted["lm_head.weight"]
     files = _weight_files(folder)
@@ -123,33 +118,38 @@ def read_config(folder):
         raise UserError(f"{path}: not readable ({error}); copy it again") from None
 
     def refuse(why):
-        raise UserError(f"{path}: {why}; this code extends RoPE models of {', '.join(ARCHITECTURES)}")
+        raise UserError(f"{path}: {why}; this code extends RoPE models of {', '.join(FAMILIES)}")
 
     if not isinstance(c, dict):
         refuse("not a JSON object")
     kind = c.get("model_type")
     if c.get("position_embedding_type") == "alibi" or c.get("alibi") or kind in ("bloom", "mpt"):
         refuse(f"{kind!r} uses ALiBi, not RoPE")
+    if kind == "baichuan" and ("max_position_embeddings" not in c or c.get("hidden_size") == 5120):
+        refuse("Baichuan 13B uses ALiBi, not RoPE; the 7B models do")
     if kind in ("gpt2", "opt", "gpt_bigcode", "gpt_neo", "bert"):
         refuse(f"{kind!r} uses learned positions, not RoPE")
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         refuse(f"model_type {kind!r} is not known")
-    if c.get("attention_bias") or c.get("mlp_bias"):
-        refuse(f"biases in attention or MLP are not known for {kind}")
-    if c.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act {c['hidden_act']!r} is not known for {kind}")
-    if c.get("partial_rotary_factor", 1) != 1:
-        refuse(f"partial_rotary_factor {c['partial_rotary_factor']} is not known for {kind}")
-
+    family = FAMILIES[kind]
+    c = family.defaults | c
+    for key, value in family.fixed.items():
+        if (c.get(key) or value) != value:
+            refuse(f"{key} {c[key]!r} is not known for {kind}")
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(c.get(key) or {}, dict):
             refuse(f"{key} {c[key]!r} is not a JSON object")
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-    optional = ("num_key_value_heads", "head_dim", "sliding_window")
-    given = {key: c[key] for key in sizes if key in c} | {key: c[key] for key in optional if c.get(key) is not None}
-    for key, value in given.items():
-        if type(value) is not int or value < 1:
-            refuse(f"{key} is {value!r}, not a positive whole number")
+
+    for key in (*family.keys.values(), *family.optional):
+        if c.get(key) is None and key in family.optional:
+            continue
+        if key not in c:
+            raise UserError(f"{path}: {key!r} is missing; is this a config.json of a {kind} model?")
+        if type(c[key]) is not int or c[key] < 1:
+            refuse(f"{key} is {c[key]!r}, not a positive whole number")
+    sizes = {field: c[key] for field, key in family.keys.items() if c.get(key) is not None}
+    hidden, heads = sizes["hidden_dim"], sizes["n_heads"]
+    sizes = {"intermediate_dim": 4 * hidden, "n_kv_heads": heads, "head_dim": hidden // heads} | sizes
     if _slides(c):
         refuse(f"{kind} with sliding_window {c.get('sliding_window', 4096)} in use: it never looks further back, so longer positions gain nothing")
     # Both spellings: rope_scaling beside rope_theta (before transformers 5), rope_parameters that holds both (since).
@@ -159,18 +159,17 @@ def read_config(folder):
     mode = scaling.get("rope_type") or scaling.get("type") or "default"
     scaling = {k: v for k, v in scaling.items() if k not in ("type", "rope_theta")} | {"rope_type": mode}
     if mode not in ("default", "linear"):
-        scaling.setdefault("original_max_position_embeddings", c.get("original_max_position_embeddings") or c.get("max_position_embeddings"))
+        scaling.setdefault("original_max_position_embeddings", c.get("original_max_position_embeddings") or sizes["max_position_embeddings"])
+    partial = scaling.pop("partial_rotary_factor", None) or parameters.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1
+    if partial != 1 and kind != "phi":
+        refuse(f"partial_rotary_factor {partial} is not known for {kind}")
     try:
+        rotary, head_dim = sizes.setdefault("rotary_dim", int(sizes["head_dim"] * partial)), sizes["head_dim"]
+        if rotary % 2 or not 0 < rotary <= head_dim or int(head_dim * (rotary / head_dim)) != rotary:  # the last: as Phi is written
+            refuse(f"{rotary} rotary dimensions in a head of {head_dim} are not known")
         config = Config(
-            vocab_size=c["vocab_size"],
-            hidden_dim=c["hidden_size"],
-            intermediate_dim=c["intermediate_size"],
-            n_layers=c["num_hidden_layers"],
-            n_heads=c["num_attention_heads"],
-            n_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
-            head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
-            max_position_embeddings=c["max_position_embeddings"],
-            norm_eps=float(c.get("rms_norm_eps", 1e-6)),
+            **sizes,
+            norm_eps=float(c[family.norm_eps]),
             rope_theta=float(theta),
             rope_scaling=None if mode == "default" else scaling,
             tie_embeddings=c.get("tie_word_embeddings", False),
@@ -178,11 +177,10 @@ def read_config(folder):
             eos_token_id=c.get("eos_token_id"),
             dtype=c.get("dtype") or c.get("torch_dtype") or "float32",
             model_type=kind,
+            normalised_head=kind == "baichuan" and ("z_loss_weight" in c or c["vocab_size"] == 125696),  # version 2
         )
         for seq_len in (1, 2**62):  # longrope has a list for short and one for long sequences
-            rope.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, seq_len)
-    except KeyError as error:
-        raise UserError(f"{path}: {error.args[0]!r} is missing; is this a config.json of a llama model?") from None
+            rope.rope_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling, seq_len)
     except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"{path}: {error}") from None
     if config.dtype not in ("float32", "bfloat16", "float16"):
@@ -196,15 +194,6 @@ def _slides(c):
         reach = c.get("sliding_window", 4096)
         return reach is not None and reach < c.get("max_position_embeddings", 0)
     return bool(c.get("use_sliding_window")) or "sliding_attention" in str(c.get("layer_types"))
-
-
-def hf_name(name):
-    """blocks.3.q.weight -> model.layers.3.self_attn.q_proj.weight"""
-    if not name.startswith("blocks."):
-        module, _, kind = name.rpartition(".")
-        return f"{OUTER_NAMES[module][0]}.{kind}"
-    _, i, module, kind = name.split(".")
-    return f"model.layers.{i}.{BLOCK_NAMES[module][0]}.{kind}"
 
 
 def _weight_files(folder):
@@ -249,8 +238,8 @@ def _shapes(path):
 
 
 def recomputed(name, config):
-    """Old exports carry rotary tables, and a tied head twice."""
-    return "rotary_emb" in name or (config.tie_embeddings and name == "lm_head.weight")
+    """Old exports carry rotary tables, causal masks (GPT-J's), and a tied head twice."""
+    return "rotary_emb" in name or name.endswith((".attn.bias", ".attn.masked_bias")) or (config.tie_embeddings and name == "lm_head.weight")
 
 
 def _check_names_and_shapes(files, wanted, config, folder):
@@ -271,12 +260,14 @@ def _check_names_and_shapes(files, wanted, config, folder):
 def save(model, tokenizer, path):
     """Write a Hugging Face folder: config.json, safetensors (shards of at most 5 GiB), the tokenizer's files.
     Under torch.distributed every rank calls it (sharded weights are gathered one at a time); rank 0 writes."""
-    path, config = Path(path), model.config
-    state = {hf_name(name): p for name, p in model.state_dict().items()}
+    path, config = Path(path), families.as_written(model.config)
+    own = model.state_dict()
+    with torch.device("meta"):
+        written = Transformer(config).state_dict()
     if config.tie_embeddings:
-        del state["lm_head.weight"]
+        del written["head.weight"]
     dtype = getattr(torch, config.dtype)
-    sizes = {name: p.numel() * dtype.itemsize for name, p in state.items()}
+    sizes = {name: p.numel() * dtype.itemsize for name, p in written.items()}
     shards = split_by_size(sizes)
     names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
 
@@ -285,17 +276,20 @@ def save(model, tokenizer, path):
         for file, shard in zip(names, shards):
             tensors = {}
             for name in shard:
-                p = state[name].detach()
+                p = own[name].detach() if name in own else torch.zeros(written[name].shape)  # a bias that GPT-J does not have and Phi does
                 p = p.full_tensor() if hasattr(p, "full_tensor") else p  # a DTensor: gathered by all ranks together
+                if writes and model.config.normalised_head and name == "head.weight":
+                    p = F.normalize(p.float())
                 if writes:
-                    tensors[name] = p.to("cpu", dtype).contiguous()
+                    tensors[hf_name(name, config.model_type)] = p.to("cpu", dtype).contiguous()
             if writes:
                 save_tensors(tensors, aside / file)
         if writes:
             if len(shards) > 1:
-                save_index(aside, {name: file for file, shard in zip(names, shards) for name in shard}, sum(sizes.values()))
+                weight_map = {hf_name(name, config.model_type): file for file, shard in zip(names, shards) for name in shard}
+                save_index(aside, weight_map, sum(sizes.values()))
             (aside / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n")
-            for name, content in tokenizer.files.items():
+            for name, content in families.tokenizer_files(model.config, tokenizer.files).items():
                 (aside / name).write_bytes(content)
 
 
@@ -352,40 +346,38 @@ def save_tensors(tensors, path):
 
 
 def hf_config(config):
-    """config.json of a Config, in terms that stock loaders compute exactly (modes they lack in the terms of one they have)."""
+    """config.json of a Config, in terms that stock loaders compute exactly (modes they lack in the terms of one they have).
+    Its family: one with a stock class, see families.as_written."""
+    family = FAMILIES[config.model_type]
     theta, scaling = config.rope_theta, dict(config.rope_scaling or {})
     mode = scaling.get("rope_type", "default")
     if mode == "ntk":  # nothing but another base
-        theta, scaling = theta * scaling["factor"] ** (config.head_dim / (config.head_dim - 2)), {}
+        theta, scaling = theta * scaling["factor"] ** (config.rotary_dim / (config.rotary_dim - 2)), {}
     elif mode == "ntk_by_parts":  # YaRN without its factor on cos and sin
         scaling |= {"rope_type": "yarn", "attention_factor": 1.0}
     elif mode == "yarn_revised":  # per-pair factors, as LongRoPE has them
-        inv_freq, attention_factor = rope.rope_frequencies(config.head_dim, theta, scaling)
-        factors = (rope.rope_frequencies(config.head_dim, theta)[0] / inv_freq).tolist()
+        inv_freq, attention_factor = rope.rope_frequencies(config.rotary_dim, theta, scaling)
+        factors = (rope.rope_frequencies(config.rotary_dim, theta)[0] / inv_freq).tolist()
         scaling = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": attention_factor} | {
             key: scaling[key] for key in ("factor", "original_max_position_embeddings")
         }
     elif mode == "longrope":
         scaling.setdefault("factor", config.max_position_embeddings / config.original_window)
     both = scaling | {"type": scaling["rope_type"]} if scaling else None  # older readers want `type`
+    partial = {"partial_rotary_factor": config.rotary_dim / config.head_dim} if config.model_type == "phi" else {}
     return {
-        "architectures": [ARCHITECTURES[config.model_type]],
+        "architectures": [family.architecture],
         "model_type": config.model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_dim,
-        "intermediate_size": config.intermediate_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
+        **{key: getattr(config, field) for field, key in family.keys.items()},
         "max_position_embeddings": int(config.max_position_embeddings),
-        "rms_norm_eps": config.norm_eps,
+        family.norm_eps: config.norm_eps,
         "rope_theta": theta,
         "rope_scaling": both,
-        "rope_parameters": {"rope_type": "default"} | scaling | {"rope_theta": theta},
+        "rope_parameters": {"rope_type": "default"} | scaling | {"rope_theta": theta} | partial,
+        **partial,
         "tie_word_embeddings": config.tie_embeddings,
-        **({"attention_bias": False, "mlp_bias": False} if config.model_type == "llama" else {"sliding_window": None}),
-        "hidden_act": "silu",
+        **family.fixed,
+        **({"sliding_window": None} if config.model_type in ("mistral", "qwen2") else {}),
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "dtype": config.dtype,
@@ -418,10 +410,10 @@ def _compose(config, new):
         raise UserError(f"this model's {old['rope_type']} scaling depends on the length, which another on top cannot keep; start from its base model")
     if old["rope_type"] == new["rope_type"] and "attention_factor" not in old:  # the same as one stretch of the first window
         return new | old | {"factor": old["factor"] * new["factor"]}
-    plain, _ = rope.rope_frequencies(config.head_dim, config.rope_theta)
+    plain, _ = rope.rope_frequencies(config.rotary_dim, config.rope_theta)
     factors, attention_factor = 1.0, 1.0  # of each pair: what the first stretch divides by, times what the second does
     for scaling in (old, new):
-        inv_freq, on_attention = rope.rope_frequencies(config.head_dim, config.rope_theta, scaling)
+        inv_freq, on_attention = rope.rope_frequencies(config.rotary_dim, config.rope_theta, scaling)
         factors, attention_factor = factors * plain / inv_freq, attention_factor * on_attention
     return {
         "rope_type": "longrope", "short_factor": factors.tolist(), "long_factor": factors.tolist(), "attention_factor": attention_factor,
@@ -438,12 +430,13 @@ def show(name):
     model, wanted, files = check(folder)
     config = model.config
     tokenizer = load_tokenizer(name, config)
-    head = "tied to the embedding" if config.tie_embeddings else "own"
+    head = ("tied to the embedding" if config.tie_embeddings else "own") + (", of unit rows" if config.normalised_head else "")
     parameters = sum(math.prod(shape) for _, shape in wanted.values())
     print(f"{folder}: {config.model_type}, {parameters:,} parameters, {config.dtype}, {len(files)} file(s)")
     print(f"layers {config.n_layers}, hidden {config.hidden_dim}, MLP {config.intermediate_dim}, head {head}")
-    biases = ", biases on q, k, v" if config.qkv_bias else ""
-    print(f"attention heads {config.n_heads} of {config.head_dim}, key/value heads {config.n_kv_heads}{biases}")
+    biases = (", biases on q, k, v" if config.qkv_bias else "") + (", o" if config.o_bias else "")
+    rotary = f", {config.rotary_dim} of them rotary" if config.rotary_dim != config.head_dim else ""
+    print(f"attention heads {config.n_heads} of {config.head_dim} dimensions{rotary}, key/value heads {config.n_kv_heads}{biases}")
     print(f"vocabulary {config.vocab_size:,}, tokenizer {type(tokenizer).__name__} with {tokenizer.vocab_size:,}, begins with {tokenizer.bos_id}")
     print(f"window {config.max_position_embeddings:,} tokens, rope_theta {config.rope_theta:g}")
     shown = {k: v for k, v in (config.rope_scaling or {}).items() if not isinstance(v, list)}

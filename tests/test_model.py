@@ -76,21 +76,24 @@ def test_positions_enter_only_through_their_differences(make_llama):
     assert (ours(tokens, positions) - ours(tokens)).abs().max() > 0.1  # a skip does change something
 
 
-def test_chunked_loss_equals_plain_and_never_holds_all_logits():
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_chunked_loss_equals_plain_and_never_holds_all_logits(with_bias):
     torch.manual_seed(0)
     hidden, weight = torch.randn(100, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    bias = torch.randn(50, requires_grad=True) if with_bias else None
     targets = torch.randint(0, 50, (100,))
     seen = []
 
-    def spy(h, w, t):
+    def spy(h, w, b, t):
         seen.append(len(h) * len(w))
-        return decoder.cross_entropy_sum(h, w, t)
+        return decoder.cross_entropy_sum(h, w, b, t)
 
-    loss = decoder.chunked_cross_entropy(hidden, weight, targets, spy, max_logits=900)
-    grads = torch.autograd.grad(loss, (hidden, weight))
-    plain = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    loss = decoder.chunked_cross_entropy(hidden, weight, bias, targets, spy, max_logits=900)
+    inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
+    grads = torch.autograd.grad(loss, inputs)
+    plain = F.cross_entropy(hidden @ weight.T + (0 if bias is None else bias), targets, reduction="sum")
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
-    for got, expected in zip(grads, torch.autograd.grad(plain, (hidden, weight))):
+    for got, expected in zip(grads, torch.autograd.grad(plain, inputs)):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert max(seen) <= 900 and len(seen) > 5
 
