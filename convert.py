@@ -19,6 +19,7 @@ from tqdm import tqdm
 import tokenizer as tokenizers
 import weights
 from errors import UserError
+from families import BLOCK_NAMES, OUTER_NAMES, half_split, hf_name
 from model import Config, Transformer
 
 
@@ -164,7 +165,7 @@ def convert_meta(source, dest, window):
             raise UserError(f"{source}: {told}, which params.json asks for; is a consolidated.*.pth missing?")
         found = shapes.index(tuple(wanted[name]))
         w = torch.cat(pieces, found - 1) if found else pieces[0].clone()
-        return _half_split(w, head_dim) if module in ("q", "k") else w
+        return half_split(w, head_dim, head_dim) if module in ("q", "k") else w
 
     groups = weights.split_by_size({name: shape.numel() * embedding[0].itemsize for name, shape in wanted.items()})
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
@@ -173,12 +174,7 @@ def convert_meta(source, dest, window):
         "tokenizer.model": vocabulary.read_bytes(),
         "tokenizer_config.json": json.dumps(settings | {"legacy": False}).encode(),
     }
-    _write(dest, ({weights.hf_name(name): read(name) for name in group} for group in groups), len(groups), others)
-
-
-def _half_split(w, head_dim):
-    """Rows of q or k from interleaved pairs (x[2j], x[2j + 1]) to our (x[j], x[j + D/2])."""
-    return w.view(-1, head_dim // 2, 2, w.shape[-1]).transpose(1, 2).reshape(w.shape)
+    _write(dest, ({hf_name(name): read(name) for name in group} for group in groups), len(groups), others)
 
 
 # ---------------------------------------------------------------- GGUF and the built-in SmolLM2
@@ -272,7 +268,7 @@ def convert_gguf(source, dest):
     wanted = {}  # our name -> the tensor
     for name, p in model.state_dict().items():
         *block, module, part = name.split(".")
-        theirs = f"blk.{block[1]}.{weights.BLOCK_NAMES[module][1]}.{part}" if block else f"{weights.OUTER_NAMES[module][1]}.{part}"
+        theirs = f"blk.{block[1]}.{BLOCK_NAMES[module][1]}.{part}" if block else f"{OUTER_NAMES[module][1]}.{part}"
         if config.tie_embeddings and name == "head.weight":
             continue
         if theirs not in tensors:
@@ -298,13 +294,13 @@ def convert_gguf(source, dest):
             told = f"quantisation {tensor.tensor_type.name} of {tensor.name} is not known"
             raise UserError(f"{source}: {told}; take a Q8_0 or F16 file") from None
         if kind == "llama" and name.split(".")[-2] in ("q", "k"):  # a llama file keeps the two halves of each head interleaved
-            w = _half_split(w, head_dim)
+            w = half_split(w, head_dim, head_dim)
         return w
 
     size = getattr(torch, config.dtype).itemsize
     groups = weights.split_by_size({name: int(tensor.n_elements) * size for name, tensor in wanted.items()})
     others = tokenizer.files | {"config.json": json.dumps(weights.hf_config(config), indent=2).encode()}
-    _write(dest, ({weights.hf_name(name): read(name) for name in group} for group in groups), len(groups), others)
+    _write(dest, ({hf_name(name): read(name) for name in group} for group in groups), len(groups), others)
 
 
 def _gguf_scaling(source, meta, factors):

@@ -178,13 +178,14 @@ class Transformer(nn.Module):
         """Summed cross-entropy in nats of normed hidden states (N, C) against targets int64 (N,)."""
         return chunked_cross_entropy(hidden, self.head.rows(), self.head.bias, targets, self.cross_entropy)
 
-    def hidden(self, tokens, positions=None, cache=None, start=0):
-        """The normed last hidden states (B, T, C); `head` turns the ones you need into logits."""
+    def hidden(self, tokens, positions=None, cache=None, start=0, seq_len=None):
+        """The normed last hidden states (B, T, C); `head` turns the ones you need into logits.
+        seq_len: tokens in the whole sequence, for `dynamic` and `longrope` (default: up to the largest position here)."""
         config = self.config
         if positions is None:
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        by_length = config.rope_scaling and config.rope_scaling["rope_type"] in ("dynamic", "longrope")
-        seq_len = int(positions.max()) + 1 if by_length else None  # of this call only: no state is left behind
+        if seq_len is None and config.rope_scaling and config.rope_scaling["rope_type"] in ("dynamic", "longrope"):
+            seq_len = int(positions.max()) + 1  # of this call only: no state is left behind
         cos, sin = rope_cos_sin(positions, *rope_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling, seq_len))
         x = self.embed(tokens)  # (B, T, C)
         for i, block in enumerate(self.blocks):
@@ -193,15 +194,17 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, prefill_chunk=2048):
-        """Greedy continuation of tokens int64 (B, T) -> (B, max_new_tokens). The prompt is read `prefill_chunk` tokens at a time."""
+        """Greedy continuation of tokens int64 (B, T) -> (B, max_new_tokens). The prompt is read `prefill_chunk` tokens at a time.
+        Angles that depend on the length (`dynamic`, `longrope`) are those of the final one from the first token on, as in one forward pass."""
         config, (B, T) = self.config, tokens.shape
         shape = (B, config.n_kv_heads, T + max_new_tokens, config.head_dim)
         cache = [tuple(torch.empty(shape, dtype=self.embed.weight.dtype, device=tokens.device) for _ in range(2)) for _ in self.blocks]
+        end = T + max_new_tokens
         for start in range(0, T, prefill_chunk):
-            h = self.hidden(tokens[:, start : start + prefill_chunk], cache=cache, start=start)
+            h = self.hidden(tokens[:, start : start + prefill_chunk], cache=cache, start=start, seq_len=end)
         new = [self.head(h[:, -1:]).argmax(-1)]  # each (B, 1)
-        for start in range(T, T + max_new_tokens - 1):
-            new.append(self.head(self.hidden(new[-1], cache=cache, start=start)).argmax(-1))
+        for start in range(T, end - 1):
+            new.append(self.head(self.hidden(new[-1], cache=cache, start=start, seq_len=end)).argmax(-1))
         return torch.cat(new, dim=1)
 
 

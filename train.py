@@ -45,7 +45,7 @@ def parse_arguments():
     p.add_argument("--train_len", type=int, help="tokens in a training example (default: the model's window; target_len for full)")
     p.add_argument("--method", choices=pose.METHODS, default="pose", help="full, pi and randpos are the paper's baselines (default: pose)")
     p.add_argument("--rope", choices=weights.EXTENSIONS, help="interpolation (default: yarn; smollm2-135m ntk)")
-    p.add_argument("--factor", type=float, help="of the interpolation (default: target_len / window; the built-in models twice that)")
+    p.add_argument("--factor", type=float, help="of the interpolation (default: target_len / window, dynamic 1; the built-in models twice that)")
     p.add_argument("--beta_fast", type=float, help="yarn leaves pairs alone that turn so often in the window (default: 32; tiny 8)")
     p.add_argument("--chunks", type=int, default=2, help="chunks per example (default: 2)")
     p.add_argument("--offset", choices=pose.OFFSETS, default="uniform", help="a later chunk's text, the paper's Table 4 (default: uniform)")
@@ -83,7 +83,7 @@ def complete(args, window):
         raise UserError("--factor: --rope default interpolates nothing; leave it out or choose a mode")
     if args.beta_fast is None:
         args.beta_fast = stretch.get("beta_fast")
-    if args.factor is None and args.rope != "default":
+    if args.factor is None and args.rope not in ("default", "dynamic"):  # dynamic: the ratio of the current length
         args.factor = stretch["headroom"] * args.target_len / window
     if args.train_len is None:
         args.train_len = args.target_len if args.method == "full" else window

@@ -31,7 +31,7 @@ import families
 import rope
 import tokenizer as tokenizers
 from errors import UserError
-from families import BLOCK_NAMES, FAMILIES, OUTER_NAMES, hf_name  # noqa: F401 (convert.py takes them from here)
+from families import FAMILIES, hf_name
 from model import Config, Transformer
 
 BUILT_IN = ("tiny", "smollm2-135m")
@@ -364,12 +364,14 @@ def hf_config(config):
     elif mode == "longrope":
         scaling.setdefault("factor", config.max_position_embeddings / config.original_window)
     both = scaling | {"type": scaling["rope_type"]} if scaling else None  # older readers want `type`
+    # Stock dynamic scaling begins at max_position_embeddings.
+    window = config.original_window if mode == "dynamic" else config.max_position_embeddings
     partial = {"partial_rotary_factor": config.rotary_dim / config.head_dim} if config.model_type == "phi" else {}
     return {
         "architectures": [family.architecture],
         "model_type": config.model_type,
         **{key: getattr(config, field) for field, key in family.keys.items()},
-        "max_position_embeddings": int(config.max_position_embeddings),
+        "max_position_embeddings": int(window),
         family.norm_eps: config.norm_eps,
         "rope_theta": theta,
         "rope_scaling": both,
@@ -385,15 +387,15 @@ def hf_config(config):
     }
 
 
-EXTENSIONS = ("default", "linear", "ntk", "ntk_by_parts", "yarn", "yarn_revised", "llama3")  # modes that need no more than a factor
+EXTENSIONS = ("default", "linear", "ntk", "dynamic", "ntk_by_parts", "yarn", "yarn_revised", "llama3")  # modes that need no more than a factor
 
 
 def extend(config, mode, target_len, **settings):
     """The Config of the same weights with their window stretched to target_len by a mode of rope.py. settings: what else rope_scaling
-    shall hold, such as `factor` (default: the ratio of the windows) or yarn's `beta_fast`.
+    shall hold, such as `factor` (default: the ratio of the windows; 1 for dynamic, which takes that of the current length) or `beta_fast`.
     A model that is scaled already (Llama 3.1, or one of ours) keeps that: the factors multiply. UserError where they cannot."""
     window = config.max_position_embeddings
-    scaling = {"rope_type": mode, "factor": target_len / window, "original_max_position_embeddings": window} | settings
+    scaling = {"rope_type": mode, "factor": 1.0 if mode == "dynamic" else target_len / window, "original_max_position_embeddings": window} | settings
     if mode == "llama3":
         scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | scaling  # Llama 3.1's own
     if mode == "default":
@@ -406,8 +408,8 @@ def extend(config, mode, target_len, **settings):
 def _compose(config, new):
     """rope_scaling that stretches an already scaled model once more."""
     old = config.rope_scaling
-    if old["rope_type"] == "dynamic" or (old["rope_type"] == "longrope" and old["short_factor"] != old["long_factor"]):
-        raise UserError(f"this model's {old['rope_type']} scaling depends on the length, which another on top cannot keep; start from its base model")
+    if "dynamic" in (old["rope_type"], new["rope_type"]) or (old["rope_type"] == "longrope" and old["short_factor"] != old["long_factor"]):
+        raise UserError(f"{new['rope_type']} scaling on top of this model's {old['rope_type']}: one depends on the length; start from its base model")
     if old["rope_type"] == new["rope_type"] and "attention_factor" not in old:  # the same as one stretch of the first window
         return new | old | {"factor": old["factor"] * new["factor"]}
     plain, _ = rope.rope_frequencies(config.rotary_dim, config.rope_theta)

@@ -427,7 +427,7 @@ GGUF_SPOILT = {  # what to change -> what the refusal names
     "a missing key": ({"block_count": None}, {}, "llama.block_count is None"),
     "a key of another kind": ({"embedding_length": "64"}, {}, "llama.embedding_length is '64'"),
     "heads by layer": ({"attention.head_count": [4, 4]}, {}, "head_count is"),
-    "more layers": ({"block_count": 3}, {}, "blk.2.attn_norm.weight is missing"),
+    "more layers": ({"block_count": 3}, {}, "blk.2.attn_q.weight is missing"),
     "fewer layers": ({"block_count": 1}, {}, "blk.1.attn_k.weight is not part"),
     "a missing tensor": ({}, {"blk.1.ffn_up.weight": None}, "blk.1.ffn_up.weight is missing"),
     "no embedding": ({}, {"token_embd.weight": None}, "token_embd.weight is missing"),

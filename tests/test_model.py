@@ -111,6 +111,26 @@ def test_generation_equals_transformers_whatever_the_prefill(make_llama, scaling
         assert torch.equal(ours.generate(prompt, 12, prefill_chunk=prefill_chunk), expected)
 
 
+@pytest.mark.parametrize("mode", ["dynamic", "longrope"])
+def test_generation_with_angles_that_depend_on_the_length(make_llama, mode):
+    """The frequencies of the final length hold from the first token on: those of a model that has them at every length."""
+    folder, _ = make_llama()
+    ours = weights.load(folder)
+    n, L, d = 200, 64, 16  # tokens in the end, the original window, rotated dimensions
+    scaling = {"rope_type": mode, "original_max_position_embeddings": L}
+    if mode == "dynamic":
+        ours.config.rope_scaling = scaling | {"factor": 2.0}
+        _, same = make_llama("same", rope_parameters={"rope_theta": 10000.0 * (2 * n / L - 1) ** (d / (d - 2))})
+    else:
+        ours.config.rope_scaling = scaling | {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "attention_factor": 1.0}
+        _, same = make_llama("same", rope_parameters={"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0})
+    prompt = torch.randint(0, 320, (2, n - 12))
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = same.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[:, n - 12 :]
+    for prefill_chunk in (50, 2048):
+        assert torch.equal(ours.generate(prompt, 12, prefill_chunk=prefill_chunk), expected)
+
+
 def test_cached_attention_lines_up_with_the_last_key():
     q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 8)
     full = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
