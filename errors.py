@@ -17,18 +17,21 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:
-        message = str(error)
+        caught, message = error, str(error)
     except OSError as error:
+        caught = error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"the disk is full ({error.filename or 'while writing'}): free some space and run again; earlier files are whole"
         elif error.filename:
             message = f"{error.filename}: {error.strerror}; check the path and its permissions"
         else:
             raise
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
+        caught = error
         message = "the GPU's memory is full: training, lower --micro_batch_size or add --activation_checkpointing full; evaluating, lower --lengths"
     else:
         return
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every process meets the same mistake: say it once a machine
+    everywhere = isinstance(caught, UserError)  # under torchrun every process meets the same mistake: say it once a machine
+    if os.environ.get("LOCAL_RANK", "0") == "0" or not everywhere:
         print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

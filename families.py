@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass, field
 
 import torch
+from torch.distributed.tensor import DTensor
 
 # Our name of a weight -> LLaMA's in Hugging Face, GGUF's. Inside a block first.
 BLOCK_NAMES = {
@@ -96,13 +97,24 @@ def hf_name(name, model_type="llama"):
     return f"{family.names.get(module) or OUTER_NAMES[module][0]}.{kind}"
 
 
-def from_published(tensor, names, config):
-    """A published tensor -> {our name: tensor} of the weights that are in it."""
-    if len(names) > 1:
-        return {name: part.clone() for name, part in zip(names, tensor.chunk(len(names)))}
-    if config.model_type == "gptj" and names[0].split(".")[-2] in ("q", "k"):
-        tensor = half_split(tensor, config.head_dim, config.rotary_dim)
-    return {names[0]: tensor}
+def read(published, parameters, config):
+    """Copy a published tensor, as a slice of a safetensors file, into the parameters {our name: tensor} that are in it, in their order.
+    A parameter may be a DTensor, sharded by rows: only this process's are read then."""
+    first = 0  # row of the published tensor with which the parameter begins
+    for name, p in parameters.items():
+        local, rows = (p.to_local(), own_rows(p)) if isinstance(p, DTensor) else (p, slice(0, len(p)))
+        if config.model_type == "gptj" and name.split(".")[-2] in ("q", "k"):
+            local.copy_(half_split(published[:], config.head_dim, config.rotary_dim)[rows])
+        else:
+            local.copy_(published[first + rows.start : first + rows.stop])
+        first += len(p)
+
+
+def own_rows(p):
+    """Which rows of a DTensor that fully_shard made this process holds: equal runs, the last ones shorter or empty."""
+    run = -(-len(p) // p.device_mesh.size())
+    first = min(p.device_mesh.get_local_rank() * run, len(p))
+    return slice(first, min(first + run, len(p)))
 
 
 def half_split(w, head_dim, rotary_dim):

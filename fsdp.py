@@ -3,9 +3,10 @@
 Notable choices:
 - `fully_shard` always, on one process too: it is what gives float32 master weights with bfloat16 compute.
 - Order: activation checkpointing inside, torch.compile around it, fully_shard outermost. Parameter names stay as in model.py.
-- A checkpoint is written aside and renamed when it is whole, so the newest one on disk is never half a checkpoint.
+- A checkpoint is written in the background, aside, and renamed when it is whole: the newest one on disk is never half a checkpoint.
 """
 import errno
+import json
 import os
 import shutil
 import sys
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import model as decoder
+from errors import UserError
 
 
 def start(device_type):
@@ -47,9 +49,11 @@ def leave():
     os._exit(0)
 
 
-def shard(model, device, compute_dtype, activation_checkpointing="none", cpu_offload=False, compile=False):
-    """Shard each block and then the rest over all processes. The master weights become float32, compute happens in
-    compute_dtype, gradients are reduced in float32 and averaged over processes."""
+def shard(model, device, compute_dtype, param_dtype=torch.float32, activation_checkpointing="none", cpu_offload=False, compile=False):
+    """Shard each block and then the rest over all processes, of a model on the meta device: only then is memory for a process's own rows
+    taken, uninitialised. The master weights (and with them AdamW's state) are of param_dtype, compute happens in compute_dtype, gradients
+    are reduced in float32 and averaged over processes."""
+    model.to(param_dtype)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # cast_forward_inputs would round the float32 cos and sin.
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -62,12 +66,11 @@ def shard(model, device, compute_dtype, activation_checkpointing="none", cpu_off
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
         if compile:
             block.forward = torch.compile(block.forward, fullgraph=True)
-        fully_shard(block.float(), mesh=mesh, mp_policy=precision, offload_policy=offload)
+        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload)
     if compile:
         model.cross_entropy = torch.compile(decoder.cross_entropy_sum)
-    for rest in (model.embed, model.norm, model.head):
-        rest.float()
     fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    model.to_empty(device="cpu" if cpu_offload else device)
 
 
 def _save_matrix_products(context, op, *args, **kwargs):
@@ -79,37 +82,75 @@ def _save_matrix_products(context, op, *args, **kwargs):
 # ---------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(folder, model, optimizer, step):
-    """Write folder/step-N (model, optimizer) and remove the older ones. All processes call it."""
-    folder = Path(folder)
-    aside, final = folder / "tmp", folder / f"step-{step}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
-    weights, moments = get_state_dict(model, optimizer)
-    try:
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
-    except dcp.api.CheckpointException as error:  # it wraps the system's error; PyTorch's zip writer turns that into "unexpected pos"
-        if any(getattr(e, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "unexpected pos" in str(e) for e, _ in error.failures.values()):
+class Checkpoints:
+    """The checkpoints of a run, folder/step-N: weights, optimizer, and what `record` says of the run. They are written in the background,
+    and the newest `keep` that are whole on disk are kept. All processes call every method."""
+
+    def __init__(self, folder, record, keep):
+        self.folder, self.record, self.keep = Path(folder), json.dumps(record, indent=2) + "\n", keep
+        self.writing = None  # (step, future)
+        self.group = dist.new_group(backend="gloo")  # of the background thread, whose collectives must not meet those of training
+
+    def save(self, model, optimizer, step):
+        """Copy the state and begin to write it. Training may go on at once."""
+        self.finish()  # one at a time
+        aside = self._aside(step)
+        if dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
-            raise OSError(errno.ENOSPC, "no space left", str(aside)) from None
-        raise
-    if dist.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        for old in folder.glob("step-*"):
-            if old != final:
-                shutil.rmtree(old)
-    dist.barrier()
+            aside.mkdir(parents=True)
+            (aside / "args.json").write_text(self.record)
+        dist.barrier()
+        weights, moments = get_state_dict(model, optimizer)
+        state = {"model": weights, "optimizer": moments}
+        self.writing = step, dcp.async_save(state, checkpoint_id=aside, process_group=self.group)
 
+    def finish(self, wait=True):
+        """Give the checkpoint in the background its name once it is whole. OSError if the disk is full."""
+        if self.writing is None or not (wait or self.writing[1].done()):
+            return
+        (step, future), self.writing = self.writing, None
+        aside = self._aside(step)
+        try:
+            future.result()  # the processes end it together: what one sees done, all have written
+        except dcp.api.CheckpointException as error:  # it wraps the system's error; PyTorch's zip writer turns that into "unexpected pos"
+            if any(getattr(e, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "unexpected pos" in str(e) for e, _ in error.failures.values()):
+                shutil.rmtree(aside, ignore_errors=True)
+                raise OSError(errno.ENOSPC, "no space left", str(aside)) from None
+            raise
+        if dist.get_rank() == 0:
+            final = self.folder / f"step-{step}"
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            descriptor = os.open(self.folder, os.O_RDONLY)
+            os.fsync(descriptor)  # the name is on disk before an older checkpoint goes
+            os.close(descriptor)
+            for old in self._steps()[self.keep :]:
+                shutil.rmtree(self.folder / f"step-{old}")
 
-def load_checkpoint(folder, model, optimizer):
-    """Restore the newest checkpoint -> its step; 0 if there is none."""
-    steps = [int(path.name.removeprefix("step-")) for path in Path(folder).glob("step-*")]
-    if not steps:
+    def load(self, model, optimizer, say):
+        """Restore the newest checkpoint that is whole -> its step; 0 if there is none at all. UserError if none is usable.
+        say(line): called for each that is passed over."""
+        steps = self._steps()
+        for step in steps:
+            folder = self.folder / f"step-{step}"
+            weights, moments = get_state_dict(model, optimizer)
+            try:
+                if (folder / "args.json").read_text() != self.record:
+                    raise UserError(f"{folder} is of another run; remove it, or start again with another --out")
+                dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+            except (dcp.api.CheckpointException, OSError) as error:
+                reason = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
+                say(f"{folder} is damaged ({type(reason).__name__}: {str(reason).splitlines()[0]}); going on from the one before")
+                continue
+            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+            return step
+        if steps:
+            raise UserError(f"{self.folder}: no checkpoint there is whole; start again with another --out")
         return 0
-    weights, moments = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=Path(folder) / f"step-{max(steps)}")
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    return max(steps)
+
+    def _aside(self, step):
+        return self.folder / f"step-{step}.tmp"
+
+    def _steps(self):
+        """Of the checkpoints that are there, the newest first."""
+        return sorted((int(path.name[5:]) for path in self.folder.glob("step-*") if path.name[5:].isdigit()), reverse=True)

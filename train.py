@@ -14,8 +14,10 @@ import resource
 import signal
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -34,6 +36,7 @@ RECIPES = {
     "tiny": PAPER | {"steps": 100, "batch_size": 32, "lr": 2e-4, "windows": 8, "headroom": 2, "beta_fast": 8},
     "smollm2-135m": PAPER | {"steps": 200, "batch_size": 16, "lr": 5e-5, "rope": "ntk", "headroom": 2},
 }
+MAX_SKIPPED = 10  # updates in a row that are not finite before a run gives up
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16, for MFU
 
@@ -58,11 +61,21 @@ def parse_arguments():
     p.add_argument("--seed", type=int, default=0, help="default: 0")
     p.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="a new folder for this run (default: out)")
     p.add_argument("--save_every", type=int, default=0, metavar="N", help="checkpoint every N steps (default: only when interrupted)")
+    p.add_argument("--keep", type=int, default=2, metavar="N", help="checkpoints that stay, the newest (default: 2)")
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     p.add_argument("--activation_checkpointing", choices=("none", "selective", "full"), default="none", help="less memory for more time")
     p.add_argument("--cpu_offload", action="store_true", help="keep weights and optimizer in host memory")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block (default: on a GPU)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; master weights are float32 (default: bfloat16 on a GPU)")
+    p.add_argument("--eval_every", type=int, default=0, metavar="N", help="validation loss every N steps (default: never)")
+    p.add_argument("--eval_data", nargs="+", default=[], metavar="FILE", help="texts for it, as for --data")
+    p.add_argument("--eval_lengths", metavar="TOKENS,…", help="contiguous windows to score (default: train_len)")
+    p.add_argument("--tensorboard", action="store_true", help="the metrics as TensorBoard events too, in OUT/tensorboard")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation (default: bfloat16 on a GPU)")
+    p.add_argument(
+        "--param_dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of master weights, gradients and optimizer state; bfloat16 halves their memory, but rounds each update to 3 digits of the weight: "
+        "small ones are lost (default: float32)",
+    )  # fmt: skip
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     return p.parse_args()
 
@@ -77,6 +90,8 @@ def complete(args, window):
         args.target_len = recipe["windows"] * window
     args.rope = args.rope or recipe["rope"]
     stretch = recipe if args.rope == recipe["rope"] else PAPER
+    if bool(args.eval_every) != bool(args.eval_data):
+        raise UserError("--eval_every and --eval_data belong together: how often, and on which texts")
     if args.beta_fast is not None and args.rope not in ("yarn", "yarn_revised", "ntk_by_parts"):
         raise UserError(f"--beta_fast: --rope {args.rope} does not have it; leave it out or choose yarn")
     if args.factor is not None and args.rope == "default":
@@ -91,12 +106,12 @@ def complete(args, window):
     args.compile = gpu if args.compile is None else args.compile
     args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    for key in ("train_len", "chunks", "batch_size"):
+    for key in ("train_len", "chunks", "batch_size", "keep"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
     if not args.lr >= 0:
         raise UserError(f"--lr {args.lr:g}: must be a number that is not negative")
-    for key in ("steps", "warmup_steps", "save_every", "seed"):
+    for key in ("steps", "warmup_steps", "save_every", "eval_every", "seed"):
         if getattr(args, key) < 0:
             raise UserError(f"--{key} {getattr(args, key)}: must not be negative")
     if args.target_len < args.train_len:
@@ -119,10 +134,16 @@ def complete(args, window):
         raise UserError(f"--micro_batch_size {args.micro_batch_size} does not divide the {share} examples of each process; choose a divisor")
 
 
+UNRECORDED = ("out", "resume", "save_every", "keep", "tensorboard")  # of this process alone
+FREE = (
+    "micro_batch_size", "device", "compile", "activation_checkpointing", "cpu_offload", "eval_every", "eval_data", "eval_lengths"
+)  # change the speed or what is shown, not the run  # fmt: skip
+
+
 def check_out(args):
     """Refuse an output folder that holds another run, or, with --resume, a run of other arguments. -> what to record."""
     record = args.out / "args.json"
-    mine = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "save_every")}
+    mine = {key: value for key, value in vars(args).items() if key not in UNRECORDED}
     if file := next((path for path in (args.out, *args.out.parents) if path.exists() and not path.is_dir()), None):
         raise UserError(f"--out {args.out}: {file} is a file; name a folder")
     if not args.resume:
@@ -135,8 +156,7 @@ def check_out(args):
         theirs = dict(json.loads(record.read_text()))
     except (ValueError, TypeError):
         raise UserError(f"--resume: {record} is not readable; start again with another --out") from None
-    free = ("micro_batch_size", "device", "compile", "activation_checkpointing", "cpu_offload")  # change the speed, not the run
-    if changed := [f"{k} was {theirs.get(k)}, now {mine[k]}" for k in mine if k not in free and theirs.get(k) != mine[k]]:
+    if changed := [f"{k} was {theirs.get(k)}, now {mine[k]}" for k in mine if k not in FREE and theirs.get(k) != mine[k]]:
         raise UserError(f"--resume: the run in {args.out} had other arguments: {'; '.join(changed)}")
     if (args.out / "model").exists() and len((args.out / "metrics.jsonl").read_text().splitlines()) >= args.steps:
         raise UserError(f"--resume: the run in {args.out} is finished; its model is {args.out / 'model'}")
@@ -157,35 +177,43 @@ def main():
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.model = args.model or ("smollm2-135m" if args.device == "cuda" else "tiny")
 
-    config = weights.read_config(weights.resolve(args.model))
-    window = config.max_position_embeddings
+    model, wanted, files = weights.check(weights.resolve(args.model))  # on the meta device: no memory is taken yet
+    window = model.config.max_position_embeddings
     complete(args, window)
     record = check_out(args)
     settings = {key: getattr(args, key) for key in ("factor", "beta_fast") if getattr(args, key) is not None}
-    earlier = (config.rope_scaling or {}).get("rope_type")
-    config = weights.extend(config, args.rope, args.target_len, **settings)
+    earlier = (model.config.rope_scaling or {}).get("rope_type")
+    model.config = config = weights.extend(model.config, args.rope, args.target_len, **settings)
     tokenizer = weights.load_tokenizer(args.model, config)
     documents = data.prepare(args.data, tokenizer, weights.cache_dir())
+    validation = Validation(args, tokenizer) if args.eval_every else None
     sampling = {key: getattr(args, key) for key in ("method", "train_len", "target_len", "chunks", "offset")}
     batches = data.Batches(documents, args.seed, tokenizer.bos_id, **sampling)
 
-    model = weights.load(args.model)
-    model.config = config
+    if args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard: not installed here; pip install tensorboard") from None
 
     device = fsdp.start(args.device)
     rank, world = dist.get_rank(), dist.get_world_size()
+    check_agreement(record)
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "args.json").write_text(json.dumps(record, indent=2) + "\n")
-    fsdp.shard(model, device, getattr(torch, args.dtype), args.activation_checkpointing, args.cpu_offload, args.compile)
+    dtypes = getattr(torch, args.dtype), getattr(torch, args.param_dtype)
+    fsdp.shard(model, device, *dtypes, args.activation_checkpointing, args.cpu_offload, args.compile)
+    weights.fill(model, wanted, files)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    first = fsdp.load_checkpoint(args.out / "checkpoints", model, optimizer) if args.resume else 0
 
     def say(line):
         if rank == 0:
             tqdm.write(line, file=sys.stderr)
 
+    checkpoints = fsdp.Checkpoints(args.out / "checkpoints", {k: v for k, v in record.items() if k not in FREE}, args.keep)
+    first = checkpoints.load(model, optimizer, say) if args.resume else 0
     tokens_per_step = args.batch_size * args.train_len
     say(f"{args.model}: window {window:,} -> {args.target_len:,}, {args.method}, {args.rope}" + (f", going on after step {first}" if first else ""))
     if earlier:
@@ -195,10 +223,12 @@ def main():
         f"{len(documents) - batches.skipped} document(s), {batches.skipped} too short and left out"
     )
     log = open_log(args.out / "metrics.jsonl", first) if rank == 0 else None
+    board = SummaryWriter(args.out / "tensorboard", purge_step=first + 1) if args.tensorboard and rank == 0 else None
     peak_flops = next((v for k, v in PEAK_FLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), None)
     share = args.batch_size // world
     mine = range(rank * share, (rank + 1) * share)  # this process's examples of every global batch
 
+    skipped = 0  # updates in a row that were left out
     interrupted = []
 
     def interrupt(number, frame):
@@ -221,8 +251,11 @@ def main():
             loss = model(tokens, positions, targets) / tokens_per_step
             (loss * world).backward()  # FSDP averages gradients over processes; the loss is a mean over the global batch
             total[0] += loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor()
-        optimizer.step()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor().item()
+        finite = math.isfinite(grad_norm)  # the same on every process
+        if finite:
+            optimizer.step()
+        skipped = 0 if finite else skipped + 1
         optimizer.zero_grad()
 
         total[1] = float(bool(interrupted))
@@ -231,24 +264,89 @@ def main():
         done = step + 1
         seconds = time.perf_counter() - began
         speed = tokens_per_step / seconds
+        validated = {}
+        if validation and (done % args.eval_every == 0 or done == args.steps):
+            validated = {"validation": validation(model, device)}
+            say(f"step {done}: validation loss " + ", ".join(f"{nats:.3f} at {n:,}" for n, nats in validated["validation"].items()))
         mfu = speed / world * config.flops_per_token(args.train_len) / peak_flops if peak_flops else None
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
         if rank == 0:
-            line = {"step": done, "loss": loss, "lr": lr, "grad_norm": grad_norm.item(), "tokens_per_second": speed}
-            log.write(json.dumps(line | {"mfu": mfu, "peak_memory_gib": memory / 2**30}).encode() + b"\n")
+            line = {"step": done, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed, "mfu": mfu}
+            write_metrics(log, board, line | {"peak_memory_gib": memory / 2**30} | ({} if finite else {"skipped": True}) | validated)
             shown = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}", "MFU": f"{mfu:.0%}" if mfu else "-", "GiB": f"{memory / 2**30:.1f}"}
             bar.set_postfix(shown, refresh=False)
             if bar.disable and done % max(1, args.steps // 20) == 0:  # no terminal: a line now and then
                 say(f"step {done}: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
+        checkpoints.finish(wait=False)
+        if skipped == MAX_SKIPPED:
+            checkpoints.finish()
+            raise UserError(
+                f"step {done}: the gradient was not finite {skipped} times in a row, these updates were left out; "
+                f"lower --lr or look at the texts, then --resume from {args.out / 'checkpoints'} if it holds a checkpoint"
+            )
         if (stop and done < args.steps) or (args.save_every and done % args.save_every == 0):
-            fsdp.save_checkpoint(args.out / "checkpoints", model, optimizer, done)
+            checkpoints.save(model, optimizer, done)
         if stop and done < args.steps:
             bar.close()
             say(f"stopped after step {done} of {args.steps}; what is done is saved, add --resume to go on")
             break
 
+    checkpoints.finish()
     weights.save(model, tokenizer, args.out / "model")
     say(f"wrote {args.out / 'model'}; next: python eval.py --task passkey --model {args.out / 'model'}")
+
+
+def check_agreement(record):
+    """UserError if the processes, on several machines perhaps, were started with different arguments."""
+    records = [None] * dist.get_world_size()
+    dist.all_gather_object(records, record)
+    if changed := [key for key in record if any(other.get(key) != record[key] for other in records)]:
+        raise UserError(f"--{changed[0]} differs between processes: {[r.get(changed[0]) for r in records]}; start all with the same arguments")
+
+
+class Validation:
+    """Loss on the first windows of other texts, tokens and positions contiguous: what the model is for, not how it is trained."""
+
+    def __init__(self, args, tokenizer, windows=16):
+        try:
+            lengths = sorted({int(n) for n in (args.eval_lengths or str(args.train_len)).split(",")})
+        except ValueError:
+            raise UserError(f"--eval_lengths {args.eval_lengths}: give whole numbers of tokens, comma-separated") from None
+        if lengths[0] < 1:
+            raise UserError(f"--eval_lengths {lengths[0]}: must be at least 1")
+        documents = data.prepare(args.eval_data, tokenizer, weights.cache_dir())
+        long_enough = (documents[i] for i in np.argsort(-np.diff(documents.starts), kind="stable"))
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        rows = [np.array([*bos, *document[: lengths[-1] + 1]], dtype=np.int64) for document in islice(long_enough, windows)]
+        self.rows = {n: torch.from_numpy(np.stack([row[: n + 1] for row in rows if len(row) > n])) for n in lengths if len(rows[0]) > n}
+        if lengths[-1] not in self.rows:
+            raise UserError(f"--eval_data: the longest document has {len(rows[0])} tokens, too few for windows of {lengths[-1]}; add longer texts")
+
+    @torch.no_grad()
+    def __call__(self, model, device):
+        """{length: nats a token}. Every process scores its share, and as many windows as the others: FSDP gathers weights together."""
+        rank, world, result = dist.get_rank(), dist.get_world_size(), {}
+        for n, rows in self.rows.items():
+            total = torch.zeros(2, device=device, dtype=torch.float64)
+            for i in range(rank, -(-len(rows) // world) * world, world):
+                row = rows[min(i, len(rows) - 1)][None].to(device)
+                loss = model(row[:, :-1], targets=row[:, 1:])
+                if i < len(rows):
+                    total += torch.stack((loss.double(), loss.new_tensor(n).double()))
+            dist.all_reduce(total)
+            result[n] = (total[0] / total[1]).item()
+        return result
+
+
+def write_metrics(log, board, line):
+    """A line of metrics.jsonl, and TensorBoard events if asked for. JSON knows no NaN: null."""
+    line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    log.write(json.dumps(line).encode() + b"\n")
+    if board:
+        for key, value in (line | {f"validation/{n}": v for n, v in line.get("validation", {}).items()}).items():
+            if type(value) in (int, float) and key != "step":
+                board.add_scalar(key, value, line["step"])
+        board.flush()
 
 
 def open_log(path, first):

@@ -66,18 +66,23 @@ def load(name, device="cpu", dtype=None):
     """The model of a folder or a built-in name, in eval mode. dtype: of its weights, default as on disk.
     Raises UserError if anything about the folder is wrong: a file, the architecture, a name or a shape."""
     model, wanted, files = check(resolve(name))
-    config = model.config
-    state = {}
+    model.to(dtype or getattr(torch, model.config.dtype)).to_empty(device=device)
+    if model.config.tie_embeddings:
+        model.head.weight = model.embed.weight  # to_empty took them apart
+    fill(model, wanted, files)
+    return model.eval()
+
+
+@torch.no_grad()
+def fill(model, wanted, files):
+    """Read what `check` found into the parameters of a model, rounded to their dtype. Of a parameter that is sharded (a DTensor) each process
+    reads its own rows, so that memory stays near a process's share and one tensor."""
+    own = model.state_dict()
     for path, tensors in files.items():
-        with safe_open(path, "pt", device=str(device)) as f:
+        with safe_open(path, "pt") as f:
             for theirs in tensors:
                 if theirs in wanted:
-                    tensor = f.get_tensor(theirs).to(dtype or getattr(torch, config.dtype))
-                    state |= families.from_published(tensor, wanted[theirs][0], config)
-    model.load_state_dict(state, strict=False, assign=True)  # complete: the names were checked
-    if config.tie_embeddings:
-        model.head.weight = model.embed.weight
-    return model.eval()
+                    families.read(f.get_slice(theirs), {name: own[name] for name in wanted[theirs][0]}, model.config)
 
 
 def check(folder):
