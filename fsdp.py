@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -89,6 +91,7 @@ class Checkpoints:
     def __init__(self, folder, record, keep):
         self.folder, self.record, self.keep = Path(folder), json.dumps(record, indent=2) + "\n", keep
         self.writing = None  # (step, future)
+        self.background = ThreadPoolExecutor(1)
         self.group = dist.new_group(backend="gloo")  # of the background thread, whose collectives must not meet those of training
 
     def save(self, model, optimizer, step):
@@ -102,7 +105,15 @@ class Checkpoints:
         dist.barrier()
         weights, moments = get_state_dict(model, optimizer)
         state = {"model": weights, "optimizer": moments}
-        self.writing = step, dcp.async_save(state, checkpoint_id=aside, process_group=self.group)
+        written = dcp.async_save(state, checkpoint_id=aside, process_group=self.group)
+        self.writing = step, self.background.submit(self._seal, written, aside)
+
+    def _seal(self, written, folder):
+        """Leave a checksum beside each file of this process, and wait for those of the others."""
+        written.result()
+        for path in folder.glob(f"__{dist.get_rank()}_*.distcp"):
+            path.with_suffix(".crc32").write_text(str(_checksum(path)))
+        dist.barrier(self.group)
 
     def finish(self, wait=True):
         """Give the checkpoint in the background its name once it is whole. OSError if the disk is full."""
@@ -111,7 +122,7 @@ class Checkpoints:
         (step, future), self.writing = self.writing, None
         aside = self._aside(step)
         try:
-            future.result()  # the processes end it together: what one sees done, all have written
+            future.result()  # done on one process means written by all
         except dcp.api.CheckpointException as error:  # it wraps the system's error; PyTorch's zip writer turns that into "unexpected pos"
             if any(getattr(e, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "unexpected pos" in str(e) for e, _ in error.failures.values()):
                 shutil.rmtree(aside, ignore_errors=True)
@@ -137,6 +148,7 @@ class Checkpoints:
             try:
                 if (folder / "args.json").read_text() != self.record:
                     raise UserError(f"{folder} is of another run; remove it, or start again with another --out")
+                self._check(folder)
                 dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
             except (dcp.api.CheckpointException, OSError) as error:
                 reason = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
@@ -148,9 +160,26 @@ class Checkpoints:
             raise UserError(f"{self.folder}: no checkpoint there is whole; start again with another --out")
         return 0
 
+    def _check(self, folder):
+        """OSError if a file is not what was written. Each process reads a part of the files."""
+        mine = sorted(folder.glob("*.distcp"))[dist.get_rank() :: dist.get_world_size()]
+        bad = [path.name for path in mine if path.with_suffix(".crc32").read_text() != str(_checksum(path))]
+        everyones = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, bad)
+        if found := sum(everyones, []):
+            raise OSError(f"{found[0]} does not have its checksum")
+
     def _aside(self, step):
         return self.folder / f"step-{step}.tmp"
 
     def _steps(self):
         """Of the checkpoints that are there, the newest first."""
         return sorted((int(path.name[5:]) for path in self.folder.glob("step-*") if path.name[5:].isdigit()), reverse=True)
+
+
+def _checksum(path):
+    crc = 0
+    with open(path, "rb") as f:
+        while block := f.read(2**24):
+            crc = zlib.crc32(block, crc)
+    return crc

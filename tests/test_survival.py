@@ -46,11 +46,10 @@ def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(short, train
     whole = losses(train("whole", *arguments))
     out, rng, resume = tmp_path / "killed", random.Random(), []
     for _ in range(KILLS):
-        before = steps_done(out)
         process = start(short, out, *arguments, *resume)
-        assert wait_for(lambda: steps_done(out) >= max(1, before - 2), process), process.communicate()[1]
+        assert wait_for(lambda: steps_done(out) >= 1, process), process.communicate()[1]
         saved = {p.name for p in (out / "checkpoints").glob("step-*") if p.suffix != ".tmp"} if resume else set()
-        time.sleep(rng.uniform(0, 1.0))
+        time.sleep(rng.uniform(0, 6.0 if resume else 1.0))  # a resumed run needs seconds to start
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         resume = ["--resume"]
@@ -183,20 +182,22 @@ fsdp.leave()
 
 def load(folder, how, processes, tmp_path):
     (tmp_path / "load.py").write_text(LOAD)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", tmp_path / "load.py", ROOT, folder, how]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*launcher, tmp_path / "load.py", ROOT, folder, how]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return [int(line.split()[-1]) for line in done.stdout.splitlines() if "held" in line]
 
 
-@pytest.mark.parametrize("family", [{"family": "Llama", "tie_word_embeddings": True}, {"family": "Llama", "vocab_size": 321}, {"family": "Qwen2"}], ids=str)
+@pytest.mark.parametrize("family", [{"tie_word_embeddings": True}, {"vocab_size": 321}, {"family": "Qwen2"}], ids=str)
 def test_sharded_loading_reads_the_same_weights(make_llama, tmp_path, family):
     """Three processes: no size divides by three, the last process may hold fewer rows or none."""
     load(make_llama(**family)[0], "compare", 3, tmp_path)
 
 
 def test_each_process_holds_its_share_and_one_tensor(make_llama, tmp_path):
-    folder, model = make_llama(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8, head_dim=64)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+    folder, model = make_llama(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, **heads)
     size = sum(p.nbytes for p in model.parameters())
     assert size > 100e6
     for held in load(folder, "measure", 4, tmp_path):
@@ -218,7 +219,7 @@ def test_validation_and_tensorboard(train, tmp_path, texts):  # noqa: F811
             row = torch.tensor([[tok.bos_id, *documents[i][:n].tolist()]])
             with torch.no_grad():
                 nats.append(torch.nn.functional.cross_entropy(model(row[:, :-1]).flatten(0, 1), row[:, 1:].flatten()).item())
-        assert lines[-1]["validation"][str(n)] == pytest.approx(sum(nats) / len(nats), rel=1e-4)
+        assert lines[-1]["validation"][str(n)] == pytest.approx(sum(nats) / len(nats), rel=1e-3)  # the written weights are bfloat16
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     for key in ("loss", "lr", "grad_norm"):
