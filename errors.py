@@ -4,7 +4,6 @@ import os
 import sys
 
 import torch
-import torch.distributed as dist
 
 
 class UserError(Exception):
@@ -34,7 +33,5 @@ def run(main):
         return
     everywhere = isinstance(caught, UserError)  # under torchrun every process meets the same mistake: say it once a machine
     if os.environ.get("LOCAL_RANK", "0") == "0" or not everywhere:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    if dist.is_initialized():  # gloo's threads abort an ordinary interpreter shutdown now and then, see fsdp.leave
-        os._exit(2)
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -41,14 +41,15 @@ def start(device_type):
     return device
 
 
-def leave():
-    """End the process. Without an interpreter shutdown: gloo's threads may still hold tensors then, and abort one run in several
+def leave(code=0):
+    """End the process with an exit code. Without an interpreter shutdown: gloo's threads may still hold tensors then, and abort one run in several
     (pytorch/pytorch#179291)."""
-    dist.barrier()
-    dist.destroy_process_group()
+    if dist.is_initialized() and code == 0:
+        dist.barrier()
+        dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def shard(model, device, compute_dtype, param_dtype=torch.float32, activation_checkpointing="none", cpu_offload=False, compile=False):

@@ -360,5 +360,8 @@ def open_log(path, first):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    try:
+        errors.run(main)
+    except SystemExit as end:
+        fsdp.leave(end.code)
     fsdp.leave()
