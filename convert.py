@@ -39,7 +39,8 @@ def convert(source, dest, window=None):
     elif source.is_dir() and any(source.glob("pytorch_model*.bin")):
         convert_bin(source, dest)
     else:
-        raise UserError(f"{source}: no pytorch_model*.bin, no params.json, no .gguf file; nothing to convert")
+        done = " (a safetensors folder is used as it is)" if source.is_dir() and any(source.glob("*.safetensors")) else ""
+        raise UserError(f"{source}: no pytorch_model*.bin, no params.json, no .gguf file; nothing to convert{done}")
 
 
 def convert_bin(source, dest):
@@ -72,13 +73,17 @@ def _write(dest, shards, count, others):
         weights.save_index(aside, weight_map, size)
         for name, content in others.items():
             (aside / name).write_bytes(content)
-        weights.check(aside)
+        model, _, _ = weights.check(aside)
+        weights.load_tokenizer(aside, model.config)
 
 
 def _read_pickle(path):
     """{name: tensor} of a file that torch.save wrote, on the CPU."""
     with open(path, "rb") as f:
-        zipped = f.read(2) == b"PK"  # what torch.save writes since 1.6; only that can be mapped
+        head = f.read(23)
+    if head == b"version https://git-lfs":
+        raise UserError(f"{path}: a Git LFS pointer, not the weights; run git lfs pull where it came from")
+    zipped = head[:2] == b"PK"  # what torch.save writes since 1.6; only that can be mapped
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
@@ -106,7 +111,8 @@ def convert_meta(source, dest, window):
     try:
         params = dict(json.loads((source / "params.json").read_text()))
         dim, heads, n_layers = (int(params[key]) for key in ("dim", "n_heads", "n_layers"))
-        head_dim = dim // heads
+        head_dim, kv_heads = dim // heads, int(params.get("n_kv_heads") or heads)
+        norm_eps, theta = float(params.get("norm_eps", 1e-5)), float(params.get("rope_theta", 10000.0))
     except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise UserError(f"{source / 'params.json'}: not readable ({error!r}); copy it again") from None
     if params.get("use_scaled_rope") or params.get("moe"):
@@ -132,11 +138,11 @@ def convert_meta(source, dest, window):
         intermediate_dim=sum(len(part) for part in parts("layers.0.feed_forward.w1.weight")),
         n_layers=n_layers,
         n_heads=heads,
-        n_kv_heads=params.get("n_kv_heads") or heads,
+        n_kv_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=window,
-        norm_eps=params.get("norm_eps", 1e-5),
-        rope_theta=params.get("rope_theta", 10000.0),
+        norm_eps=norm_eps,
+        rope_theta=theta,
         bos_token_id=1,
         eos_token_id=2,
         dtype=str(embedding[0].dtype).removeprefix("torch."),

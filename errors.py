@@ -26,6 +26,8 @@ def run(main):
             message = f"{error.filename}: {error.strerror}; check the path and its permissions"
         else:
             raise
+    except MemoryError as error:
+        caught, message = error, "this machine's memory is full: lower the lengths or the batch, or take a larger machine"
     except torch.OutOfMemoryError as error:
         caught = error
         message = "the GPU's memory is full: training, lower --micro_batch_size or add --activation_checkpointing full; evaluating, lower --lengths"

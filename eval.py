@@ -148,7 +148,7 @@ def perplexity(model, tokenizer, length, documents, longest, stride):
 
     def windows():
         for document in tqdm(long_enough, desc=f"ppl {length:,}", leave=False, disable=None):
-            text = document[:longest].tolist()
+            text = document[: longest - len(bos)].tolist()
             for begin, scored, end in sliding_windows(len(text), window, min(stride, window)):
                 yield bos + text[begin:end], max(len(bos) + scored - begin, 1)  # the first scored token needs one before it
 
@@ -169,7 +169,10 @@ def perplexity(model, tokenizer, length, documents, longest, stride):
 def default_models():
     """The run in out/ and the model it started from; without one, the built-in model for this machine."""
     if Path("out/model/config.json").is_file() and Path("out/args.json").is_file():
-        return [json.loads(Path("out/args.json").read_text())["model"], "out/model"]
+        try:
+            return [json.loads(Path("out/args.json").read_text())["model"], "out/model"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError("out/args.json: not readable; name the models with --model") from None
     return ["smollm2-135m" if torch.cuda.is_available() else "tiny"]
 
 
@@ -183,8 +186,8 @@ def parse_lengths(text, configs):
         lengths = sorted({int(part) for part in text.split(",")})
     except ValueError:
         raise UserError(f"--lengths {text}: give whole numbers of tokens, comma-separated, such as 2048,4096") from None
-    if lengths[0] < 2:
-        raise UserError(f"--lengths {lengths[0]}: a length is at least 2 tokens")
+    if lengths[0] < 2 or lengths[-1] > 2**31:
+        raise UserError(f"--lengths {text}: a length is at least 2 and at most {2**31} tokens")
     return lengths
 
 

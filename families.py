@@ -8,6 +8,7 @@ Notable choices:
 """
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -131,9 +132,11 @@ def as_written(config):
 
 
 def tokenizer_files(config, files):
-    """The tokenizer's files to go with `as_written`: stock loaders would look for Baichuan's own tokenizer class beside them."""
-    if config.model_type != "baichuan":
-        return files
-    settings = json.loads(files.get("tokenizer_config.json", b"{}")) | {"tokenizer_class": "LlamaTokenizer"}
-    settings.pop("auto_map", None)
-    return files | {"tokenizer_config.json": json.dumps(settings).encode()}
+    """The tokenizer's files to go with `as_written`: stock loaders would look for Baichuan's own tokenizer class beside them, and cut
+    texts at the old window."""
+    settings = before = json.loads(files.get("tokenizer_config.json", b"{}"))
+    if config.model_type == "baichuan":
+        settings = {k: v for k, v in settings.items() if k != "auto_map"} | {"tokenizer_class": "LlamaTokenizer"}
+    if settings.get("model_max_length", math.inf) < config.max_position_embeddings:
+        settings = settings | {"model_max_length": config.max_position_embeddings}
+    return files if settings == before else files | {"tokenizer_config.json": json.dumps(settings).encode()}

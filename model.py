@@ -180,13 +180,17 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens, positions=None, cache=None, start=0, seq_len=None):
         """The normed last hidden states (B, T, C); `head` turns the ones you need into logits.
-        seq_len: tokens in the whole sequence, for `dynamic` and `longrope` (default: up to the largest position here)."""
+        seq_len: tokens in the whole sequence, for `dynamic` and `longrope` (default: of each row, up to its largest position)."""
         config = self.config
         if positions is None:
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(tokens.shape)
         if seq_len is None and config.rope_scaling and config.rope_scaling["rope_type"] in ("dynamic", "longrope"):
-            seq_len = int(positions.max()) + 1  # of this call only: no state is left behind
-        cos, sin = rope_cos_sin(positions, *rope_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling, seq_len))
+            # Each row by its own length, in this call only: neither earlier batches nor its neighbours change an example's loss.
+            rows = [rope_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling, n) for n in (positions.amax(1) + 1).tolist()]
+            inv_freq, attention_factor = torch.stack([inv_freq for inv_freq, _ in rows]), rows[0][1]
+        else:
+            inv_freq, attention_factor = rope_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling, seq_len)
+        cos, sin = rope_cos_sin(positions, inv_freq, attention_factor)
         x = self.embed(tokens)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin) if cache is None else block(x, cos, sin, cache[i], start)

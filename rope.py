@@ -61,7 +61,7 @@ def rope_frequencies(dim, theta, scaling=None, seq_len=None):
         if attention_factor is None:
             s = need("factor")
             attention_factor = math.sqrt(1 + math.log(s) / math.log(original)) if s > 1 else 1.0
-        return powers(theta) / factors, attention_factor
+        return powers(theta) / factors, float(attention_factor)
 
     s = need("factor")
     if s <= 0:
@@ -109,15 +109,16 @@ def _yarn_attention_factor(s, scaling):
         return 0.1 * weight * math.log(s) + 1.0 if s > 1 else 1.0
 
     if scaling.get("attention_factor") is not None:
-        return scaling["attention_factor"]
+        return float(scaling["attention_factor"])
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):  # DeepSeek's form
         return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
     return mscale(1.0)
 
 
 def rope_cos_sin(positions, inv_freq, attention_factor=1.0):
-    """cos and sin of every angle. positions int64 (B, T) -> two float32 tensors (B, T, 1, dim/2), ready for (B, T, H, D)."""
-    angles = positions[:, :, None, None].double() * inv_freq.to(positions.device)  # (B, T, 1, dim/2)
+    """cos and sin of every angle. positions int64 (B, T), inv_freq (dim/2,) or (B, dim/2) -> two float32 tensors (B, T, 1, dim/2),
+    ready for (B, T, H, D)."""
+    angles = positions[:, :, None, None].double() * inv_freq.to(positions.device).view(-1, 1, 1, inv_freq.shape[-1])  # (B, T, 1, dim/2)
     return (angles.cos() * attention_factor).float(), (angles.sin() * attention_factor).float()
 
 

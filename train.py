@@ -109,8 +109,10 @@ def complete(args, window):
     for key in ("train_len", "chunks", "batch_size", "keep"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
-    if not args.lr >= 0:
+    if not 0 <= args.lr < math.inf:
         raise UserError(f"--lr {args.lr:g}: must be a number that is not negative")
+    if args.target_len > 2**31:
+        raise UserError(f"--target_len {args.target_len}: at most {2**31}")
     for key in ("steps", "warmup_steps", "save_every", "eval_every", "seed"):
         if getattr(args, key) < 0:
             raise UserError(f"--{key} {getattr(args, key)}: must not be negative")
@@ -293,6 +295,8 @@ def main():
 
     checkpoints.finish()
     weights.save(model, tokenizer, args.out / "model")
+    if signal.SIGINT in interrupted:
+        sys.exit(130)  # so that a shell does not go on to the next command
     say(f"wrote {args.out / 'model'}; next: python eval.py --task passkey --model {args.out / 'model'}")
 
 

@@ -165,6 +165,8 @@ def read_config(folder):
     scaling = {k: v for k, v in scaling.items() if k not in ("type", "rope_theta")} | {"rope_type": mode}
     if mode not in ("default", "linear"):
         scaling.setdefault("original_max_position_embeddings", c.get("original_max_position_embeddings") or sizes["max_position_embeddings"])
+    if mode == "longrope" and scaling["original_max_position_embeddings"]:  # as stock loaders
+        scaling.setdefault("factor", sizes["max_position_embeddings"] / scaling["original_max_position_embeddings"])
     partial = scaling.pop("partial_rotary_factor", None) or parameters.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1
     if partial != 1 and kind != "phi":
         refuse(f"partial_rotary_factor {partial} is not known for {kind}")
@@ -415,7 +417,8 @@ def _compose(config, new):
     old = config.rope_scaling
     if "dynamic" in (old["rope_type"], new["rope_type"]) or (old["rope_type"] == "longrope" and old["short_factor"] != old["long_factor"]):
         raise UserError(f"{new['rope_type']} scaling on top of this model's {old['rope_type']}: one depends on the length; start from its base model")
-    if old["rope_type"] == new["rope_type"] and "attention_factor" not in old:  # the same as one stretch of the first window
+    alike = [{k: v for k, v in x.items() if k not in ("factor", "original_max_position_embeddings")} for x in (old, new)]
+    if alike[0] == alike[1]:  # the same as one stretch of the first window
         return new | old | {"factor": old["factor"] * new["factor"]}
     plain, _ = rope.rope_frequencies(config.rotary_dim, config.rope_theta)
     factors, attention_factor = 1.0, 1.0  # of each pair: what the first stretch divides by, times what the second does
