@@ -39,7 +39,7 @@ def test_perplexity_equals_scoring_token_by_token(tiny, monkeypatch, with_bos, l
     documents = [torch.randint(3, 2048, (n,)).numpy() for n in (100, 131, 20)]
     got = evaluation.perplexity(model, tokenizer, length, documents, 120, stride)
     nats, count = 0.0, 0
-    long_enough = [d[:120].tolist() for d in documents if len(d) >= length]
+    long_enough = [d[: 120 - len(bos)].tolist() for d in documents if len(d) >= length]
     for text in long_enough:
         seen_to, begin, room = 0, 0, length - len(bos)
         while seen_to < len(text):

@@ -11,7 +11,9 @@ def pose_positions(T, target_len, rows, seed=0):
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    return torch.from_numpy(np.stack([pose.sample("pose", rng, T + 1, T, target_len)[1] for _ in range(rows)]))
+    positions = torch.from_numpy(np.stack([pose.sample("pose", rng, T + 1, T, target_len)[1] for _ in range(rows)]))
+    positions[:, -1] = positions.max()  # transformers takes the length of `dynamic` from the whole batch, we from each row
+    return positions
 
 
 def hf_logits(model, tokens, positions):
