@@ -10,10 +10,12 @@ import hashlib
 import json
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import pose
@@ -151,3 +153,13 @@ class Batches:
         if self.bos_id is not None:
             tokens[0] = self.bos_id
         return tokens, positions, text[index + 1]  # the target is what really follows, at the seam of two chunks too
+
+
+def prefetched(batches, steps, indices, device):
+    """Yield (step, tokens, positions, targets) on `device` for each of `steps`. A thread makes the next batch while the device works on this one."""
+    with ThreadPoolExecutor(1) as thread:
+        made = None
+        for step in steps:
+            batch = (made or thread.submit(batches, step, indices)).result()
+            made = thread.submit(batches, step + 1, indices)
+            yield step, *(torch.from_numpy(x).to(device) for x in batch)

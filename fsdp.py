@@ -21,10 +21,18 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import model as decoder
 from errors import UserError
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16, for MFU
+
+
+def peak_flops(device):
+    """Operations a second that the card's maker names; None for one not listed, and for a CPU."""
+    return next((v for k, v in PEAK_FLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), None)
 
 
 def start(device_type):
@@ -55,8 +63,11 @@ def leave(code=0):
 def shard(model, device, compute_dtype, param_dtype=torch.float32, activation_checkpointing="none", cpu_offload=False, compile=False):
     """Shard each block and then the rest over all processes, of a model on the meta device: only then is memory for a process's own rows
     taken, uninitialised. The master weights (and with them AdamW's state) are of param_dtype, compute happens in compute_dtype, gradients
-    are reduced in float32 and averaged over processes."""
+    are reduced in float32 and averaged over processes. A single process has nothing to shard: its weights are rounded to compute_dtype by the
+    model, where they are used, without FSDP's copies (which cost SmolLM2 a third of its speed on an H100)."""
     model.to(param_dtype)
+    model.compute_dtype = compute_dtype
+    alone = dist.get_world_size() == 1 and not cpu_offload
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # cast_forward_inputs would round the float32 cos and sin.
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -69,17 +80,38 @@ def shard(model, device, compute_dtype, param_dtype=torch.float32, activation_ch
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
         if compile:
             block.forward = torch.compile(block.forward, fullgraph=True)
-        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload)
+        if not alone:
+            fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload)
     if compile:
-        model.cross_entropy = torch.compile(decoder.cross_entropy_sum)
-    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+        model.cross_entropy = torch.compile(decoder.cross_entropy_and_gradient)
+    if not alone:
+        fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
     model.to_empty(device="cpu" if cpu_offload else device)
+    if model.config.tie_embeddings:
+        model.head.weight = model.embed.weight  # to_empty takes plain ones apart
 
 
 def _save_matrix_products(context, op, *args, **kwargs):
     """Selective checkpointing: keep what the matrix products and the attention kernel made, recompute the rest."""
     name = op.overloadpacket.__name__ if hasattr(op, "overloadpacket") else str(op)
     return CheckpointPolicy.MUST_SAVE if name in ("mm", "addmm") or "scaled_dot_product" in name else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def update(model, optimizer, batch, micro_batch_size, tokens_per_step):
+    """One optimizer step on this process's share of a batch: tokens, positions, targets, each int64 (share, T). tokens_per_step: of all
+    processes. -> (the share's part of the mean loss in nats a token, norm of the whole gradient), still on the device: nothing here waits
+    for it. An update whose gradient is not finite is left out."""
+    loss = torch.zeros((), device=batch[0].device)
+    for piece in zip(*(x.split(micro_batch_size) for x in batch)):
+        part = model(*piece) / tokens_per_step
+        (part * dist.get_world_size()).backward()  # FSDP averages gradients over processes; the loss is a mean over the global batch
+        loss += part.detach()
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+    optimizer.found_inf = (~grad_norm.isfinite()).float()  # as torch.amp.GradScaler tells the fused kernel to skip a step
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss, grad_norm
 
 
 # ---------------------------------------------------------------- checkpoints

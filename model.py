@@ -4,7 +4,8 @@ MLP side by side), training loss and greedy generation.
 Notable choices:
 - Positions are an input. cos and sin are computed once a forward pass from the actual positions and shared by all layers.
 - Attention is `scaled_dot_product_attention`, causal by token order, with no mask tensor: memory stays linear in T.
-- The loss never holds all logits: the vocabulary product runs over chunks of tokens and is recomputed in the backward pass.
+- The loss never holds all logits: it runs over chunks of tokens and takes their gradients at once, in the forward pass.
+- Without gradients a long text goes through each block's matrix products in chunks too: a million tokens need a few GiB.
 - No buffers: a model built on the meta device needs nothing but its parameters.
 
 Shapes: B batch, T tokens, C hidden_dim, H n_heads, K n_kv_heads, D head_dim, V vocab_size.
@@ -15,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
-from torch.utils.checkpoint import checkpoint
 
 from rope import apply_rope, rope_cos_sin, rope_frequencies
+
+ROWS = 65536  # tokens of a long text that go through a block's matrix products together when no gradient is wanted
 
 
 @dataclass
@@ -69,28 +71,66 @@ class Config:
         return 6 * (self.n_layers * block + self.vocab_size * self.hidden_dim) + 6 * self.n_layers * self.n_heads * self.head_dim * T
 
 
+class Linear(nn.Linear):
+    """Computes in the dtype of x: master weights in float32 are rounded where they are used, and their gradients arrive in float32."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.RMSNorm):
+    """In the dtype of x, as Linear."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """In the dtype of x, as Linear."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
-    """Causal self-attention: what both kinds of block have."""
+    """Causal self-attention: what both kinds of block have. A block is qkv, then attention, then rest; only attention mixes tokens."""
 
     def __init__(self, config):
         super().__init__()
         C, D = config.hidden_dim, config.head_dim
         self.head_dim = D
-        self.q = nn.Linear(C, config.n_heads * D, bias=config.qkv_bias)
-        self.k = nn.Linear(C, config.n_kv_heads * D, bias=config.qkv_bias)
-        self.v = nn.Linear(C, config.n_kv_heads * D, bias=config.qkv_bias)
-        self.o = nn.Linear(config.n_heads * D, C, bias=config.o_bias)
+        self.q = Linear(C, config.n_heads * D, bias=config.qkv_bias)
+        self.k = Linear(C, config.n_kv_heads * D, bias=config.qkv_bias)
+        self.v = Linear(C, config.n_kv_heads * D, bias=config.qkv_bias)
+        self.o = Linear(config.n_heads * D, C, bias=config.o_bias)
 
-    def attend(self, h, cos, sin, cache, start):
-        """h (B, T, C) -> (B, T, C). cache: None or (keys, values), each (B, K, S, D), whose first `start` places are filled."""
-        q, k, v = (w(h).unflatten(-1, (-1, self.head_dim)) for w in (self.q, self.k, self.v))  # (B, T, H or K, D)
-        q, k, v = apply_rope(q, cos, sin).transpose(1, 2), apply_rope(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
+    def qkv(self, x, cos, sin):
+        """x (B, T, C) -> queries (B, T, H, D), keys and values (B, T, K, D), queries and keys turned to their positions."""
+        h = self.attn_norm(x)
+        q, k, v = (w(h).unflatten(-1, (-1, self.head_dim)) for w in (self.q, self.k, self.v))
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+    def forward(self, x, cos, sin, cache=None, start=0):
+        """x (B, T, C) -> (B, T, C). cache: None or (keys, values), each (B, S, K, D), whose first `start` places are filled."""
+        if cache is None and x.shape[1] > ROWS and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self.forward_in_rows(x, cos, sin)
+        q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
-            end = start + h.shape[1]
+            end = start + x.shape[1]
             for new, whole in zip((k, v), cache):
-                whole[:, :, start:end] = new
-            k, v = (whole[:, :, :end] for whole in cache)
-        return self.o(attention(q, k, v).transpose(1, 2).flatten(2))  # from (B, T, H * D)
+                whole[:, start:end] = new
+            k, v = (whole[:, :end] for whole in cache)
+        return self.rest(x, attention(q, k, v))
+
+    def forward_in_rows(self, x, cos, sin):
+        """forward without gradients, in x itself: all but attention for ROWS tokens at a time, so that little more is in memory than
+        x, queries, keys and values."""
+        parts = [slice(i, i + ROWS) for i in range(0, x.shape[1], ROWS)]
+        pieces = zip(*(self.qkv(x[:, part], cos[:, part], sin[:, part]) for part in parts))
+        attended = attention(*(torch.cat(piece, dim=1) for piece in pieces))
+        for part in parts:
+            x[:, part] = self.rest(x[:, part], attended[:, part])
+        return x
 
 
 class Block(Attention):
@@ -99,15 +139,15 @@ class Block(Attention):
     def __init__(self, config):
         super().__init__(config)
         C = config.hidden_dim
-        self.attn_norm = nn.RMSNorm(C, eps=config.norm_eps)
-        self.mlp_norm = nn.RMSNorm(C, eps=config.norm_eps)
-        self.gate = nn.Linear(C, config.intermediate_dim, bias=False)
-        self.up = nn.Linear(C, config.intermediate_dim, bias=False)
-        self.down = nn.Linear(config.intermediate_dim, C, bias=False)
+        self.attn_norm = RMSNorm(C, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(C, eps=config.norm_eps)
+        self.gate = Linear(C, config.intermediate_dim, bias=False)
+        self.up = Linear(C, config.intermediate_dim, bias=False)
+        self.down = Linear(config.intermediate_dim, C, bias=False)
 
-    def forward(self, x, cos, sin, cache=None, start=0):
-        """x (B, T, C) -> (B, T, C). cache and start: as in attend."""
-        x = x + self.attend(self.attn_norm(x), cos, sin, cache, start)
+    def rest(self, x, attended):
+        """x (B, T, C), attended (B, T, H * D) -> (B, T, C)."""
+        x = x + self.o(attended)
         h = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
@@ -117,17 +157,16 @@ class ParallelBlock(Attention):
 
     def __init__(self, config):
         super().__init__(config)
-        self.attn_norm = nn.LayerNorm(config.hidden_dim, eps=config.norm_eps)  # the MLP's too
-        self.up = nn.Linear(config.hidden_dim, config.intermediate_dim)
-        self.down = nn.Linear(config.intermediate_dim, config.hidden_dim)
+        self.attn_norm = LayerNorm(config.hidden_dim, eps=config.norm_eps)  # the MLP's too
+        self.up = Linear(config.hidden_dim, config.intermediate_dim)
+        self.down = Linear(config.intermediate_dim, config.hidden_dim)
 
-    def forward(self, x, cos, sin, cache=None, start=0):
-        """x (B, T, C) -> (B, T, C). cache and start: as in attend."""
-        h = self.attn_norm(x)
-        return x + self.attend(h, cos, sin, cache, start) + self.down(F.gelu(self.up(h), approximate="tanh"))
+    def rest(self, x, attended):
+        """x (B, T, C), attended (B, T, H * D) -> (B, T, C)."""
+        return x + self.o(attended) + self.down(F.gelu(self.up(self.attn_norm(x)), approximate="tanh"))
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """Hidden states (…, C) -> logits (…, V). Baichuan2's takes each row of its weight at unit length. The weight stays the parameter:
     Baichuan's own code overwrites it in evaluation, after which it learns no more."""
 
@@ -135,22 +174,25 @@ class Head(nn.Linear):
         super().__init__(config.hidden_dim, config.vocab_size, bias=config.parallel)
         self.normalised = config.normalised_head
 
-    def rows(self):
-        return F.normalize(self.weight) if self.normalised else self.weight
+    def rows_and_bias(self, dtype):
+        rows = F.normalize(self.weight) if self.normalised else self.weight
+        return rows.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
     def forward(self, h):
-        return F.linear(h, self.rows(), self.bias)
+        return F.linear(h, *self.rows_and_bias(h.dtype))
 
 
 def attention(q, k, v):
-    """Causal attention of the last T of S tokens. q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)."""
-    T, S = q.shape[2], k.shape[2]
+    """Causal attention of the last T of S tokens. q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H * D)."""
+    T, S = q.shape[1], k.shape[1]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T or S, D)
     grouped = k.shape[1] != q.shape[1]
     if T == S:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    # is_causal lines up the first query with the first key; with a cache the last query belongs to the last key.
-    mask = None if T == 1 else causal_lower_right(T, S)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    else:  # is_causal lines up the first query with the first key; with a cache the last query belongs to the last key
+        mask = None if T == 1 else causal_lower_right(T, S)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    return attended.transpose(1, 2).flatten(2)
 
 
 class Transformer(nn.Module):
@@ -158,13 +200,14 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_dim)
-        block, norm = (ParallelBlock, nn.LayerNorm) if config.parallel else (Block, nn.RMSNorm)
+        block, norm = (ParallelBlock, LayerNorm) if config.parallel else (Block, RMSNorm)
         self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layers))
         self.norm = norm(config.hidden_dim, eps=config.norm_eps)
         self.head = Head(config)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        self.cross_entropy = cross_entropy_sum  # fsdp.py puts a compiled one here
+        self.compute_dtype = None  # of the hidden states, where it is not that of the weights
+        self.cross_entropy = cross_entropy_and_gradient  # fsdp.py puts a compiled one here
 
     def forward(self, tokens, positions=None, targets=None):
         """tokens int64 (B, T), positions int64 (B, T), default 0 … T-1 -> logits (B, T, V).
@@ -176,7 +219,7 @@ class Transformer(nn.Module):
 
     def loss(self, hidden, targets):
         """Summed cross-entropy in nats of normed hidden states (N, C) against targets int64 (N,)."""
-        return chunked_cross_entropy(hidden, self.head.rows(), self.head.bias, targets, self.cross_entropy)
+        return chunked_cross_entropy(hidden, *self.head.rows_and_bias(hidden.dtype), targets, self.cross_entropy)
 
     def hidden(self, tokens, positions=None, cache=None, start=0, seq_len=None):
         """The normed last hidden states (B, T, C); `head` turns the ones you need into logits.
@@ -191,7 +234,7 @@ class Transformer(nn.Module):
         else:
             inv_freq, attention_factor = rope_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling, seq_len)
         cos, sin = rope_cos_sin(positions, inv_freq, attention_factor)
-        x = self.embed(tokens)  # (B, T, C)
+        x = self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin) if cache is None else block(x, cos, sin, cache[i], start)
         return self.norm(x)
@@ -201,7 +244,7 @@ class Transformer(nn.Module):
         """Greedy continuation of tokens int64 (B, T) -> (B, max_new_tokens). The prompt is read `prefill_chunk` tokens at a time.
         Angles that depend on the length (`dynamic`, `longrope`) are those of the final one from the first token on, as in one forward pass."""
         config, (B, T) = self.config, tokens.shape
-        shape = (B, config.n_kv_heads, T + max_new_tokens, config.head_dim)
+        shape = (B, T + max_new_tokens, config.n_kv_heads, config.head_dim)
         cache = [tuple(torch.empty(shape, dtype=self.embed.weight.dtype, device=tokens.device) for _ in range(2)) for _ in self.blocks]
         end = T + max_new_tokens
         for start in range(0, T, prefill_chunk):
@@ -212,15 +255,44 @@ class Transformer(nn.Module):
         return torch.cat(new, dim=1)
 
 
-def cross_entropy_sum(hidden, weight, bias, targets):
-    return F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="sum")
+def cross_entropy_and_gradient(logits, targets):
+    """Summed cross-entropy of logits (N, V), a float32 scalar, and its gradient with respect to them, softmax minus one-hot, in their dtype."""
+    z = logits.float()
+    log_sum = z.logsumexp(-1, keepdim=True)
+    right = torch.arange(z.shape[1], device=z.device) == targets[:, None]
+    loss = (log_sum[:, 0] - torch.where(right, z, 0.0).sum(-1)).sum()
+    return loss, ((z - log_sum).exp() - right.float()).to(logits.dtype)
 
 
-def chunked_cross_entropy(hidden, weight, bias, targets, cross_entropy=cross_entropy_sum, max_logits=2**27):
-    """Summed cross-entropy of hidden (N, C) @ weight (V, C).T + bias (V,) or None against targets (N,), with at most max_logits logits
-    in memory."""
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of hidden (N, C) @ weight (V, C).T + bias (V,) or None against targets (N,), `rows` tokens at a time. The gradients
+    are computed in the forward pass, where a chunk's logits are at hand: the backward pass neither keeps nor recomputes them."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, rows, cross_entropy):
+        total = torch.zeros((), device=hidden.device)
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for h, d_h, t in zip(hidden.split(rows), d_hidden.split(rows), targets.split(rows)):
+            loss, d_logits = cross_entropy(F.linear(h, weight, bias), t)
+            total += loss
+            torch.mm(d_logits, weight, out=d_h)
+            d_weight += d_logits.T @ h
+            if bias is not None:
+                d_bias += d_logits.sum(0)
+        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype), None if bias is None else d_bias.to(bias.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(None if d is None else d * grad for d in ctx.saved_tensors), None, None, None
+
+
+def chunked_cross_entropy(hidden, weight, bias, targets, cross_entropy=cross_entropy_and_gradient, max_logits=2**28):
+    """Summed cross-entropy in nats, a float32 scalar, with at most max_logits logits in memory. Shapes as in ChunkedCrossEntropy."""
     rows = 2 ** max(0, (max_logits // len(weight)).bit_length() - 1)  # a power of two, so that chunks are equal for usual N
-    if len(hidden) <= rows:
-        return cross_entropy(hidden, weight, bias, targets)
+    if torch.is_grad_enabled():
+        return ChunkedCrossEntropy.apply(hidden, weight, bias, targets, rows, cross_entropy)
     pieces = zip(hidden.split(rows), targets.split(rows))
-    return torch.stack([checkpoint(cross_entropy, h, weight, bias, t, use_reentrant=False) for h, t in pieces]).sum()
+    return sum(F.cross_entropy(F.linear(h, weight, bias).float(), t, reduction="sum") for h, t in pieces)

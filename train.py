@@ -38,7 +38,6 @@ RECIPES = {
 }
 MAX_SKIPPED = 10  # updates in a row that are not finite before a run gives up
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16, for MFU
 
 
 def parse_arguments():
@@ -226,7 +225,7 @@ def main():
     )
     log = open_log(args.out / "metrics.jsonl", first) if rank == 0 else None
     board = SummaryWriter(args.out / "tensorboard", purge_step=first + 1) if args.tensorboard and rank == 0 else None
-    peak_flops = next((v for k, v in PEAK_FLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), None)
+    peak_flops = fsdp.peak_flops(device)
     share = args.batch_size // world
     mine = range(rank * share, (rank + 1) * share)  # this process's examples of every global batch
 
@@ -241,28 +240,16 @@ def main():
         signal.signal(number, interrupt)
 
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None if rank == 0 else True)
-    for step in bar:
+    for step, *batch in data.prefetched(batches, bar, mine, device):
         began = time.perf_counter()
-        lr = learning_rate(step, args)
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        total = torch.zeros(2, device=device)  # summed loss of the step, processes that were told to stop
-        for i in range(0, share, args.micro_batch_size):
-            batch = batches(step, mine[i : i + args.micro_batch_size])
-            tokens, positions, targets = (torch.from_numpy(x).to(device) for x in batch)  # (micro_batch_size, train_len)
-            loss = model(tokens, positions, targets) / tokens_per_step
-            (loss * world).backward()  # FSDP averages gradients over processes; the loss is a mean over the global batch
-            total[0] += loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor().item()
-        finite = math.isfinite(grad_norm)  # the same on every process
-        if finite:
-            optimizer.step()
-        skipped = 0 if finite else skipped + 1
-        optimizer.zero_grad()
-
-        total[1] = float(bool(interrupted))
+            group["lr"] = lr = learning_rate(step, args)
+        loss, grad_norm = fsdp.update(model, optimizer, batch, args.micro_batch_size, tokens_per_step)
+        total = torch.stack((loss, loss.new_tensor(bool(interrupted))))  # of all processes: the loss, and how many were told to stop
         dist.all_reduce(total)
-        loss, stop = total.tolist()
+        loss, stop, grad_norm = *total.tolist(), grad_norm.item()
+        finite = math.isfinite(grad_norm)  # the same on every process
+        skipped = 0 if finite else skipped + 1
         done = step + 1
         seconds = time.perf_counter() - began
         speed = tokens_per_step / seconds

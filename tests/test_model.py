@@ -86,9 +86,9 @@ def test_chunked_loss_equals_plain_and_never_holds_all_logits(with_bias):
     targets = torch.randint(0, 50, (100,))
     seen = []
 
-    def spy(h, w, b, t):
-        seen.append(len(h) * len(w))
-        return decoder.cross_entropy_sum(h, w, b, t)
+    def spy(logits, t):
+        seen.append(logits.numel())
+        return decoder.cross_entropy_and_gradient(logits, t)
 
     loss = decoder.chunked_cross_entropy(hidden, weight, bias, targets, spy, max_logits=900)
     inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
@@ -134,12 +134,24 @@ def test_generation_with_angles_that_depend_on_the_length(make_llama, mode):
 
 
 def test_cached_attention_lines_up_with_the_last_key():
-    q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 8)
-    full = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-    scores = q @ full[0].transpose(2, 3) / 8**0.5
+    q, k, v = torch.randn(1, 3, 4, 8), torch.randn(1, 10, 2, 8), torch.randn(1, 10, 2, 8)
+    full = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
+    scores = q.transpose(1, 2) @ next(full).transpose(2, 3) / 8**0.5
     allowed = torch.tensor([[key <= query + 7 for key in range(10)] for query in range(3)])
-    expected = scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ full[1]
-    torch.testing.assert_close(decoder.attention(q, k, v), expected)
+    expected = scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ next(full)
+    torch.testing.assert_close(decoder.attention(q, k, v), expected.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Phi"])
+def test_a_long_text_in_rows_equals_one_piece(make_llama, monkeypatch, family):
+    """Without gradients each block takes ROWS tokens at a time; the hidden states are those of the whole."""
+    ours = weights.load(make_llama(family=family)[0])
+    tokens, positions = torch.randint(0, 320, (2, 50)), pose_positions(50, 1000, 2)
+    whole = ours.hidden(tokens, positions)
+    assert whole.requires_grad
+    monkeypatch.setattr(decoder, "ROWS", 7)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.hidden(tokens, positions), whole, rtol=0, atol=1e-5)
 
 
 def test_flops_count_every_matrix_product(make_llama):

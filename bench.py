@@ -1,0 +1,375 @@
+"""How fast, and in how much memory? Training, PoSE beside full-length training, and reading a long prompt in one pass.
+
+    python bench.py --task train --model smollm2-135m --train_len 2048 --micro_batch_size 16 --compare transformers
+    python bench.py --task efficiency --model smollm2-135m --plot efficiency.png        # the paper's Figure 3
+    python bench.py --task prefill --model llama-7b --lengths 32768,131072
+
+`--model` is a shape with random weights: a name of SHAPES, with `:8` for its first 8 layers, or a folder's config.json. The training step is
+fsdp.update, that of train.py; torchrun runs it on several GPUs.
+
+Notable choices:
+- MFU counts 6 operations per weight in a matrix product, and causal attention once (Config.flops_per_token), over the card's bfloat16 peak.
+- The peer's training loop is the usual one: the whole model under torch.compile, bfloat16 autocast, fused AdamW on float32 weights. It runs in
+  the same process, in turns.
+- `prefill` stands beside what nothing can avoid on that card: its matrix products and attention kernels alone, at the same sizes.
+"""
+import argparse
+import dataclasses
+import gc
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+
+import data
+import errors
+import families
+import fsdp
+import weights
+from errors import UserError
+from model import Config, Transformer, attention
+
+SHAPES = {
+    "smollm2-135m": Config(49152, 576, 1536, 30, 9, 3, 64, 8192, rope_theta=1e5, tie_embeddings=True),
+    "llama-7b": Config(32000, 4096, 11008, 32, 32, 32, 128, 2048),
+}
+TURNS = 2  # of each side
+
+
+def parse_arguments():
+    p = argparse.ArgumentParser(description="Speed and memory, with random weights.")
+    p.add_argument("--task", choices=("train", "efficiency", "prefill"), required=True)
+    p.add_argument("--model", help=f"{', '.join(SHAPES)}, NAME:LAYERS, tiny, or a folder (default: smollm2-135m with a GPU, else tiny)")
+    p.add_argument("--lengths", help="efficiency: targets, prefill: prompts, in tokens (default: doubling from two windows to 131,072)")
+    p.add_argument("--train_len", type=int, help="train, efficiency: tokens in a training example (default: the model's window)")
+    p.add_argument("--micro_batch_size", type=int, help="train, efficiency: examples a process takes at once (default: 32,768 tokens; efficiency 1)")
+    p.add_argument("--batch_size", type=int, help="train, efficiency: examples in a step, over all processes (default: one micro-batch each)")
+    p.add_argument("--steps", type=int, default=10, help="timed steps or prompts, in two turns (default: 10)")
+    p.add_argument("--activation_checkpointing", choices=("none", "selective", "full"), default="none")
+    p.add_argument("--cpu_offload", action="store_true")
+    p.add_argument("--param_dtype", choices=("float32", "bfloat16"), default="float32")
+    p.add_argument("--compare", choices=("transformers",), help="the same work there, in turns")
+    p.add_argument("--json", type=Path, metavar="FILE")
+    p.add_argument("--plot", type=Path, metavar="FILE.png", help="efficiency: time and memory by target")
+    return p.parse_args()
+
+
+def shape(name):
+    """The Config of a shape's name."""
+    name, _, layers = name.partition(":")
+    config = SHAPES.get(name) or weights.read_config(weights.resolve(name))
+    if layers and not (layers.isdigit() and int(layers)):
+        raise UserError(f"--model {name}:{layers}: give the number of layers after the colon")
+    return dataclasses.replace(config, n_layers=int(layers or config.n_layers))
+
+
+class Clock:
+    """Seconds that pieces of work take, the device's part included, and the most memory it held meanwhile."""
+
+    def __init__(self, device):
+        self.gpu, self.seconds, self.peak = device.type == "cuda", [], 0
+
+    def __call__(self, work):
+        if self.gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        result = work()
+        if self.gpu:
+            torch.cuda.synchronize()
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+        self.seconds.append(time.perf_counter() - began)
+        return result
+
+
+def allocated(device):
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def since_start():
+    """Seconds since this process was started, imports included."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+# ---------------------------------------------------------------- training
+
+
+def random_batches(config, sampling, share, device):
+    """What train.py's data.prefetched yields, of random tokens, without end."""
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=max(4 * sampling["train_len"], 2**20)).astype("uint32")
+    folder = Path(tempfile.mkdtemp())
+    tokens.tofile(folder / "tokens.bin")
+    (folder / "dtype").write_text("uint32")
+    np.save(folder / "starts.npy", np.array([0, len(tokens)]))
+    mine = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+    return data.prefetched(data.Batches(data.Documents(folder), 0, **sampling), itertools.count(), mine, device)
+
+
+def our_step(config, args, device, sampling, share, rows):
+    """A function that makes one training step as train.py does -> (loss, seconds that it waited for its batch)."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    gpu = device.type == "cuda"
+    compute_dtype = torch.bfloat16 if gpu else torch.float32
+    fsdp.shard(model, device, compute_dtype, getattr(torch, args.param_dtype), args.activation_checkpointing, args.cpu_offload, compile=gpu)
+    randomise(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+    batches = random_batches(config, sampling, share, device)
+
+    def step():
+        began = time.perf_counter()
+        _, *batch = next(batches)
+        waited = time.perf_counter() - began
+        loss, _ = fsdp.update(model, optimizer, batch, rows, share * dist.get_world_size() * sampling["train_len"])
+        dist.all_reduce(loss)
+        return loss.item(), waited
+
+    return step
+
+
+@torch.no_grad()
+def randomise(model):
+    """The same random weights, whatever the number of processes."""
+    for seed, p in enumerate(model.parameters()):
+        whole = torch.randn(p.shape, generator=torch.Generator(p.device).manual_seed(seed), device=p.device) * 0.02 + (p.dim() == 1)
+        if isinstance(p, DTensor):
+            p.to_local().copy_(whole[families.own_rows(p)])
+        else:
+            p.copy_(whole)
+
+
+def their_step(config, args, device, sampling, share, rows):
+    """The same of transformers: the whole model compiled, bfloat16 autocast, float32 weights and AdamW."""
+    import transformers
+
+    torch.set_float32_matmul_precision("high")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**weights.hf_config(config) | {"use_cache": False})).to(device).train()
+    if args.activation_checkpointing != "none":  # it has one kind
+        model.gradient_checkpointing_enable()
+    compiled = torch.compile(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+    batches = random_batches(config, sampling, share, device)
+
+    def step():
+        _, tokens, _, _ = next(batches)
+        for piece in tokens.split(rows):
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = compiled(input_ids=piece, labels=piece).loss
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item(), 0.0
+
+    return step
+
+
+def measure_training(config, args, device, sampling, share, rows):
+    """One entry of `results` for each side, which take turns. share: examples of a process in a step, rows: in a micro-batch of it."""
+    sides, results = {}, {}
+    for name, make in {"ours": our_step, args.compare: their_step}.items():
+        if name is None:
+            continue
+        held, began = allocated(device), time.perf_counter()
+        step = make(config, args, device, sampling, share, rows)
+        sides[name] = step, Clock(device)
+        losses = [step()[0]]
+        first = since_start() if name == "ours" else time.perf_counter() - began
+        warm = Clock(device)
+        losses += [warm(step)[0] for _ in range(2)]
+        results[name] = {"side": name, "first_step_seconds": first, "peak_memory_gib": warm.peak and (warm.peak - held) / 2**30, "losses": losses}
+    waits = []
+    for _ in range(TURNS):
+        for name, (step, clock) in sides.items():
+            for _ in range(max(1, args.steps // TURNS)):
+                loss, waited = clock(step)
+                results[name]["losses"].append(loss)
+                waits += [waited] if name == "ours" else []
+    peak_flops, tokens = fsdp.peak_flops(device), share * sampling["train_len"]
+    for name, (_, clock) in sides.items():
+        seconds = statistics.median(clock.seconds)
+        mfu = tokens / seconds * config.flops_per_token(sampling["train_len"]) / peak_flops if peak_flops else None
+        results[name] |= {"tokens_per_second": tokens / seconds, "step_seconds": seconds, "seconds": clock.seconds, "mfu": mfu}
+    results["ours"]["waiting_for_data"] = statistics.median(waits) / results["ours"]["step_seconds"]
+    return list(results.values())
+
+
+def train(config, args, device):
+    train_len = args.train_len or config.max_position_embeddings
+    rows = args.micro_batch_size or max(1, 32768 // train_len)
+    share = (args.batch_size or rows * dist.get_world_size()) // dist.get_world_size()
+    sampling = {"method": "pose", "train_len": train_len, "target_len": 16 * train_len}
+    results = measure_training(config, args, device, sampling, share, rows)
+    for r in results:
+        r |= {"train_len": train_len, "share": share, "micro_batch_size": rows, "processes": dist.get_world_size()}
+        slow, fast = (share * train_len / f(r["seconds"]) for f in (max, min))
+        told = [f"{r['tokens_per_second']:,.0f} tokens/s a process ({slow:,.0f} to {fast:,.0f})", f"first step after {r['first_step_seconds']:.1f} s"]
+        told += [f"MFU {r['mfu']:.1%}"] if r["mfu"] else []
+        told += [f"{r['peak_memory_gib']:.1f} GiB"] if r["peak_memory_gib"] else []
+        told += [f"waiting for data {r['waiting_for_data']:.2%}"] if "waiting_for_data" in r else []
+        say(f"{r['side']}: " + ", ".join(told))
+    return results
+
+
+def efficiency(config, args, device):
+    """Figure 3: step time and memory of PoSE at a fixed window, and of training at full length, by target."""
+    train_len = args.train_len or config.max_position_embeddings
+    rows = args.micro_batch_size or 1
+    share = args.batch_size or rows
+    results = []
+    for target in lengths_of(args, 2 * train_len):
+        for method in ("pose", "full"):
+            sampling = {"method": method, "train_len": train_len if method == "pose" else target, "target_len": target}
+            torch._dynamo.reset()
+            try:
+                entry = measure_training(config, args, device, sampling, share, rows)[0]
+            except torch.OutOfMemoryError:
+                entry = {"step_seconds": None, "peak_memory_gib": None}
+            results.append({"method": method, "target_len": target} | entry)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            seconds, memory = entry["step_seconds"], entry["peak_memory_gib"]
+            told = (f"{seconds:.3f} s a step" if seconds else "out of memory") + (f", {memory:.2f} GiB" if memory else "")
+            say(f"{method:<5} target {target:>9,}: {told}")
+    return results
+
+
+def draw_efficiency(results, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axes, key, label in zip(panels, ("step_seconds", "peak_memory_gib"), ("seconds a step", "peak memory, GiB")):
+        for method, name in (("full", "full-length"), ("pose", "PoSE")):
+            points = [(r["target_len"], r[key]) for r in results if r["method"] == method and r[key]]
+            axes.plot(*zip(*points), marker="o", label=name)
+        ticks = sorted({r["target_len"] for r in results})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=30)
+        axes.set_xlabel("target window, tokens")
+        axes.set_ylabel(label)
+        axes.set_ylim(0)
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    figure.savefig(path, dpi=150)
+
+
+# ---------------------------------------------------------------- reading a prompt
+
+
+@torch.no_grad()
+def prefill(config, args, device):
+    """Reading a prompt in one pass and naming the last 8 tokens, as eval.py scores a passkey, beside its kernels alone, and generate() there."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    model.to_empty(device=device)
+    randomise(model)
+    peer = None
+    if args.compare:
+        import transformers
+
+        peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**weights.hf_config(config))).to(dtype).to(device).eval()
+    results = []
+    for length in lengths_of(args, config.max_position_embeddings):
+        tokens = torch.randint(config.vocab_size, (1, length), device=device)
+        work = {"ours": partial(read, model, tokens), "kernels alone": kernels(config, length, device, dtype)}
+        if peer:
+            work["transformers"] = partial(peer.generate, tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        entry = {"length": length}
+        for name, run in work.items():
+            clock = Clock(device)
+            try:
+                run()
+                for _ in range(args.steps):
+                    clock(run)
+                times = config.n_layers if name == "kernels alone" else 1
+                seconds = [times * s for s in clock.seconds]
+                entry[name] = {"seconds": statistics.median(seconds), "all": seconds, "peak_memory_gib": clock.peak / 2**30}
+                say(f"{length:>9,} tokens, {name}: {entry[name]['seconds']:.3f} s ({min(seconds):.3f} to {max(seconds):.3f})"
+                    + (f", {clock.peak / 2**30:.2f} GiB" if times == 1 and clock.peak else ""))
+            except torch.OutOfMemoryError:
+                entry[name] = None
+                say(f"{length:>9,} tokens, {name}: out of memory")
+        results.append(entry)
+    return results
+
+
+def read(model, tokens):
+    """What eval.py does for a passkey: one forward pass, and the vocabulary for the last tokens alone."""
+    return model.head(model.hidden(tokens)[:, -8:]).argmax(-1)
+
+
+def kernels(config, length, device, dtype):
+    """A function that runs only the attention kernel and the matrix products of one layer."""
+    C, M, D = config.hidden_dim, config.intermediate_dim, config.head_dim
+    heads, kv_heads = config.n_heads, config.n_kv_heads
+    q, k, v = (torch.randn(1, length, n, D, device=device, dtype=dtype) for n in (heads, kv_heads, kv_heads))
+    rows = min(length, 16384)
+    sizes = [(C, heads * D), (C, kv_heads * D), (C, kv_heads * D), (heads * D, C), (C, M), (C, M), (M, C)]
+    products = [(torch.randn(rows, a, device=device, dtype=dtype), torch.randn(b, a, device=device, dtype=dtype)) for a, b in sizes]
+
+    def run():
+        attention(q, k, v)
+        for _ in range(length // rows):
+            for x, w in products:
+                F.linear(x, w)
+
+    return run
+
+
+# ---------------------------------------------------------------- the command
+
+
+def lengths_of(args, first):
+    if args.lengths is None:
+        return [first * 2**i for i in range(20) if first * 2**i <= 131072]
+    try:
+        return [int(n) for n in args.lengths.split(",")]
+    except ValueError:
+        raise UserError(f"--lengths {args.lengths}: give whole numbers of tokens, comma-separated") from None
+
+
+def say(line):
+    if dist.get_rank() == 0:
+        print(line, flush=True)
+
+
+def main():
+    args = parse_arguments()
+    gpu = torch.cuda.is_available()
+    args.model = args.model or ("smollm2-135m" if gpu else "tiny")
+    config = shape(args.model)
+    device = fsdp.start("cuda" if gpu else "cpu")
+    card = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    say(f"{args.model} on {card}, torch {torch.__version__}, {dist.get_world_size()} process(es)")
+    results = {"train": train, "efficiency": efficiency, "prefill": prefill}[args.task](config, args, device)
+    if dist.get_rank() == 0:
+        if args.json:
+            settings = {key: str(value) for key, value in vars(args).items() if value is not None}
+            report = {"task": args.task, "model": args.model, "card": card, "settings": settings, "results": results}
+            args.json.write_text(json.dumps(report, indent=2) + "\n")
+        if args.plot:
+            draw_efficiency(results, args.plot)
+
+
+if __name__ == "__main__":
+    try:
+        errors.run(main)
+    except SystemExit as end:
+        fsdp.leave(end.code)
+    fsdp.leave()
