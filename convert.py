@@ -54,7 +54,7 @@ def convert_bin(source, dest):
 
     def shards():
         for path in files:
-            yield {key: t.contiguous().clone() for key, t in _read_pickle(path).items() if not weights.recomputed(key, config)}
+            yield {key: t.contiguous().clone() for key, t in _read_pickle(path).items() if not weights.recomputed(key)}
 
     others = {name: (source / name).read_bytes() for name in ("config.json", *tokenizers.FILES) if (source / name).is_file()}
     _write(dest, shards(), len(files), others)
@@ -286,8 +286,8 @@ def convert_gguf(source, dest):
     if tensors:
         raise UserError(f"{source}: tensor {min(tensors)} is not part of a {kind} model that this code knows ({len(tensors)} such)")
     try:
-        tokenizer = tokenizers.from_gguf(meta)
-    except UserError as error:
+        tokenizer, config_json = tokenizers.from_gguf(meta), json.dumps(weights.hf_config(config), indent=2)
+    except (UserError, ValueError) as error:
         raise UserError(f"{source}: {error}") from None
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; convert it again")
@@ -305,7 +305,7 @@ def convert_gguf(source, dest):
 
     size = getattr(torch, config.dtype).itemsize
     groups = weights.split_by_size({name: int(tensor.n_elements) * size for name, tensor in wanted.items()})
-    others = tokenizer.files | {"config.json": json.dumps(weights.hf_config(config), indent=2).encode()}
+    others = tokenizer.files | {"config.json": config_json.encode()}
     _write(dest, ({hf_name(name): read(name) for name in group} for group in groups), len(groups), others)
 
 

@@ -115,6 +115,47 @@ def _yarn_attention_factor(s, scaling):
     return mscale(1.0)
 
 
+def compose(dim, theta, first, second):
+    """rope_scaling that stretches by `first` (an already scaled model's), then by `second`; every pair is slowed by both.
+    ValueError where one of them depends on the length."""
+    modes = first["rope_type"], second["rope_type"]
+    if "dynamic" in modes or (modes[0] == "longrope" and first["short_factor"] != first["long_factor"]):
+        raise ValueError(f"{modes[1]} scaling on top of this model's {modes[0]}: one depends on the length; start from its base model")
+    alike = [{k: v for k, v in x.items() if k not in ("factor", "original_max_position_embeddings")} for x in (first, second)]
+    if alike[0] == alike[1]:  # the same as one stretch of the first window
+        return second | first | {"factor": first["factor"] * second["factor"]}
+    (inv_freq, attention_factor), (inv_freq2, attention_factor2) = (rope_frequencies(dim, theta, scaling) for scaling in (first, second))
+    inv_freq = inv_freq * inv_freq2 / rope_frequencies(dim, theta)[0]
+    original = first.get("original_max_position_embeddings") or second["original_max_position_embeddings"]
+    return _as_longrope(dim, theta, inv_freq, attention_factor * attention_factor2, first.get("factor", 1.0) * second["factor"], original)
+
+
+def stock_terms(dim, theta, scaling):
+    """(theta, rope_scaling or None) that give the same angles in terms that stock loaders have: static NTK as another base, NTK-by-parts as
+    YaRN without its factor on cos and sin, revised YaRN as LongRoPE's factor for each pair."""
+    mode = (scaling or {}).get("rope_type", "default")
+    if mode == "default":
+        return theta, None
+    if mode == "ntk":
+        return theta * scaling["factor"] ** (dim / (dim - 2)), None
+    if mode == "ntk_by_parts":
+        return theta, scaling | {"rope_type": "yarn", "attention_factor": 1.0}
+    inv_freq, attention_factor = rope_frequencies(dim, theta, scaling)
+    if mode == "yarn_revised":
+        scaling = _as_longrope(dim, theta, inv_freq, attention_factor, scaling["factor"], scaling["original_max_position_embeddings"])
+    if scaling["rope_type"] == "longrope":  # spelled out: loaders derive it from the windows in different ways, and vLLM has its own names
+        scaling = scaling | dict.fromkeys(("attention_factor", "short_mscale", "long_mscale"), attention_factor)
+    return theta, scaling
+
+
+def _as_longrope(dim, theta, inv_freq, attention_factor, factor, original):
+    factors = (rope_frequencies(dim, theta)[0] / inv_freq).tolist()
+    return {
+        "rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": attention_factor, "factor": factor,
+        "original_max_position_embeddings": original,
+    }  # fmt: skip
+
+
 def rope_cos_sin(positions, inv_freq, attention_factor=1.0):
     """cos and sin of every angle. positions int64 (B, T), inv_freq (dim/2,) or (B, dim/2) -> two float32 tensors (B, T, 1, dim/2),
     ready for (B, T, H, D)."""

@@ -10,6 +10,7 @@ import pytest
 import safetensors
 import torch
 import transformers
+from conftest import hf_logits, scaling_of
 from safetensors.torch import load_file, save_file
 
 import rope
@@ -29,10 +30,10 @@ def tiny_tokenizer():
 
 @torch.no_grad()
 def stock(model, positions=NEAR, tokens=TOKENS):
-    """Logits of transformers, in float32. A mask of ones: without one it takes a jump in position_ids for a packed document."""
+    """Logits of transformers, in float32."""
     if isinstance(model, Path):
         model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    return model(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions).logits
+    return hf_logits(model, tokens, positions)
 
 
 @torch.no_grad()
@@ -98,15 +99,8 @@ def test_old_exports(make_llama):
     assert_same(ours(folder), stock(model))
 
 
-FROM_64 = {"factor": 8.0, "original_max_position_embeddings": 64}
-SCALINGS = {
-    "linear": {"factor": 8.0},
-    "dynamic": {"factor": 8.0},
-    "yarn": FROM_64,
-    "yarn_keys": FROM_64 | {"rope_type": "yarn", "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3},
-    "llama3": FROM_64 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
-    "longrope": FROM_64 | {"short_factor": [1.0 + i / 9 for i in range(8)], "long_factor": [1.0 + i for i in range(8)]},
-}
+SCALINGS = {mode: scaling_of(mode) for mode in ("linear", "dynamic", "yarn", "llama3", "longrope")}
+SCALINGS["yarn_keys"] = scaling_of("yarn") | {"beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3}
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -114,7 +108,7 @@ def test_both_spellings_of_the_rope_config(make_llama, name):
     """rope_scaling (`type` or `rope_type`) beside rope_theta, or rope_parameters: one Config, and transformers' logits from each."""
     window = 64 if name == "dynamic" else 512
     folder, _ = make_llama(max_position_embeddings=window)
-    scaling = {"rope_type": name} | SCALINGS[name]
+    scaling = SCALINGS[name]
     old = {k: v for k, v in scaling.items() if k != "rope_type"} | {"type": scaling["rope_type"]}
     plain = ours(folder, FAR)
     plain_config = json.loads((folder / "config.json").read_text())
