@@ -115,11 +115,12 @@ def convert_meta(source, dest, window):
         norm_eps, theta = float(params.get("norm_eps", 1e-5)), float(params.get("rope_theta", 10000.0))
     except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise UserError(f"{source / 'params.json'}: not readable ({error!r}); copy it again") from None
-    if params.get("use_scaled_rope") or params.get("moe"):
-        raise UserError(f"{source / 'params.json'}: newer than LLaMA 2; take this model's Hugging Face folder instead")
+    if other := [key for key in ("use_scaled_rope", "moe", "sliding_window") if params.get(key)]:
+        raise UserError(f"{source / 'params.json'}: {other[0]} {params[other[0]]} is not LLaMA 1 or 2; take this model's Hugging Face folder instead")
     vocabulary = next((path for path in (source / "tokenizer.model", source.parent / "tokenizer.model") if path.is_file()), None)
     if vocabulary is None:
         raise UserError(f"{source}: no tokenizer.model here or one folder up; copy it there")
+    tokenizers.load(vocabulary.parent)  # refused, if it is, before a weight is read
     paths = sorted(source.glob("consolidated.*.pth"))
     if not paths:
         raise UserError(f"{source}: no consolidated.*.pth; copy the checkpoint again")
@@ -159,6 +160,10 @@ def convert_meta(source, dest, window):
         if extra := sorted(name for name in rank if name not in theirs and not name.endswith("rope.freqs")):  # those are recomputed
             more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
             raise UserError(f"{path}: {extra[0]}{more} not part of what params.json describes ({n_layers} layers); copy it again")
+
+    told = int(params.get("vocab_size", -1))  # LLaMA 1's says -1
+    if told not in (-1, config.vocab_size) or any(2 * len(t) != head_dim for name, t in ranks[0].items() if name.endswith("rope.freqs")):
+        raise UserError(f"{source / 'params.json'}: vocab_size or n_heads is not that of the weights; the files are of different models")
 
     def read(name):
         theirs, module = meta_name(name), name.split(".")[-2]

@@ -136,6 +136,10 @@ def read_config(folder):
         refuse(f"{kind!r} uses learned positions, not RoPE")
     if not isinstance(kind, str) or kind not in FAMILIES:
         refuse(f"model_type {kind!r} is not known")
+    if experts := next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if c.get(key)), None):
+        refuse(f"a mixture of experts ({experts} {c[experts]}) is not known")
+    if c.get("quantization_config"):
+        refuse("quantised weights are not known; take the model they were made of")
     family = FAMILIES[kind]
     c = family.defaults | c
     for key, value in family.fixed.items():

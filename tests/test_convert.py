@@ -189,13 +189,17 @@ def test_metas_layout(make_meta, tmp_path, monkeypatch, ranks, kv_heads):
 META_SPOILT = {
     "no window": "--window", "rank": "missing", "params": "params.json", "layers": "missing", "truncated": "copy it again",
     "tokenizer": "tokenizer.model", "no n_layers": "n_layers", "fewer layers": "layers.1.attention.wk.weight and 8 more",
-    "an extra weight": "layers.0.attention.gate",
+    "an extra weight": "layers.0.attention.gate", "another vocabulary": "vocab_size", "other heads": "n_heads", "window": "sliding_window 64",
+    "a tokenizer of Llama 3": "/tokenizer.model: not readable",
 }  # fmt: skip
+
+
+META_SAYS = {"another vocabulary": {"vocab_size": 999}, "other heads": {"n_heads": 8}, "window": {"sliding_window": 64}}
 
 
 @pytest.mark.parametrize("how", META_SPOILT)
 def test_metas_layout_spoilt(make_meta, tmp_path, how):
-    folder, _ = make_meta(2)
+    folder, _ = make_meta(2, **({"num_key_value_heads": 4} if how == "other heads" else {}))
     params = json.loads((folder / "params.json").read_text())
     if how == "rank":
         (folder / "consolidated.01.pth").unlink()
@@ -214,6 +218,10 @@ def test_metas_layout_spoilt(make_meta, tmp_path, how):
         file.write_bytes(file.read_bytes()[:5000])
     elif how == "tokenizer":
         (tmp_path / "tokenizer.model").unlink()
+    elif how == "a tokenizer of Llama 3":
+        (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    elif how in META_SAYS:
+        (folder / "params.json").write_text(json.dumps(params | META_SAYS[how]))
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=META_SPOILT[how]) as refusal:
         convert.convert(folder, tmp_path / "out", None if how == "no window" else 64)

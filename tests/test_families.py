@@ -489,7 +489,8 @@ def test_show(make, capsys, family):
 
 @pytest.mark.parametrize("family, arguments", [("gptj", {}), ("baichuan2", {"processes": 2})], ids=str)
 def test_from_training_to_stock_loaders(make, run, tmp_path, family, arguments):
-    folder, theirs = make(family, vocab_size=2048)
+    scaled = family == "gptj"  # already
+    folder, theirs = make(family, scaling_of("linear") if scaled else None, vocab_size=2048)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(TINY / name, folder)
     (tmp_path / "text.txt").write_text("The cat sat on the mat. " * 400)
@@ -497,6 +498,7 @@ def test_from_training_to_stock_loaders(make, run, tmp_path, family, arguments):
     checkpointing = ("--activation_checkpointing", "selective")
     done = run("train.py", "--model", folder, *sizes, *checkpointing, "--steps", 2, "--out", tmp_path / "out", **arguments)
     assert done.returncode == 0, done.stderr
+    assert ("the model is scaled already (linear by 8); yarn by 4 comes on top, 32 in all" in done.stderr) == scaled
     for positions in (NEAR, NEAR + 200 * (NEAR >= 15)):
         with torch.no_grad():
             expected = weights.load(tmp_path / "out" / "model", dtype=torch.float32)(TOKENS, positions)
