@@ -146,7 +146,8 @@ def make_meta(make_llama, tmp_path):
         names = {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "embed_tokens": "tok_embeddings", "lm_head": "output"}
         names |= {f"self_attn.{x}_proj": f"attention.w{x}" for x in "qkvo"}
         names |= {"mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}
-        files = [{"rope.freqs": torch.ones(8), "layers.0.attention.inner_attention.rope.freqs": torch.ones(8)} for _ in range(ranks)]
+        freqs = ("rope.freqs", "layers.0.attention.inner_attention.rope.freqs")
+        files = [dict.fromkeys(freqs, torch.ones(c.head_dim // 2)) for _ in range(ranks)]
         for name, w in model.state_dict().items():
             if "q_proj" in name or "k_proj" in name:  # row 2j of a head is row j here, row 2j + 1 is row j + D/2
                 heads, half = w.shape[0] // c.head_dim, c.head_dim // 2
