@@ -88,7 +88,9 @@ def _read_pickle(path):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: holds more than weights (code, or unknown objects); it is not opened, do not use it") from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the unpickler stumbles on: KeyError, IndexError, AssertionError, …
         raise UserError(f"{path}: truncated or damaged ({type(error).__name__}); copy it again") from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"{path}: not a dictionary of tensors; is this the weights file of a Hugging Face folder?")

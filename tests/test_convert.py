@@ -133,6 +133,24 @@ def test_what_cannot_be_converted_leaves_nothing(make_bin, tmp_path, how):
     assert sorted(tmp_path.iterdir()) == before  # no folder, whole or partial, and the trap did not spring
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_pickle(tmp_path, zipped):
+    """Bytes changed at random: it is read or refused, and nothing else."""
+    path, rng = tmp_path / "pytorch_model.bin", np.random.default_rng(0)
+    torch.save({"model.norm.weight": torch.ones(4), "lm_head.weight": torch.ones(3, 4)}, path, _use_new_zipfile_serialization=zipped)
+    whole, refused = np.frombuffer(path.read_bytes(), np.uint8), 0
+    for _ in range(400):
+        damaged = whole.copy()
+        damaged[rng.integers(0, 500, 3)] = rng.integers(0, 256, 3)  # the pickle is at the beginning
+        path.write_bytes(damaged.tobytes())
+        try:
+            convert._read_pickle(path)
+        except UserError as refusal:
+            refused += 1
+            assert "\n" not in str(refusal)
+    assert refused > 200
+
+
 # ---------------------------------------------------------------- Meta's layout
 
 
