@@ -54,7 +54,7 @@ def convert_bin(source, dest):
 
     def shards():
         for path in files:
-            yield {key: t.contiguous().clone() for key, t in _read_pickle(path).items() if not weights.recomputed(key, config)}
+            yield {key: t.contiguous().clone() for key, t in _read_pickle(path).items() if not weights.recomputed(key)}
 
     others = {name: (source / name).read_bytes() for name in ("config.json", *tokenizers.FILES) if (source / name).is_file()}
     _write(dest, shards(), len(files), others)
@@ -88,7 +88,9 @@ def _read_pickle(path):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: holds more than weights (code, or unknown objects); it is not opened, do not use it") from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the unpickler stumbles on: KeyError, IndexError, AssertionError, …
         raise UserError(f"{path}: truncated or damaged ({type(error).__name__}); copy it again") from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"{path}: not a dictionary of tensors; is this the weights file of a Hugging Face folder?")
@@ -115,11 +117,12 @@ def convert_meta(source, dest, window):
         norm_eps, theta = float(params.get("norm_eps", 1e-5)), float(params.get("rope_theta", 10000.0))
     except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise UserError(f"{source / 'params.json'}: not readable ({error!r}); copy it again") from None
-    if params.get("use_scaled_rope") or params.get("moe"):
-        raise UserError(f"{source / 'params.json'}: newer than LLaMA 2; take this model's Hugging Face folder instead")
+    if other := [key for key in ("use_scaled_rope", "moe", "sliding_window") if params.get(key)]:
+        raise UserError(f"{source / 'params.json'}: {other[0]} {params[other[0]]} is not LLaMA 1 or 2; take this model's Hugging Face folder instead")
     vocabulary = next((path for path in (source / "tokenizer.model", source.parent / "tokenizer.model") if path.is_file()), None)
     if vocabulary is None:
         raise UserError(f"{source}: no tokenizer.model here or one folder up; copy it there")
+    tokenizers.load(vocabulary.parent)  # refused, if it is, before a weight is read
     paths = sorted(source.glob("consolidated.*.pth"))
     if not paths:
         raise UserError(f"{source}: no consolidated.*.pth; copy the checkpoint again")
@@ -159,6 +162,9 @@ def convert_meta(source, dest, window):
         if extra := sorted(name for name in rank if name not in theirs and not name.endswith("rope.freqs")):  # those are recomputed
             more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
             raise UserError(f"{path}: {extra[0]}{more} not part of what params.json describes ({n_layers} layers); copy it again")
+
+    if any(2 * len(t) != head_dim for name, t in ranks[0].items() if name.endswith("rope.freqs")):  # the shapes of q, k, v and o do not tell
+        raise UserError(f"{source / 'params.json'}: n_heads {heads} is not that of the weights; the files are of different models")
 
     def read(name):
         theirs, module = meta_name(name), name.split(".")[-2]
@@ -286,8 +292,8 @@ def convert_gguf(source, dest):
     if tensors:
         raise UserError(f"{source}: tensor {min(tensors)} is not part of a {kind} model that this code knows ({len(tensors)} such)")
     try:
-        tokenizer = tokenizers.from_gguf(meta)
-    except UserError as error:
+        tokenizer, config_json = tokenizers.from_gguf(meta), json.dumps(weights.hf_config(config), indent=2)
+    except (UserError, ValueError) as error:
         raise UserError(f"{source}: {error}") from None
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; convert it again")
@@ -305,7 +311,7 @@ def convert_gguf(source, dest):
 
     size = getattr(torch, config.dtype).itemsize
     groups = weights.split_by_size({name: int(tensor.n_elements) * size for name, tensor in wanted.items()})
-    others = tokenizer.files | {"config.json": json.dumps(weights.hf_config(config), indent=2).encode()}
+    others = tokenizer.files | {"config.json": config_json.encode()}
     _write(dest, ({hf_name(name): read(name) for name in group} for group in groups), len(groups), others)
 
 

@@ -17,20 +17,19 @@ import torch
 MODES = ("default", "linear", "ntk", "dynamic", "ntk_by_parts", "yarn", "yarn_revised", "llama3", "longrope")
 
 
-def rope_frequencies(dim, theta, scaling=None, seq_len=None):
+def rope_frequencies(dim, theta, scaling=None, seq_len=None, f=None):
     """Angles per position of each rotated pair, and the factor on cos and sin.
 
     dim: rotated size of a head (even). theta: the base. scaling: None or a dict with `rope_type` (one of MODES), `factor` s,
     `original_max_position_embeddings` L and the mode's own keys. seq_len: tokens in the current sequence, for `dynamic` and
-    `longrope` only. Returns (inv_freq float64 (dim/2,), attention_factor).
-    Raises ValueError for an unknown mode or a missing key.
+    `longrope` only. f: what is stretched, float64 (dim/2,), default theta^(-2j/dim); an already scaled model has others.
+    Returns (inv_freq float64 (dim/2,), attention_factor). Raises ValueError for an unknown mode or a missing key.
 
-    With f_j = theta^(-2j/dim):
       default       f_j
       linear        f_j / s                                            position interpolation, Chen et al. 2023
-      ntk           base theta * s^(dim/(dim-2))                       NTK-aware, bloc97: the slowest pair is divided by exactly s
+      ntk           f_j s^(-2j/(dim-2)): base theta s^(dim/(dim-2))    NTK-aware, bloc97: the slowest pair is divided by exactly s
       dynamic       ntk with s replaced by s*n/L - (s-1), n = max(seq_len, L)
-      ntk_by_parts  (1-r_j) f_j + r_j f_j/s                            YaRN section 3.2; r_j is linear in j, as in YaRN's code
+      ntk_by_parts  (1-r_j) f_j + r_j f_j/s                            YaRN section 3.2; r_j is linear in ln f_j, as in YaRN's code
       yarn          ntk_by_parts, cos and sin times 0.1 ln(s) + 1      YaRN eq. 22 (Peng et al. 2023)
       yarn_revised  f_j / (r_j s + 1 - r_j), and yarn's factor         blends wavelengths (YaRN issue 24; the official PoSE code)
       llama3        f_j / s for wavelengths over L/low_freq_factor, f_j below L/high_freq_factor, linear in L/wavelength between
@@ -49,8 +48,9 @@ def rope_frequencies(dim, theta, scaling=None, seq_len=None):
     def powers(base):
         return 1.0 / torch.tensor(base, dtype=torch.float64) ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
+    f = powers(theta) if f is None else f
     if mode == "default":
-        return powers(theta), 1.0
+        return f, 1.0
     if mode == "longrope":
         original = need("original_max_position_embeddings")
         beyond = seq_len is not None and seq_len > original
@@ -61,35 +61,33 @@ def rope_frequencies(dim, theta, scaling=None, seq_len=None):
         if attention_factor is None:
             s = need("factor")
             attention_factor = math.sqrt(1 + math.log(s) / math.log(original)) if s > 1 else 1.0
-        return powers(theta) / factors, float(attention_factor)
+        return f / factors, float(attention_factor)
 
     s = need("factor")
     if s <= 0:
         raise ValueError(f"the factor of rope_type {mode!r} must be positive, got {s}")
     if mode == "linear":
-        return powers(theta) / s, 1.0
+        return f / s, 1.0
     if mode == "ntk":
-        return powers(theta * s ** (dim / (dim - 2))), 1.0
+        return f * powers(s ** (dim / (dim - 2))), 1.0
     original = need("original_max_position_embeddings")
     if mode == "dynamic":
         n = max(seq_len or 0, original)
-        return powers(theta * (s * n / original - (s - 1)) ** (dim / (dim - 2))), 1.0
-
-    f = powers(theta)
+        return f * powers((s * n / original - (s - 1)) ** (dim / (dim - 2))), 1.0
     if mode == "llama3":
         low, high = need("low_freq_factor"), need("high_freq_factor")
         turns = original * f / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast pair, left alone; 0: slow pair, divided by s
         return keep * f + (1 - keep) * f / s, 1.0
 
-    ramp = _yarn_ramp(dim, theta, original, scaling)
+    ramp = _yarn_ramp(f, dim, theta, original, scaling)
     if mode == "yarn_revised":
         return f / (ramp * s + 1 - ramp), _yarn_attention_factor(s, scaling)
     inv_freq = (1 - ramp) * f + ramp * f / s
     return inv_freq, 1.0 if mode == "ntk_by_parts" else _yarn_attention_factor(s, scaling)
 
 
-def _yarn_ramp(dim, theta, original, scaling):
+def _yarn_ramp(f, dim, theta, original, scaling):
     """0 for pairs that turn beta_fast times or more in the original window, 1 for those that turn beta_slow times or fewer."""
     def pair_that_turns(times):
         return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
@@ -101,7 +99,8 @@ def _yarn_ramp(dim, theta, original, scaling):
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001
-    return ((torch.arange(dim // 2, dtype=torch.float64) - low) / (high - low)).clamp(0, 1)
+    pair = -f.log() * dim / (2 * math.log(theta))  # whose unscaled frequency it is: 0, 1, 2, … for an unscaled model
+    return ((pair - low) / (high - low)).clamp(0, 1)
 
 
 def _yarn_attention_factor(s, scaling):
@@ -113,6 +112,47 @@ def _yarn_attention_factor(s, scaling):
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):  # DeepSeek's form
         return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
     return mscale(1.0)
+
+
+def compose(dim, theta, first, second):
+    """rope_scaling that stretches by `first`, which an already scaled model has, then by `second`; every pair is slowed by both. Which pairs
+    are slow is asked of the model as it is: of its scaled angles in its present window. ValueError where one depends on the length."""
+    modes = first["rope_type"], second["rope_type"]
+    if "dynamic" in modes or (modes[0] == "longrope" and first["short_factor"] != first["long_factor"]):
+        raise ValueError(f"{modes[1]} scaling on top of this model's {modes[0]}: one depends on the length; start from its base model")
+    alike = [{k: v for k, v in x.items() if k not in ("factor", "original_max_position_embeddings")} for x in (first, second)]
+    if alike[0] == alike[1]:  # the same as one stretch of the first window
+        return second | first | {"factor": first["factor"] * second["factor"]}
+    f, attention_factor = rope_frequencies(dim, theta, first)
+    inv_freq, on_top = rope_frequencies(dim, theta, second, f=f)
+    original = first.get("original_max_position_embeddings") or second["original_max_position_embeddings"]
+    return _as_longrope(dim, theta, inv_freq, attention_factor * on_top, first.get("factor", 1.0) * second["factor"], original)
+
+
+def stock_terms(dim, theta, scaling):
+    """(theta, rope_scaling or None) that give the same angles in terms that stock loaders have: static NTK as another base, NTK-by-parts as
+    YaRN without its factor on cos and sin, revised YaRN as LongRoPE's factor for each pair."""
+    mode = (scaling or {}).get("rope_type", "default")
+    if mode == "default":
+        return theta, None
+    if mode == "ntk":
+        return theta * scaling["factor"] ** (dim / (dim - 2)), None
+    if mode == "ntk_by_parts":
+        return theta, scaling | {"rope_type": "yarn", "attention_factor": 1.0}
+    inv_freq, attention_factor = rope_frequencies(dim, theta, scaling)
+    if mode == "yarn_revised":
+        scaling = _as_longrope(dim, theta, inv_freq, attention_factor, scaling["factor"], scaling["original_max_position_embeddings"])
+    if scaling["rope_type"] == "longrope":  # spelled out: loaders derive it from the windows in different ways, and vLLM has its own names
+        scaling = scaling | dict.fromkeys(("attention_factor", "short_mscale", "long_mscale"), attention_factor)
+    return theta, scaling
+
+
+def _as_longrope(dim, theta, inv_freq, attention_factor, factor, original):
+    factors = (rope_frequencies(dim, theta)[0] / inv_freq).tolist()
+    return {
+        "rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": attention_factor, "factor": factor,
+        "original_max_position_embeddings": original,
+    }  # fmt: skip
 
 
 def rope_cos_sin(positions, inv_freq, attention_factor=1.0):

@@ -183,7 +183,7 @@ def main():
     complete(args, window)
     record = check_out(args)
     settings = {key: getattr(args, key) for key in ("factor", "beta_fast") if getattr(args, key) is not None}
-    earlier = (model.config.rope_scaling or {}).get("rope_type")
+    earlier = model.config.rope_scaling
     model.config = config = weights.extend(model.config, args.rope, args.target_len, **settings)
     tokenizer = weights.load_tokenizer(args.model, config)
     documents = data.prepare(args.data, tokenizer, weights.cache_dir())
@@ -218,7 +218,8 @@ def main():
     tokens_per_step = args.batch_size * args.train_len
     say(f"{args.model}: window {window:,} -> {args.target_len:,}, {args.method}, {args.rope}" + (f", going on after step {first}" if first else ""))
     if earlier:
-        say(f"the model is scaled already ({earlier}); {args.rope} comes on top, their factors multiply")
+        more = f"{args.rope} by {args.factor:g} comes on top, {config.rope_scaling['factor']:g} in all" if args.factor else "that stays"
+        say(f"the model is scaled already ({earlier['rope_type']} by {earlier['factor']:g}); {more}")
     say(
         f"{args.steps} steps of {args.batch_size} x {args.train_len:,} tokens on {world} process(es); {len(documents.tokens):,} tokens in "
         f"{len(documents) - batches.skipped} document(s), {batches.skipped} too short and left out"

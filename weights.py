@@ -87,7 +87,7 @@ def fill(model, wanted, files):
 
 def check(folder):
     """Read no weight, but make sure that each is there and fits. -> the model on the meta device, {published name: (our names of what is
-    in it, shape)}, {safetensors file: names in it}. UserError if anything about the folder is wrong."""
+    in it, shape)}, {safetensors file: {name in it: shape}}. UserError if anything about the folder is wrong."""
     config = read_config(folder)
     with torch.device("meta"):
         model = Transformer(config)
@@ -136,6 +136,10 @@ def read_config(folder):
         refuse(f"{kind!r} uses learned positions, not RoPE")
     if not isinstance(kind, str) or kind not in FAMILIES:
         refuse(f"model_type {kind!r} is not known")
+    if experts := next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if c.get(key)), None):
+        refuse(f"a mixture of experts ({experts} {c[experts]}) is not known")
+    if c.get("quantization_config"):
+        refuse("quantised weights are not known; take the model they were made of")
     family = FAMILIES[kind]
     c = family.defaults | c
     for key, value in family.fixed.items():
@@ -163,14 +167,19 @@ def read_config(folder):
     theta = parameters.pop("rope_theta", None) or scaling.get("rope_theta") or c.get("rope_theta") or 10000.0
     mode = scaling.get("rope_type") or scaling.get("type") or "default"
     scaling = {k: v for k, v in scaling.items() if k not in ("type", "rope_theta")} | {"rope_type": mode}
-    if mode not in ("default", "linear"):
-        scaling.setdefault("original_max_position_embeddings", c.get("original_max_position_embeddings") or sizes["max_position_embeddings"])
-    if mode == "longrope" and scaling["original_max_position_embeddings"]:  # as stock loaders
-        scaling.setdefault("factor", sizes["max_position_embeddings"] / scaling["original_max_position_embeddings"])
+    original = c.get("original_max_position_embeddings")  # above the one inside, as in stock loaders
+    if mode == "dynamic":
+        scaling["original_max_position_embeddings"] = sizes["max_position_embeddings"]  # all that those look at
+    elif original:
+        scaling["original_max_position_embeddings"] = original
+    elif mode != "linear":
+        scaling.setdefault("original_max_position_embeddings", sizes["max_position_embeddings"])
     partial = scaling.pop("partial_rotary_factor", None) or parameters.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1
     if partial != 1 and kind != "phi":
         refuse(f"partial_rotary_factor {partial} is not known for {kind}")
     try:
+        if mode == "longrope" and scaling["original_max_position_embeddings"]:  # as stock loaders
+            scaling.setdefault("factor", sizes["max_position_embeddings"] / scaling["original_max_position_embeddings"])
         rotary, head_dim = sizes.setdefault("rotary_dim", int(sizes["head_dim"] * partial)), sizes["head_dim"]
         if rotary % 2 or not 0 < rotary <= head_dim or int(head_dim * (rotary / head_dim)) != rotary:  # the last: as Phi is written
             refuse(f"{rotary} rotary dimensions in a head of {head_dim} are not known")
@@ -204,18 +213,20 @@ def _slides(c):
 
 
 def _weight_files(folder):
-    """{path of a safetensors file: the names to take from it}, from the index where there is one."""
+    """{path of a safetensors file: {name to take from it: shape}}, from the index where there is one."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         single = folder / "model.safetensors"
         if not single.is_file():
             pickled = f" (its .bin weights are pickled: python weights.py convert {folder} NEW_FOLDER)" if any(folder.glob("*.bin")) else ""
             raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json{pickled}; is the copy complete?")
-        return {single: list(_shapes(single))}
-    files = read_index(index)
-    for path, names in files.items():
-        if absent := set(names) - set(_shapes(path)):
-            raise UserError(f"{path}: {sorted(absent)[0]} is missing, though {index.name} names it here; copy the file again")
+        return {single: _shapes(single)}
+    files = {}
+    for path, names in read_index(index).items():
+        shapes = _shapes(path)
+        if absent := set(names) - set(shapes):
+            raise UserError(f"{path}: {min(absent)} is missing, though {index.name} names it here; copy the file again")
+        files[path] = {name: shapes[name] for name in names}
     return files
 
 
@@ -244,14 +255,14 @@ def _shapes(path):
         raise UserError(f"{path}: truncated or not safetensors ({error}); copy it again") from None
 
 
-def recomputed(name, config):
-    """Old exports carry rotary tables, causal masks (GPT-J's), and a tied head twice."""
-    return "rotary_emb" in name or name.endswith((".attn.bias", ".attn.masked_bias")) or (config.tie_embeddings and name == "lm_head.weight")
+def recomputed(name):
+    """Old exports carry rotary tables and causal masks (GPT-J's)."""
+    return "rotary_emb" in name or name.endswith((".attn.bias", ".attn.masked_bias"))
 
 
 def _check_names_and_shapes(files, wanted, config, folder):
-    found = {name: shape for path, names in files.items() for name, shape in _shapes(path).items() if name in names}
-    found = {n: s for n, s in found.items() if not recomputed(n, config)}
+    found = {name: shape for shapes in files.values() for name, shape in shapes.items() if not recomputed(name)}
+    tied_twice = config.tie_embeddings and found.pop("lm_head.weight", None)  # as in old exports
     for what, names in (("missing", wanted.keys() - found.keys()), ("unexpected", found.keys() - wanted.keys())):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -259,6 +270,16 @@ def _check_names_and_shapes(files, wanted, config, folder):
     for name, shape in found.items():
         if shape != wanted[name][1]:
             raise UserError(f"{folder}: weight {name} has shape {shape}, config.json says {wanted[name][1]}")
+    if tied_twice:
+        embedding, head = (_tensor(files, name) for name in (hf_name("embed.weight", config.model_type), "lm_head.weight"))
+        if embedding.dtype != head.dtype or not torch.equal(embedding, head):
+            told = "config.json ties the head to the embedding, but lm_head.weight is another; loaders disagree on which one counts"
+            raise UserError(f"{folder}: {told}; set tie_word_embeddings to false there to keep the head, or take it out of the file")
+
+
+def _tensor(files, name):
+    with safe_open(next(path for path, names in files.items() if name in names), "pt") as f:
+        return f.get_tensor(name)
 
 
 # ---------------------------------------------------------------- writing
@@ -356,23 +377,15 @@ def hf_config(config):
     """config.json of a Config, in terms that stock loaders compute exactly (modes they lack in the terms of one they have).
     Its family: one with a stock class, see families.as_written."""
     family = FAMILIES[config.model_type]
-    theta, scaling = config.rope_theta, dict(config.rope_scaling or {})
-    mode = scaling.get("rope_type", "default")
-    if mode == "ntk":  # nothing but another base
-        theta, scaling = theta * scaling["factor"] ** (config.rotary_dim / (config.rotary_dim - 2)), {}
-    elif mode == "ntk_by_parts":  # YaRN without its factor on cos and sin
-        scaling |= {"rope_type": "yarn", "attention_factor": 1.0}
-    elif mode == "yarn_revised":  # per-pair factors, as LongRoPE has them
-        inv_freq, attention_factor = rope.rope_frequencies(config.rotary_dim, theta, scaling)
-        factors = (rope.rope_frequencies(config.rotary_dim, theta)[0] / inv_freq).tolist()
-        scaling = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": attention_factor} | {
-            key: scaling[key] for key in ("factor", "original_max_position_embeddings")
-        }
-    elif mode == "longrope":
-        scaling.setdefault("factor", config.max_position_embeddings / config.original_window)
-    both = scaling | {"type": scaling["rope_type"]} if scaling else None  # older readers want `type`
-    # Stock dynamic scaling begins at max_position_embeddings.
-    window = config.original_window if mode == "dynamic" else config.max_position_embeddings
+    theta, scaling = rope.stock_terms(config.rotary_dim, config.rope_theta, config.rope_scaling)
+    original, window = {}, config.max_position_embeddings
+    if scaling:  # the first window beside it: transformers before 5 (longrope) and llama.cpp's converter (llama3) look nowhere else
+        original = {"original_max_position_embeddings": config.original_window}
+        scaling = scaling | original
+        if scaling["rope_type"] in ("linear", "dynamic"):  # stock loaders do not know it there
+            del scaling["original_max_position_embeddings"]
+        if scaling["rope_type"] == "dynamic":
+            window = config.original_window  # where stock dynamic scaling begins
     partial = {"partial_rotary_factor": config.rotary_dim / config.head_dim} if config.model_type == "phi" else {}
     return {
         "architectures": [family.architecture],
@@ -381,8 +394,9 @@ def hf_config(config):
         "max_position_embeddings": int(window),
         family.norm_eps: config.norm_eps,
         "rope_theta": theta,
-        "rope_scaling": both,
-        "rope_parameters": {"rope_type": "default"} | scaling | {"rope_theta": theta} | partial,
+        "rope_scaling": scaling and scaling | {"type": scaling["rope_type"]},  # older readers want `type`
+        "rope_parameters": (scaling or {"rope_type": "default"}) | {"rope_theta": theta} | partial,
+        **original,
         **partial,
         "tie_word_embeddings": config.tie_embeddings,
         **family.fixed,
@@ -408,27 +422,11 @@ def extend(config, mode, target_len, **settings):
     if mode == "default":
         scaling = config.rope_scaling
     elif config.rope_scaling:
-        scaling = _compose(config, scaling)
+        try:
+            scaling = rope.compose(config.rotary_dim, config.rope_theta, config.rope_scaling, scaling)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     return dataclasses.replace(config, max_position_embeddings=target_len, rope_scaling=scaling)
-
-
-def _compose(config, new):
-    """rope_scaling that stretches an already scaled model once more."""
-    old = config.rope_scaling
-    if "dynamic" in (old["rope_type"], new["rope_type"]) or (old["rope_type"] == "longrope" and old["short_factor"] != old["long_factor"]):
-        raise UserError(f"{new['rope_type']} scaling on top of this model's {old['rope_type']}: one depends on the length; start from its base model")
-    alike = [{k: v for k, v in x.items() if k not in ("factor", "original_max_position_embeddings")} for x in (old, new)]
-    if alike[0] == alike[1]:  # the same as one stretch of the first window
-        return new | old | {"factor": old["factor"] * new["factor"]}
-    plain, _ = rope.rope_frequencies(config.rotary_dim, config.rope_theta)
-    factors, attention_factor = 1.0, 1.0  # of each pair: what the first stretch divides by, times what the second does
-    for scaling in (old, new):
-        inv_freq, on_attention = rope.rope_frequencies(config.rotary_dim, config.rope_theta, scaling)
-        factors, attention_factor = factors * plain / inv_freq, attention_factor * on_attention
-    return {
-        "rope_type": "longrope", "short_factor": factors.tolist(), "long_factor": factors.tolist(), "attention_factor": attention_factor,
-        "factor": new["factor"] * old.get("factor", 1.0), "original_max_position_embeddings": config.original_window,
-    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- the command

@@ -24,6 +24,22 @@ SMALL = {
 }  # fmt: skip
 
 
+def scaling_of(mode, pairs=8):
+    """rope_scaling of a mode that stretches a window of 64 by 8. pairs: half the rotated dimensions."""
+    from_64 = {"factor": 8.0, "original_max_position_embeddings": 64}
+    more = {
+        "linear": {"factor": 8.0}, "ntk": {"factor": 8.0}, "dynamic": {"factor": 8.0},
+        "llama3": from_64 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "longrope": from_64 | {"short_factor": [1.0 + i / 10 for i in range(pairs)], "long_factor": [2.0 + i for i in range(pairs)]},
+    }  # fmt: skip
+    return {"rope_type": mode} | more.get(mode, from_64)
+
+
+def hf_logits(model, tokens, positions):
+    """Logits of transformers. With neither a mask nor a cache it takes a jump in position_ids for the start of another document."""
+    return model(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions).logits
+
+
 @pytest.fixture
 def make_llama(tmp_path):
     """make_llama(name, **config) -> a folder written by transformers with a random small LLaMA (or family: Mistral, Qwen2), and that

@@ -133,6 +133,24 @@ def test_what_cannot_be_converted_leaves_nothing(make_bin, tmp_path, how):
     assert sorted(tmp_path.iterdir()) == before  # no folder, whole or partial, and the trap did not spring
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_pickle(tmp_path, zipped):
+    """Bytes changed at random: it is read or refused, and nothing else."""
+    path, rng = tmp_path / "pytorch_model.bin", np.random.default_rng(0)
+    torch.save({"model.norm.weight": torch.ones(4), "lm_head.weight": torch.ones(3, 4)}, path, _use_new_zipfile_serialization=zipped)
+    whole, refused = np.frombuffer(path.read_bytes(), np.uint8), 0
+    for _ in range(400):
+        damaged = whole.copy()
+        damaged[rng.integers(0, 500, 3)] = rng.integers(0, 256, 3)  # the pickle is at the beginning
+        path.write_bytes(damaged.tobytes())
+        try:
+            convert._read_pickle(path)
+        except UserError as refusal:
+            refused += 1
+            assert "\n" not in str(refusal)
+    assert refused > 200
+
+
 # ---------------------------------------------------------------- Meta's layout
 
 
@@ -146,7 +164,8 @@ def make_meta(make_llama, tmp_path):
         names = {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "embed_tokens": "tok_embeddings", "lm_head": "output"}
         names |= {f"self_attn.{x}_proj": f"attention.w{x}" for x in "qkvo"}
         names |= {"mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}
-        files = [{"rope.freqs": torch.ones(8), "layers.0.attention.inner_attention.rope.freqs": torch.ones(8)} for _ in range(ranks)]
+        freqs = ("rope.freqs", "layers.0.attention.inner_attention.rope.freqs")
+        files = [dict.fromkeys(freqs, torch.ones(c.head_dim // 2)) for _ in range(ranks)]
         for name, w in model.state_dict().items():
             if "q_proj" in name or "k_proj" in name:  # row 2j of a head is row j here, row 2j + 1 is row j + D/2
                 heads, half = w.shape[0] // c.head_dim, c.head_dim // 2
@@ -189,13 +208,17 @@ def test_metas_layout(make_meta, tmp_path, monkeypatch, ranks, kv_heads):
 META_SPOILT = {
     "no window": "--window", "rank": "missing", "params": "params.json", "layers": "missing", "truncated": "copy it again",
     "tokenizer": "tokenizer.model", "no n_layers": "n_layers", "fewer layers": "layers.1.attention.wk.weight and 8 more",
-    "an extra weight": "layers.0.attention.gate",
+    "an extra weight": "layers.0.attention.gate", "other heads": "n_heads", "window": "sliding_window 64",
+    "a tokenizer of Llama 3": "/tokenizer.model: not readable",
 }  # fmt: skip
+
+
+META_SAYS = {"other heads": {"n_heads": 8}, "window": {"sliding_window": 64}}
 
 
 @pytest.mark.parametrize("how", META_SPOILT)
 def test_metas_layout_spoilt(make_meta, tmp_path, how):
-    folder, _ = make_meta(2)
+    folder, _ = make_meta(2, **({"num_key_value_heads": 4} if how == "other heads" else {}))
     params = json.loads((folder / "params.json").read_text())
     if how == "rank":
         (folder / "consolidated.01.pth").unlink()
@@ -214,6 +237,10 @@ def test_metas_layout_spoilt(make_meta, tmp_path, how):
         file.write_bytes(file.read_bytes()[:5000])
     elif how == "tokenizer":
         (tmp_path / "tokenizer.model").unlink()
+    elif how == "a tokenizer of Llama 3":
+        (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    elif how in META_SAYS:
+        (folder / "params.json").write_text(json.dumps(params | META_SAYS[how]))
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=META_SPOILT[how]) as refusal:
         convert.convert(folder, tmp_path / "out", None if how == "no window" else 64)

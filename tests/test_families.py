@@ -1,8 +1,9 @@
-"""GPT-J, Phi and Baichuan, and every family's gradients under every interpolation that its oracle has.
+"""GPT-J, Phi and Baichuan, and every family's logits and gradients under every interpolation.
 
-The oracles: transformers for LLaMA, Mistral, Qwen2, Phi and GPT-J (whose table of sines is replaced by that of a scaling). Baichuan is code of
-its own, so it is written down here from its description, and for scaling it is stock LLaMA with W_pack cut in three.
+The oracles: transformers for LLaMA, Mistral, Qwen2, Phi and GPT-J, given the frequencies of an interpolation that a class does not know.
+Baichuan is code of its own, so it is written down here from its description, and for scaling it is stock LLaMA with W_pack cut in three.
 """
+import dataclasses
 import json
 import math
 import shutil
@@ -12,11 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import hf_logits, scaling_of
 from safetensors.torch import load_file, save_file
-from test_model import hf_logits, pose_positions
+from test_model import pose_positions
+from test_rope import by_hand
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import convert
+import rope
 import tokenizer
 import weights
 from errors import UserError
@@ -113,13 +117,29 @@ class BaichuanAsLlama(Baichuan):
         return torch.func.functional_call(self.llama, state, (tokens,), inputs).logits
 
 
-def stretch_gptj(model, scaling, positions):
-    """Replace the tables of stock GPT-J, which has no scaling, by those of transformers' own functions for it."""
-    like = transformers.LlamaConfig(head_dim=ROTARY, max_position_embeddings=64, rope_parameters={"rope_theta": 10000.0} | scaling)
-    inv_freq, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](like, "cpu", seq_len=int(positions.max()) + 1)
-    angles = torch.arange(int(positions.max()) + 1)[:, None] * inv_freq
-    for block in model.transformer.h:
-        block.attn.embed_positions = torch.cat((angles.sin(), angles.cos()), 1) * factor
+OURS = ("ntk", "ntk_by_parts", "yarn_revised")  # transformers has no functions for these: the equations are written down in test_rope.py
+
+
+def frequencies(scaling, dim, n):
+    """Frequencies and the factor on cos and sin, for n tokens, from transformers' own functions or from the equations."""
+    mode = scaling["rope_type"]
+    if mode in OURS:
+        inv_freq, factor = by_hand(mode, 10000.0, dim, scaling["factor"], 64, n)
+        return torch.tensor(inv_freq), factor
+    like = transformers.LlamaConfig(head_dim=dim, max_position_embeddings=64, rope_parameters={"rope_theta": 10000.0} | scaling)
+    return ROPE_INIT_FUNCTIONS[mode](like, "cpu", seq_len=n)
+
+
+def stretch(model, scaling, positions):
+    """Give a stock model frequencies that its own class does not compute: GPT-J's knows no scaling, the others not every one."""
+    n = int(positions.max()) + 1
+    for module in model.modules():
+        if hasattr(module, "embed_positions"):  # GPT-J's tables
+            inv_freq, factor = frequencies(scaling, ROTARY, n)
+            angles = torch.arange(n)[:, None] * inv_freq
+            module.embed_positions = torch.cat((angles.sin(), angles.cos()), 1) * factor
+        elif hasattr(module, "inv_freq") and scaling["rope_type"] in OURS:
+            module.inv_freq, module.attention_scaling = frequencies(scaling, 2 * len(module.inv_freq), n)
 
 
 @pytest.fixture
@@ -128,34 +148,36 @@ def make(make_llama, tmp_path):
     a module with the published names."""
 
     def make(family, scaling=None, **changes):
-        rope = {"rope_parameters": {"rope_theta": 10000.0} | scaling} if scaling else {}
+        own = scaling is not None and (family == "gptj" or scaling["rope_type"] in OURS)  # written into config.json afterwards
+        rope = {"rope_parameters": {"rope_theta": 10000.0} | scaling} if scaling and not own else {}
+        folder = tmp_path / family
         if family in ("llama", "mistral", "qwen2"):
             classes = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
             folder, model = make_llama(family, classes[family], **({"sliding_window": None} if family == "mistral" else {}) | rope | changes)
-            model.oracle = lambda tokens, positions: hf_logits(model, tokens, positions)
-            return folder, model
-        folder = tmp_path / family
-        if family.startswith("baichuan"):
+        elif family.startswith("baichuan"):
             config = BAICHUAN | rope | changes | ({"z_loss_weight": 0} if family == "baichuan2" else {})
             model = randomised((BaichuanAsLlama if scaling else Baichuan)(config))
-            model.oracle = model
             folder.mkdir()
             save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
             (folder / "config.json").write_text(json.dumps(config))
-            return folder, model
-        if family == "phi":
-            model = transformers.PhiForCausalLM(transformers.PhiConfig(**PHI | rope | changes))
+        elif family == "phi":
+            model = randomised(transformers.PhiForCausalLM(transformers.PhiConfig(**PHI | rope | changes)))
+            model.save_pretrained(folder)
         else:
-            model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**GPTJ | {"n_positions": 2048} | changes))
-        randomised(model).save_pretrained(folder)
+            model = randomised(transformers.GPTJForCausalLM(transformers.GPTJConfig(**GPTJ | {"n_positions": 2048} | changes)))
+            model.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
         if family == "gptj":
-            config = json.loads((folder / "config.json").read_text()) | {"n_positions": 64} | changes  # the oracle's tables reach further
-            (folder / "config.json").write_text(json.dumps(config | ({"rope_scaling": scaling} if scaling else {})))
+            config |= {"n_positions": 64} | changes  # the oracle's tables reach further
+        if own:
+            partial = {"partial_rotary_factor": 0.5} if family == "phi" else {}
+            config |= {"rope_scaling": scaling, "rope_parameters": partial | {"rope_theta": 10000.0}}
+        (folder / "config.json").write_text(json.dumps(config))
 
         def oracle(tokens, positions):
-            if family == "gptj" and scaling:
-                stretch_gptj(model, scaling, positions)
-            return hf_logits(model, tokens, positions)
+            if own:
+                stretch(model, scaling, positions)
+            return model(tokens, positions) if isinstance(model, Baichuan) else hf_logits(model, tokens, positions)
 
         model.oracle = oracle
         return folder, model
@@ -206,26 +228,18 @@ def test_logits_and_gradients(make, shape):
     assert_same_logits_and_gradients(folder, theirs, (NEAR, pose_positions(T, 2048, 2)))
 
 
-FROM_64 = {"factor": 8.0, "original_max_position_embeddings": 64}
 FAMILIES = ("llama", "mistral", "qwen2", "phi", "gptj", "baichuan", "baichuan2")
 
 
-def scaling_of(mode, pairs):
-    return {"rope_type": mode} | {
-        "linear": {"factor": 8.0},
-        "dynamic": {"factor": 8.0},
-        "yarn": FROM_64,
-        "llama3": FROM_64 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
-        "longrope": FROM_64 | {"short_factor": [1.0 + i / 10 for i in range(pairs)], "long_factor": [2.0 + i for i in range(pairs)]},
-    }[mode]
+def pairs_of(family):
+    return (ROTARY if family in ("phi", "gptj") else HEAD_DIM) // 2
 
 
-@pytest.mark.parametrize("mode", ["linear", "dynamic", "yarn", "llama3", "longrope"])
+@pytest.mark.parametrize("mode", rope.MODES[1:])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_under_every_interpolation(make, family, mode):
-    pairs = (ROTARY if family in ("phi", "gptj") else HEAD_DIM) // 2
-    folder, theirs = make(family, scaling_of(mode, pairs))
-    assert_same_logits_and_gradients(folder, theirs, (pose_positions(T, 512, 2),))
+    folder, theirs = make(family, scaling_of(mode, pairs_of(family)))
+    assert_same_logits_and_gradients(folder, theirs, (NEAR, pose_positions(T, 512, 2)))
 
 
 # ---------------------------------------------------------------- writing
@@ -240,15 +254,22 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-WRITTEN_AS = {"gptj": "PhiForCausalLM", "phi": "PhiForCausalLM", "baichuan": "LlamaForCausalLM", "baichuan2": "LlamaForCausalLM"}
+WRITTEN_AS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+WRITTEN_AS |= {"gptj": "PhiForCausalLM", "phi": "PhiForCausalLM", "baichuan": "LlamaForCausalLM", "baichuan2": "LlamaForCausalLM"}
 
 
-@pytest.mark.parametrize("mode", weights.EXTENSIONS)
+def extended(config, mode):
+    if mode != "longrope":
+        return weights.extend(config, mode, 512)
+    return dataclasses.replace(config, max_position_embeddings=512, rope_scaling=scaling_of(mode, config.rotary_dim // 2))
+
+
+@pytest.mark.parametrize("mode", rope.MODES)
 @pytest.mark.parametrize("family", WRITTEN_AS)
 def test_what_we_write_stock_loaders_compute(make, tmp_path, family, mode):
     folder, theirs = make(family, **({"rotary_dim": 4} if family == "gptj" else {}))  # not the half that Phi's class assumes
     model = weights.load(folder)
-    model.config = weights.extend(model.config, mode, 512)
+    model.config = extended(model.config, mode)
     weights.save(model, tokenizer.load(TINY), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [WRITTEN_AS[family]]
     again = weights.load(tmp_path / "out")
@@ -468,7 +489,8 @@ def test_show(make, capsys, family):
 
 @pytest.mark.parametrize("family, arguments", [("gptj", {}), ("baichuan2", {"processes": 2})], ids=str)
 def test_from_training_to_stock_loaders(make, run, tmp_path, family, arguments):
-    folder, theirs = make(family, vocab_size=2048)
+    scaled = family == "gptj"  # already
+    folder, theirs = make(family, scaling_of("linear") if scaled else None, vocab_size=2048)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(TINY / name, folder)
     (tmp_path / "text.txt").write_text("The cat sat on the mat. " * 400)
@@ -476,6 +498,7 @@ def test_from_training_to_stock_loaders(make, run, tmp_path, family, arguments):
     checkpointing = ("--activation_checkpointing", "selective")
     done = run("train.py", "--model", folder, *sizes, *checkpointing, "--steps", 2, "--out", tmp_path / "out", **arguments)
     assert done.returncode == 0, done.stderr
+    assert ("the model is scaled already (linear by 8); yarn by 4 comes on top, 32 in all" in done.stderr) == scaled
     for positions in (NEAR, NEAR + 200 * (NEAR >= 15)):
         with torch.no_grad():
             expected = weights.load(tmp_path / "out" / "model", dtype=torch.float32)(TOKENS, positions)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import hf_logits, scaling_of
 
 import model as decoder
 import pose
@@ -14,11 +15,6 @@ def pose_positions(T, target_len, rows, seed=0):
     positions = torch.from_numpy(np.stack([pose.sample("pose", rng, T + 1, T, target_len)[1] for _ in range(rows)]))
     positions[:, -1] = positions.max()  # transformers takes the length of `dynamic` from the whole batch, we from each row
     return positions
-
-
-def hf_logits(model, tokens, positions):
-    # With neither a mask nor a cache transformers takes a jump in position_ids for the start of another document.
-    return model(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions).logits
 
 
 SHAPES = {
@@ -48,21 +44,9 @@ def test_logits_and_gradients_equal_transformers(make_llama, shape):
             torch.testing.assert_close(p.grad, expected_grad, rtol=1e-3, atol=1e-3 * expected_grad.abs().max().item())
 
 
-SCALINGS = {
-    "linear": {"rope_type": "linear", "factor": 8.0},
-    "dynamic": {"rope_type": "dynamic", "factor": 8.0},
-    "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
-    "longrope": {
-        "rope_type": "longrope", "factor": 8.0, "original_max_position_embeddings": 64,
-        "short_factor": [1.0 + i / 10 for i in range(8)], "long_factor": [2.0 + i for i in range(8)],
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("mode", SCALINGS)
+@pytest.mark.parametrize("mode", ["linear", "dynamic", "yarn", "llama3", "longrope"])
 def test_every_stock_interpolation_equals_transformers(make_llama, mode):
-    folder, theirs = make_llama(rope_parameters={"rope_theta": 10000.0} | SCALINGS[mode])
+    folder, theirs = make_llama(rope_parameters={"rope_theta": 10000.0} | scaling_of(mode))
     ours = weights.load(folder)
     tokens = torch.randint(0, 320, (2, 96))
     for positions in (torch.arange(96).expand(2, -1), pose_positions(96, 512, 2)):
@@ -102,7 +86,7 @@ def test_chunked_loss_equals_plain_and_never_holds_all_logits(with_bias):
 
 @pytest.mark.parametrize("scaling", [None, "yarn"])
 def test_generation_equals_transformers_whatever_the_prefill(make_llama, scaling):
-    changes = {"rope_parameters": {"rope_theta": 10000.0} | SCALINGS[scaling]} if scaling else {}
+    changes = {"rope_parameters": {"rope_theta": 10000.0} | scaling_of(scaling)} if scaling else {}
     folder, theirs = make_llama(**changes)
     ours = weights.load(folder)
     prompt = torch.randint(0, 320, (2, 37))

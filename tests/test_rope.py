@@ -4,8 +4,9 @@ from decimal import Decimal, getcontext
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, modeling_rope_utils
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from rope import MODES, apply_rope, rope_cos_sin, rope_frequencies
@@ -55,6 +56,23 @@ def theirs(scaling, theta, dim, seq_len=None):
     return ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, seq_len=seq_len)
 
 
+class Float64Torch:
+    """torch, in which float32 is called float64."""
+
+    float = float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def transformers_in_float64(monkeypatch):
+    """Its functions ask for float32 by name: here they get float64, so that nothing but the mathematics can differ."""
+    for module in (modeling_rope_utils, modeling_llama):
+        monkeypatch.setattr(module, "torch", Float64Torch())
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
 @pytest.mark.parametrize(
     "scaling, seq_len",
     [
@@ -89,11 +107,11 @@ def theirs(scaling, theta, dim, seq_len=None):
     ],
 )
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
-def test_same_as_transformers(scaling, seq_len, theta):
+def test_same_as_transformers(transformers_in_float64, scaling, seq_len, theta):
     want, want_factor = theirs(scaling, theta, 64, seq_len)
     got, got_factor = rope_frequencies(64, theta, scaling, seq_len)
-    assert got.dtype == torch.float64 and got.shape == (32,)
-    assert relative_error(got, want.tolist()) < 3e-6  # theirs is float32
+    assert got.dtype == want.dtype == torch.float64 and got.shape == (32,)
+    assert relative_error(got, want.tolist()) < 1e-12
     assert got_factor == want_factor
 
 

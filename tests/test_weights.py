@@ -2,6 +2,8 @@
 import dataclasses
 import errno
 import json
+import logging
+import math
 import shutil
 from pathlib import Path
 
@@ -10,11 +12,14 @@ import pytest
 import safetensors
 import torch
 import transformers
+from conftest import hf_logits, scaling_of
 from safetensors.torch import load_file, save_file
+from test_rope import by_hand
 
 import rope
 import tokenizer
 import weights
+from errors import UserError
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(7))
@@ -29,10 +34,10 @@ def tiny_tokenizer():
 
 @torch.no_grad()
 def stock(model, positions=NEAR, tokens=TOKENS):
-    """Logits of transformers, in float32. A mask of ones: without one it takes a jump in position_ids for a packed document."""
+    """Logits of transformers, in float32."""
     if isinstance(model, Path):
         model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    return model(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions).logits
+    return hf_logits(model, tokens, positions)
 
 
 @torch.no_grad()
@@ -98,15 +103,27 @@ def test_old_exports(make_llama):
     assert_same(ours(folder), stock(model))
 
 
-FROM_64 = {"factor": 8.0, "original_max_position_embeddings": 64}
-SCALINGS = {
-    "linear": {"factor": 8.0},
-    "dynamic": {"factor": 8.0},
-    "yarn": FROM_64,
-    "yarn_keys": FROM_64 | {"rope_type": "yarn", "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3},
-    "llama3": FROM_64 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
-    "longrope": FROM_64 | {"short_factor": [1.0 + i / 9 for i in range(8)], "long_factor": [1.0 + i for i in range(8)]},
-}
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_tied_model_with_another_head(make_llama, shards):
+    """transformers 5 takes the head then, earlier ones do not."""
+    folder, _ = make_llama(tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    head["lm_head.weight"][319, 63] += 0.25
+    if shards == 1:
+        save_file(tensors | head, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        save_file(head, folder / "head.safetensors", metadata={"format": "pt"})
+        weight_map = dict.fromkeys(tensors, "model.safetensors") | {"lm_head.weight": "head.safetensors"}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises(UserError, match="lm_head.weight is another.* tie_word_embeddings"):
+        weights.load(folder)
+    edit(folder / "config.json", lambda c: c.update(tie_word_embeddings=False))
+    assert torch.equal(weights.load(folder).head.weight, head["lm_head.weight"])
+
+
+SCALINGS = {mode: scaling_of(mode) for mode in ("linear", "dynamic", "yarn", "llama3", "longrope")}
+SCALINGS["yarn_keys"] = scaling_of("yarn") | {"beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3}
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -114,7 +131,7 @@ def test_both_spellings_of_the_rope_config(make_llama, name):
     """rope_scaling (`type` or `rope_type`) beside rope_theta, or rope_parameters: one Config, and transformers' logits from each."""
     window = 64 if name == "dynamic" else 512
     folder, _ = make_llama(max_position_embeddings=window)
-    scaling = {"rope_type": name} | SCALINGS[name]
+    scaling = SCALINGS[name]
     old = {k: v for k, v in scaling.items() if k != "rope_type"} | {"type": scaling["rope_type"]}
     plain = ours(folder, FAR)
     plain_config = json.loads((folder / "config.json").read_text())
@@ -170,7 +187,7 @@ LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_f
 
 @pytest.mark.parametrize("mode", ["linear", "ntk", "yarn", "yarn_revised", "llama3"])
 def test_a_scaled_model_is_stretched_further(make_llama, tiny_tokenizer, tmp_path, mode):
-    """Llama 3.1 and its 8 x, then 4 x more: each pair is slowed by both, and stock loaders compute the same."""
+    """Llama 3.1 and its 8 x, then 4 x more: each pair is slowed by both, where it is slow by what it does now, and stock loaders agree."""
     folder, base = make_llama(max_position_embeddings=512, rope_parameters=LLAMA31 | {"rope_theta": 5e5})
     model = weights.load(folder)
     model.config = weights.extend(model.config, mode, 2048)
@@ -179,10 +196,21 @@ def test_a_scaled_model_is_stretched_further(make_llama, tiny_tokenizer, tmp_pat
     def slowed_by(scaling):
         return rope.rope_frequencies(16, 5e5)[0] / rope.rope_frequencies(16, 5e5, scaling)[0]
 
+    def pair(wavelength):  # as a real number: the one that an unscaled model turns so slowly
+        return 8 * math.log(wavelength / (2 * math.pi), 5e5)
+
     if mode == "llama3":  # the same mode: one stretch of the first window by 32
         expected = slowed_by(LLAMA31 | {"factor": 32.0})
     else:
-        expected = slowed_by(LLAMA31) * slowed_by({"rope_type": mode, "factor": 4.0, "original_max_position_embeddings": 512})
+        wavelengths = [2 * math.pi / f for f in by_hand("llama3", 5e5, 16, 8.0, 64, 1)[0]]
+        first, last = math.floor(pair(512 / 32)), math.ceil(pair(512))  # YaRN's: those that turn 32 times in the window of 512, and once
+        ramp = [min(max((pair(w) - first) / (last - first), 0), 1) for w in wavelengths]
+        assert all(r == 1 for r, w in zip(ramp, wavelengths) if w > 2048)
+        more = {
+            "linear": [4.0] * 8, "ntk": [4 ** (j / 7) for j in range(8)], "yarn": [1 / (1 - r + r / 4) for r in ramp],
+            "yarn_revised": [1 - r + 4 * r for r in ramp],
+        }[mode]  # fmt: skip
+        expected = slowed_by(LLAMA31) * torch.tensor(more, dtype=torch.float64)
     torch.testing.assert_close(slowed_by(model.config.rope_scaling), expected, rtol=1e-12, atol=0)
     assert expected[-1] == pytest.approx(32)  # the slowest pair: 8 times 4
     weights.save(model, tiny_tokenizer, tmp_path / "out")
@@ -229,6 +257,34 @@ def test_config_json_of_an_extended_model(make_llama, tiny_tokenizer, tmp_path):
     assert c["rope_scaling"]["type"] == c["rope_scaling"]["rope_type"] == c["rope_parameters"]["rope_type"] == "yarn"
     assert c["rope_scaling"]["factor"] == c["rope_parameters"]["factor"] == 8
     assert c["dtype"] == c["torch_dtype"] == "float32"
+
+
+def test_longrope_is_spelled_out(make_llama, tiny_tokenizer, tmp_path):
+    """transformers before 5 looks for the first window beside rope_scaling alone, and vLLM for the factor on cos and sin by other names."""
+    longrope = scaling_of("longrope") | {"rope_theta": 1e4}
+    folder, base = make_llama(max_position_embeddings=1024, rope_parameters=longrope)  # not the 8 times 64 that the factor says
+    weights.save(weights.load(folder), tiny_tokenizer, tmp_path / "out")
+    c = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert c["original_max_position_embeddings"] == 64
+    for scaling in (c["rope_scaling"], c["rope_parameters"]):
+        assert scaling["short_mscale"] == scaling["long_mscale"] == scaling["attention_factor"] == pytest.approx(math.sqrt(1.5))  # ln 8 / ln 64
+        assert scaling["short_factor"] == longrope["short_factor"] and scaling["long_factor"] == longrope["long_factor"]
+    for positions in (NEAR, FAR):
+        assert_same(stock(tmp_path / "out", positions), stock(base, positions))
+
+
+def test_the_first_window_stands_where_readers_look(make_llama, tiny_tokenizer, tmp_path, caplog, monkeypatch):
+    """llama.cpp's converter reads llama3's beside rope_scaling alone; inside that of linear and dynamic stock loaders warn of it."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = weights.load(make_llama()[0])
+    base = model.config
+    for mode in ("linear", "dynamic", "llama3", "yarn"):
+        model.config = weights.extend(base, mode, 512)
+        weights.save(model, tiny_tokenizer, tmp_path / mode)
+        assert json.loads((tmp_path / mode / "config.json").read_text())["original_max_position_embeddings"] == 64
+        assert weights.read_config(tmp_path / mode).original_window == 64
+        transformers.AutoConfig.from_pretrained(tmp_path / mode)
+    assert "rope" not in caplog.text
 
 
 def test_tokenizer_files_come_along(make_llama, tmp_path):
