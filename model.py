@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
-from rope import apply_rope, rope_cos_sin, rope_frequencies
+from rope import apply_rope, by_length, rope_cos_sin, rope_frequencies
 
 ROWS = 65536  # tokens of a long text that go through a block's matrix products together when no gradient is wanted
 
@@ -227,7 +227,7 @@ class Transformer(nn.Module):
         config = self.config
         if positions is None:
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        if seq_len is None and config.rope_scaling and config.rope_scaling["rope_type"] in ("dynamic", "longrope"):
+        if seq_len is None and by_length(config.rope_scaling):
             # Each row by its own length, in this call only: neither earlier batches nor its neighbours change an example's loss.
             rows = [rope_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling, n) for n in (positions.amax(1) + 1).tolist()]
             inv_freq, attention_factor = torch.stack([inv_freq for inv_freq, _ in rows]), rows[0][1]

@@ -114,12 +114,18 @@ def _yarn_attention_factor(s, scaling):
     return mscale(1.0)
 
 
+def by_length(scaling):
+    """Do the angles of this rope_scaling depend on the length of the sequence? LongRoPE's do not where both its lists are the same."""
+    scaling = scaling or {}
+    return scaling.get("rope_type") == "dynamic" or scaling.get("short_factor") != scaling.get("long_factor")
+
+
 def compose(dim, theta, first, second):
     """rope_scaling that stretches by `first`, which an already scaled model has, then by `second`; every pair is slowed by both. Which pairs
     are slow is asked of the model as it is: of its scaled angles in its present window. ValueError where one depends on the length."""
-    modes = first["rope_type"], second["rope_type"]
-    if "dynamic" in modes or (modes[0] == "longrope" and first["short_factor"] != first["long_factor"]):
-        raise ValueError(f"{modes[1]} scaling on top of this model's {modes[0]}: one depends on the length; start from its base model")
+    if by_length(first) or by_length(second):
+        modes = f"{second['rope_type']} scaling on top of this model's {first['rope_type']}"
+        raise ValueError(f"{modes}: one depends on the length; start from its base model")
     alike = [{k: v for k, v in x.items() if k not in ("factor", "original_max_position_embeddings")} for x in (first, second)]
     if alike[0] == alike[1]:  # the same as one stretch of the first window
         return second | first | {"factor": first["factor"] * second["factor"]}
