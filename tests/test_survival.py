@@ -71,7 +71,7 @@ DAMAGE = {
     "without metadata": lambda folder: (folder / ".metadata").unlink(),
     "metadata of nothing": lambda folder: (folder / ".metadata").write_bytes(b""),
     "without data": lambda folder: next(folder.glob("*.distcp")).unlink(),
-    "without a record": lambda folder: (folder / "args.json").unlink(),
+    "without checksums": lambda folder: (folder / "checkpoint.json").unlink(),
     "one bit": lambda folder: flip(next(folder.glob("*.distcp"))),
 }
 
@@ -111,10 +111,10 @@ def test_a_damaged_checkpoint_is_passed_over(finished, run, short, train, tmp_pa
 
 def test_a_checkpoint_of_another_run(finished, run, short):  # noqa: F811
     out, _ = finished
-    record = out / "checkpoints" / "step-6" / "args.json"
+    record = out / "checkpoints" / "step-6" / "checkpoint.json"
     record.write_text(record.read_text().replace('"lr": 0.001', '"lr": 0.002'))
     done = run("train.py", *short, "--steps", 6, "--out", out, "--resume")
-    assert done.returncode == 2 and "step-6 is of another run" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "step-6 is of another run: lr was 0.002, now 0.001" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("processes", [None, 4])
@@ -149,7 +149,7 @@ def test_processes_with_different_arguments(short, tmp_path):  # noqa: F811
     ]  # fmt: skip
     told = [process.communicate(timeout=100)[1] for process in both]
     assert [process.returncode for process in both] == [2, 2], told
-    assert "--seed differs between processes: [0, 1]" in told[0] and "Traceback" not in told[0] and not told[1].strip()
+    assert "seed differs between processes: [0, 1]" in told[0] and "Traceback" not in told[0] and not told[1].strip()
     assert not (tmp_path / "run").exists()
 
 
