@@ -67,7 +67,8 @@ def read_documents(path):
 
 
 class Documents:
-    """Tokenised texts. `tokens`: all ids in one row (memory-mapped); document i is tokens[starts[i] : starts[i + 1]]. `sha256`: of them all."""
+    """Tokenised texts. `tokens`: all ids in one row (memory-mapped); document i is tokens[starts[i] : starts[i + 1]].
+    `sha256`: 16 digits of that of them all."""
 
     def __init__(self, folder):
         self.starts = np.load(folder / "starts.npy")
@@ -124,7 +125,7 @@ def _tokenise(files, tokenizer, folder):
         raise UserError(f"no text in {len(files)} file(s), {files[0] if files else 'none found'} first; name files that hold some")
     np.save(folder / "starts.npy", np.array(starts))
     digest.update(np.array(starts).tobytes())
-    (folder / "sha256").write_text(digest.hexdigest())
+    (folder / "sha256").write_text(digest.hexdigest()[:16])
 
 
 class Batches:

@@ -192,7 +192,7 @@ def main():
     validation = Validation(args, tokenizer) if args.eval_every else None
     sampling = {key: getattr(args, key) for key in ("method", "train_len", "target_len", "chunks", "offset")}
     batches = data.Batches(documents, args.seed, tokenizer.bos_id, **sampling)
-    record |= {"texts_sha256": documents.sha256, "model_sha256": base}  # the same paths may hold something else another day
+    record |= {"data_sha256": documents.sha256, "model_sha256": base}  # the same paths may hold something else another day
 
     if args.tensorboard:
         try:
@@ -311,7 +311,8 @@ def check_agreement(record):
     records = [None] * dist.get_world_size()
     dist.all_gather_object(records, record)
     if changed := [key for key in record if any(other.get(key) != record[key] for other in records)]:
-        raise UserError(f"{changed[0]} differs between processes: {[r.get(changed[0]) for r in records]}; start all with the same arguments, texts and model")
+        values = [other.get(changed[0]) for other in records]
+        raise UserError(f"{changed[0]} differs between processes: {values}; start all with the same arguments, texts and model")
 
 
 class Validation:
