@@ -1,4 +1,5 @@
 """What a run outlives: kills, damaged checkpoints, another number of processes, the death of a process."""
+import json
 import os
 import random
 import shutil
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 
 import pytest
 import torch
@@ -41,21 +43,31 @@ def wait_for(condition, process=None, seconds=120):
 KILLS = int(os.environ.get("POSE_KILLS", 4))
 
 
+def saved_steps(out):
+    """Of the checkpoints that have their name; each is whole."""
+    steps = {int(path.name[5:]): path for path in (out / "checkpoints").glob("step-*") if path.name[5:].isdigit()}
+    for path in steps.values():
+        checksums = json.loads((path / "checkpoint.json").read_text())["crc32"]
+        assert {file.name for file in path.iterdir()} == {"checkpoint.json", *checksums}
+        assert all(zlib.crc32((path / name).read_bytes()) == crc for name, crc in checksums.items())
+    return set(steps)
+
+
 def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(short, train, tmp_path):  # noqa: F811
     """SIGKILL at random moments, nearly all of them while a checkpoint is being written (there is one a step)."""
     arguments = ("--steps", 12 * (KILLS + 1), "--save_every", 1)
     whole = losses(train("whole", *arguments))
     out, rng, resume = tmp_path / "killed", random.Random(), []
     for _ in range(KILLS):
+        before = saved_steps(out)
         process = start(short, out, *arguments, *resume)
         assert wait_for(lambda: steps_done(out) >= 1, process), process.communicate()[1]
-        saved = {p.name for p in (out / "checkpoints").glob("step-*") if p.suffix != ".tmp"} if resume else set()
         time.sleep(rng.uniform(0, 6.0 if resume else 1.0))  # a resumed run needs seconds to start
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         resume = ["--resume"]
-        newest = max((int(p.name[5:]) for p in (out / "checkpoints").glob("step-*") if p.suffix != ".tmp"), default=0)
-        assert newest >= max((int(name[5:]) for name in saved), default=0)  # no checkpoint is lost
+        newest = max(saved_steps(out), default=0)
+        assert newest >= max(before, default=0)  # no checkpoint is lost
         assert steps_done(out) - newest <= 3  # the one in the background, the one being copied, the step between
     resumed = losses(train("killed", *arguments, "--resume"))
     assert torch.equal(resumed, whole)

@@ -160,7 +160,7 @@ def test_a_run_that_is_not_finite_any_more_ends(run, short, tmp_path):
 
 def test_the_curve_depends_neither_on_processes_nor_on_memory_savers(train):
     """That each of the latter gives the same gradients: test_fsdp.py."""
-    reference = losses(train("one", "--steps", 3))
+    reference = train("one", "--steps", 3)
     for processes, *arguments in (
         (None, "--micro_batch_size", 1, "--activation_checkpointing", "full"),
         (2, "--micro_batch_size", 1, "--cpu_offload", "--activation_checkpointing", "selective"),
@@ -168,7 +168,9 @@ def test_the_curve_depends_neither_on_processes_nor_on_memory_savers(train):
         (4,),
     ):
         lines = train("-".join(map(str, (processes, *arguments))), "--steps", 3, *arguments, processes=processes)
-        torch.testing.assert_close(losses(lines), reference, rtol=1e-5, atol=0)
+        for line, expected in zip(lines, reference, strict=True):
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+            assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)  # a factor on it would not show in AdamW's losses
 
 
 def test_bfloat16_compute_stays_near_float32(train):
