@@ -123,7 +123,9 @@ class Checkpoints:
             replace_folder(aside, self.folder / f"step-{step}")  # it is on disk before an older one goes
             older = [other for other in self._steps() if other <= step]
             for other in set(self._steps()) - set(older[: self.keep]):  # later ones: damaged, or this run would have begun there
-                shutil.rmtree(self.folder / f"step-{other}")
+                gone = self.folder / f"step-{other}.old"
+                (self.folder / f"step-{other}").rename(gone)  # what has its name is whole
+                shutil.rmtree(gone)
         dist.barrier(self.group)
 
     def finish(self, wait=True):
@@ -145,7 +147,7 @@ class Checkpoints:
         another run. say(line): called for each that is passed over."""
         found = [None]
         if dist.get_rank() == 0:  # one view of the folder: that of another machine may lag behind
-            for left in self.folder.glob("step-*.*"):  # by a kill
+            for left in self.folder.glob("step-*.*"):  # by a kill: half written, or half removed
                 shutil.rmtree(left)
             found = [[(step, self._manifest(step)) for step in self._steps()]]
         dist.broadcast_object_list(found)

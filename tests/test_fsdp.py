@@ -179,10 +179,9 @@ def names(folder):
 def test_a_checkpoint_has_its_name_only_when_it_is_on_disk(process_group, tmp_path, monkeypatch):
     """Every file and the folder before the rename, the name before an older checkpoint goes."""
     happened = []
-    fsync, rename, rmtree = os.fsync, Path.rename, fsdp.shutil.rmtree
+    fsync, rename = os.fsync, Path.rename
     monkeypatch.setattr(os, "fsync", lambda fd: (happened.append(("sync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
-    monkeypatch.setattr(Path, "rename", lambda self, to: (happened.append(("rename", str(to))), rename(self, to))[1])
-    monkeypatch.setattr(fsdp.shutil, "rmtree", lambda path, *a, **k: (happened.append(("remove", str(path))), rmtree(path, *a, **k)))
+    monkeypatch.setattr(Path, "rename", lambda self, to: (happened.append(("rename", str(to))), rename(self, to)))
     checkpoints = fsdp.Checkpoints(tmp_path / "c", {}, 1)
     save(checkpoints, 1)
     happened.clear()
@@ -192,7 +191,7 @@ def test_a_checkpoint_has_its_name_only_when_it_is_on_disk(process_group, tmp_pa
     aside = tmp_path / "c" / "step-2.tmp"
     assert on_disk >= {str(aside), *(str(aside / name) for name in names(tmp_path / "c" / "step-2"))}
     after = happened[named:]
-    assert after.index(("sync", str(tmp_path / "c"))) < after.index(("remove", str(tmp_path / "c" / "step-1")))
+    assert after.index(("sync", str(tmp_path / "c"))) < after.index(("rename", str(tmp_path / "c" / "step-1.old")))
     assert names(tmp_path / "c") == {"step-2"}
 
 
