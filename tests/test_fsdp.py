@@ -1,7 +1,5 @@
 """Sharding: what each process loads, holds and computes; what a checkpoint is on disk."""
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,14 +31,17 @@ def sharded(*how):
 """
 
 
-def launch(script, folder, processes, tmp_path):
-    """What the processes print."""
-    (tmp_path / "script.py").write_text(BEGIN + script + "\nfsdp.leave()\n")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*launcher, tmp_path / "script.py", ROOT, folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+@pytest.fixture
+def launch(run, tmp_path):
+    """launch(script, folder, processes) -> the lines that the processes print."""
+
+    def start(script, folder, processes):
+        (tmp_path / "script.py").write_text(BEGIN + script + "\nfsdp.leave()\n")
+        done = run(tmp_path / "script.py", ROOT, folder, processes=processes, timeout=200)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return start
 
 
 def gptj(tmp_path):
@@ -66,9 +67,9 @@ for dtype in (torch.float32, torch.bfloat16):
 
 
 @pytest.mark.parametrize("family", [{"tie_word_embeddings": True}, {"vocab_size": 321}, {"family": "Qwen2"}, "gptj"], ids=str)
-def test_sharded_loading_reads_the_same_weights(make_llama, tmp_path, family):
+def test_sharded_loading_reads_the_same_weights(launch, make_llama, tmp_path, family):
     """Three processes: no size divides by three, the last process may hold fewer rows or none."""
-    launch(COMPARE, gptj(tmp_path) if family == "gptj" else make_llama(**family)[0], 3, tmp_path)
+    launch(COMPARE, gptj(tmp_path) if family == "gptj" else make_llama(**family)[0], 3)
 
 
 MEASURE = """
@@ -88,12 +89,12 @@ print("held", most[0], flush=True)
 """
 
 
-def test_each_process_holds_its_share_and_one_tensor(make_llama, tmp_path):
+def test_each_process_holds_its_share_and_one_tensor(launch, make_llama):
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
     folder, model = make_llama(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, **heads)
     size = sum(p.nbytes for p in model.parameters())
     assert size > 100e6
-    for held in (int(line.split()[1]) for line in launch(MEASURE, folder, 4, tmp_path)):
+    for held in (int(line.split()[1]) for line in launch(MEASURE, folder, 4)):
         assert held < 0.4 * size, f"{held / 1e6:.0f} MB of {size / 1e6:.0f} MB"
 
 
@@ -132,10 +133,10 @@ for activation_checkpointing in ("none", "selective", "full"):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_every_way_to_save_memory_gives_the_same_gradients(make_llama, tmp_path, processes):
+def test_every_way_to_save_memory_gives_the_same_gradients(launch, make_llama, processes):
     """Those of a plain model; and each mode computes again what it says: full all of a block, selective no matrix product."""
     folder, _ = make_llama(tie_word_embeddings=processes == 2)
-    lines = launch(GRADIENTS, folder, processes, tmp_path)
+    lines = launch(GRADIENTS, folder, processes)
     blocks, products = 2, 3 * (2 * 7 + 1)  # forward, and twice backward: seven products in each block, and the head's
     again = 6 * blocks  # of the last one in a block nobody needs the result again
     expected = {"none": (products, blocks), "selective": (products, 2 * blocks), "full": (products + again, 2 * blocks)}
