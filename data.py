@@ -69,11 +69,13 @@ def read_documents(path):
 
 
 class Documents:
-    """Tokenised texts. `tokens`: all ids in one row (memory-mapped); document i is tokens[starts[i] : starts[i + 1]]."""
+    """Tokenised texts. `tokens`: all ids in one row (memory-mapped); document i is tokens[starts[i] : starts[i + 1]].
+    `sha256`: 16 digits of that of them all."""
 
     def __init__(self, folder):
         self.starts = np.load(folder / "starts.npy")
         self.tokens = np.memmap(folder / "tokens.bin", dtype=(folder / "dtype").read_text(), mode="r")
+        self.sha256 = (folder / "sha256").read_text()
 
     def __len__(self):
         return len(self.starts) - 1
@@ -85,7 +87,7 @@ class Documents:
 def prepare(paths, tokenizer, cache):
     """Tokenise `paths` (see `find_files`) into a folder under `cache`, or find them there -> Documents."""
     files = find_files(paths)
-    key = hashlib.sha256()
+    key = hashlib.sha256(b"2")  # version of the folder's layout
     for content in tokenizer.files.values():
         key.update(content)
     for path in files:
@@ -97,7 +99,11 @@ def prepare(paths, tokenizer, cache):
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
                 _tokenise(files, tokenizer, Path(aside) / "tokens")
-                (Path(aside) / "tokens").rename(folder)
+                try:
+                    (Path(aside) / "tokens").rename(folder)
+                except OSError:  # another machine was faster: on some shared file systems the lock is of one machine alone
+                    if not folder.exists():
+                        raise
     return Documents(folder)
 
 
@@ -105,19 +111,23 @@ def _tokenise(files, tokenizer, folder):
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
     folder.mkdir()
     (folder / "dtype").write_text(dtype.name)
-    starts = [0]
+    starts, digest = [0], hashlib.sha256()
     total = sum(p.stat().st_size for p in files)
     with open(folder / "tokens.bin", "wb") as out, tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=None) as bar:
         for path in files:
             documents = read_documents(path)
             while batch := list(islice(documents, 32)):
                 for ids in tokenizer.encode_batch(batch):
-                    out.write(np.array(ids, dtype=dtype).tobytes())
+                    content = np.array(ids, dtype=dtype).tobytes()
+                    out.write(content)
+                    digest.update(content)
                     starts.append(starts[-1] + len(ids))
             bar.update(path.stat().st_size)
     if starts[-1] == 0:
         raise UserError(f"no text in {len(files)} file(s), {files[0] if files else 'none found'} first; name files that hold some")
     np.save(folder / "starts.npy", np.array(starts))
+    digest.update(np.array(starts).tobytes())
+    (folder / "sha256").write_text(digest.hexdigest()[:16])
 
 
 class Batches:

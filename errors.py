@@ -2,6 +2,7 @@
 import errno
 import os
 import sys
+import time
 
 import torch
 
@@ -36,4 +37,6 @@ def run(main):
     everywhere = isinstance(caught, UserError)  # under torchrun every process meets the same mistake: say it once a machine
     if os.environ.get("LOCAL_RANK", "0") == "0" or not everywhere:
         print(f"error: {message}", file=sys.stderr)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(10)  # torchrun ends all processes when the first one ends: that shall be the one that says it
     sys.exit(2)

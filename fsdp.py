@@ -3,7 +3,7 @@
 Notable choices:
 - `fully_shard` always, on one process too: it is what gives float32 master weights with bfloat16 compute.
 - Order: activation checkpointing inside, torch.compile around it, fully_shard outermost. Parameter names stay as in model.py.
-- A checkpoint is written in the background, aside, and renamed when it is whole: the newest one on disk is never half a checkpoint.
+- A checkpoint is written in the background, aside, and renamed when all of it is on disk: the newest folder is the pointer to it.
 """
 import errno
 import json
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import model as decoder
 from errors import UserError
+from weights import replace_folder
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16, for MFU
 
@@ -99,16 +100,18 @@ def _save_matrix_products(context, op, *args, **kwargs):
 
 def update(model, optimizer, batch, micro_batch_size, tokens_per_step):
     """One optimizer step on this process's share of a batch: tokens, positions, targets, each int64 (share, T). tokens_per_step: of all
-    processes. -> (the share's part of the mean loss in nats a token, norm of the whole gradient), still on the device: nothing here waits
-    for it. An update whose gradient is not finite is left out."""
+    processes. -> (mean loss in nats a token, norm of the gradient), of the whole batch and still on the device: nothing here waits for it.
+    An update whose loss or gradient is not finite is left out."""
     loss = torch.zeros((), device=batch[0].device)
     for piece in zip(*(x.split(micro_batch_size) for x in batch)):
         part = model(*piece) / tokens_per_step
         (part * dist.get_world_size()).backward()  # FSDP averages gradients over processes; the loss is a mean over the global batch
         loss += part.detach()
+    dist.all_reduce(loss)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-    optimizer.found_inf = (~grad_norm.isfinite()).float()  # as torch.amp.GradScaler tells the fused kernel to skip a step
+    finite = loss.to(grad_norm.device).isfinite() & grad_norm.isfinite()  # on the optimizer's device: the CPU where it is offloaded
+    optimizer.found_inf = (~finite).float()  # as torch.amp.GradScaler tells the fused kernel to skip a step
     optimizer.step()
     optimizer.zero_grad()
     return loss, grad_norm
@@ -117,93 +120,101 @@ def update(model, optimizer, batch, micro_batch_size, tokens_per_step):
 # ---------------------------------------------------------------- checkpoints
 
 
+MANIFEST = "checkpoint.json"
+
+
 class Checkpoints:
-    """The checkpoints of a run, folder/step-N: weights, optimizer, and what `record` says of the run. They are written in the background,
-    and the newest `keep` that are whole on disk are kept. All processes call every method."""
+    """The checkpoints of a run, folder/step-N: weights and optimizer as torch.distributed.checkpoint writes them, and checkpoint.json, which
+    holds what `record` says of the run and a checksum of each file. They are written in the background; the newest `keep` stay.
+    All processes call every method."""
 
     def __init__(self, folder, record, keep):
-        self.folder, self.record, self.keep = Path(folder), json.dumps(record, indent=2) + "\n", keep
-        self.writing = None  # (step, future)
+        self.folder, self.record, self.keep = Path(folder), record, keep
+        self.writing = None  # a future
         self.background = ThreadPoolExecutor(1)
         self.group = dist.new_group(backend="gloo")  # of the background thread, whose collectives must not meet those of training
 
     def save(self, model, optimizer, step):
         """Copy the state and begin to write it. Training may go on at once."""
         self.finish()  # one at a time
-        aside = self._aside(step)
+        aside = self.folder / f"step-{step}.tmp"
         if dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            (aside / "args.json").write_text(self.record)
         dist.barrier()
         weights, moments = get_state_dict(model, optimizer)
-        state = {"model": weights, "optimizer": moments}
-        written = dcp.async_save(state, checkpoint_id=aside, process_group=self.group)
-        self.writing = step, self.background.submit(self._seal, written, aside)
+        written = dcp.async_save({"model": weights, "optimizer": moments}, checkpoint_id=aside, process_group=self.group)
+        self.writing = self.background.submit(self._seal, written, aside, step)
 
-    def _seal(self, written, folder):
-        """Leave a checksum beside each file of this process, and wait for those of the others."""
+    def _seal(self, written, aside, step):
+        """Once every process has written its part, give the folder its name and remove the checkpoints that are not kept."""
         written.result()
-        for path in folder.glob(f"__{dist.get_rank()}_*.distcp"):
-            path.with_suffix(".crc32").write_text(str(_checksum(path)))
+        everyones = [None] * dist.get_world_size()
+        mine = {path.name: _checksum(path) for path in aside.glob(f"__{dist.get_rank()}_*.distcp")}
+        dist.all_gather_object(everyones, mine, group=self.group)
+        if dist.get_rank() == 0:
+            checksums = {name: crc for part in everyones for name, crc in part.items()} | {".metadata": _checksum(aside / ".metadata")}
+            (aside / MANIFEST).write_text(json.dumps({"run": self.record, "crc32": checksums}, indent=2))
+            replace_folder(aside, self.folder / f"step-{step}")  # it is on disk before an older one goes
+            older = [other for other in self._steps() if other <= step]
+            for other in set(self._steps()) - set(older[: self.keep]):  # later ones: damaged, or this run would have begun there
+                gone = self.folder / f"step-{other}.old"
+                (self.folder / f"step-{other}").rename(gone)  # what has its name is whole
+                shutil.rmtree(gone)
         dist.barrier(self.group)
 
     def finish(self, wait=True):
-        """Give the checkpoint in the background its name once it is whole. OSError if the disk is full."""
-        if self.writing is None or not (wait or self.writing[1].done()):
+        """Wait for the checkpoint in the background, or only look whether it failed. OSError if the disk is full."""
+        if self.writing is None or not (wait or self.writing.done()):
             return
-        (step, future), self.writing = self.writing, None
-        aside = self._aside(step)
+        future, self.writing = self.writing, None
         try:
-            future.result()  # done on one process means written by all
+            future.result()
         except dcp.api.CheckpointException as error:  # it wraps the system's error; PyTorch's zip writer turns that into "unexpected pos"
             if any(getattr(e, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "unexpected pos" in str(e) for e, _ in error.failures.values()):
-                shutil.rmtree(aside, ignore_errors=True)
-                raise OSError(errno.ENOSPC, "no space left", str(aside)) from None
+                for half in self.folder.glob("step-*.tmp"):
+                    shutil.rmtree(half, ignore_errors=True)
+                raise OSError(errno.ENOSPC, "no space left", str(self.folder)) from None
             raise
-        if dist.get_rank() == 0:
-            final = self.folder / f"step-{step}"
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-            descriptor = os.open(self.folder, os.O_RDONLY)
-            os.fsync(descriptor)  # the name is on disk before an older checkpoint goes
-            os.close(descriptor)
-            for old in self._steps()[self.keep :]:
-                shutil.rmtree(self.folder / f"step-{old}")
 
     def load(self, model, optimizer, say):
-        """Restore the newest checkpoint that is whole -> its step; 0 if there is none at all. UserError if none is usable.
-        say(line): called for each that is passed over."""
-        steps = self._steps()
-        for step in steps:
+        """Restore the newest checkpoint that is whole -> its step; 0 if there is none at all. UserError if none is usable, or if it is of
+        another run. say(line): called for each that is passed over."""
+        found = [None]
+        if dist.get_rank() == 0:  # one view of the folder: that of another machine may lag behind
+            for left in self.folder.glob("step-*.*"):  # by a kill: half written, or half removed
+                shutil.rmtree(left)
+            found = [[(step, self._manifest(step)) for step in self._steps()]]
+        dist.broadcast_object_list(found)
+        for step, manifest in found[0]:
             folder = self.folder / f"step-{step}"
-            weights, moments = get_state_dict(model, optimizer)
-            try:
-                if (folder / "args.json").read_text() != self.record:
-                    raise UserError(f"{folder} is of another run; remove it, or start again with another --out")
-                self._check(folder)
-                dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
-            except (dcp.api.CheckpointException, OSError) as error:
-                reason = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
-                say(f"{folder} is damaged ({type(reason).__name__}: {str(reason).splitlines()[0]}); going on from the one before")
+            if damaged := MANIFEST if manifest is None else self._damaged(folder, manifest["crc32"]):
+                say(f"{folder} is damaged ({damaged} is missing or not what was written); going on from the one before")
                 continue
+            theirs = manifest["run"]
+            if changed := [f"{k} was {theirs.get(k)}, now {v}" for k, v in self.record.items() if theirs.get(k) != v]:
+                raise UserError(f"{folder} is of another run: {'; '.join(changed)}; start again with another --out")
+            weights, moments = get_state_dict(model, optimizer)
+            dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
             set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
             return step
-        if steps:
+        if found[0]:
             raise UserError(f"{self.folder}: no checkpoint there is whole; start again with another --out")
         return 0
 
-    def _check(self, folder):
-        """OSError if a file is not what was written. Each process reads a part of the files."""
-        mine = sorted(folder.glob("*.distcp"))[dist.get_rank() :: dist.get_world_size()]
-        bad = [path.name for path in mine if path.with_suffix(".crc32").read_text() != str(_checksum(path))]
+    def _damaged(self, folder, checksums):
+        """The name of a file that is not what was written, or None. Each process reads a part of the files."""
+        mine = sorted(checksums)[dist.get_rank() :: dist.get_world_size()]
+        bad = [name for name in mine if not (folder / name).is_file() or _checksum(folder / name) != checksums[name]]
         everyones = [None] * dist.get_world_size()
         dist.all_gather_object(everyones, bad)
-        if found := sum(everyones, []):
-            raise OSError(f"{found[0]} does not have its checksum")
+        return next(iter(sum(everyones, [])), None)
 
-    def _aside(self, step):
-        return self.folder / f"step-{step}.tmp"
+    def _manifest(self, step):
+        try:
+            return json.loads((self.folder / f"step-{step}" / MANIFEST).read_text())
+        except (OSError, ValueError):
+            return None
 
     def _steps(self):
         """Of the checkpoints that are there, the newest first."""

@@ -148,7 +148,7 @@ def check_out(args):
     if file := next((path for path in (args.out, *args.out.parents) if path.exists() and not path.is_dir()), None):
         raise UserError(f"--out {args.out}: {file} is a file; name a folder")
     if not args.resume:
-        if record.exists() or (args.out / "model").exists():
+        if any((args.out / name).exists() for name in ("args.json", "checkpoints", "model")):
             raise UserError(f"--out {args.out} already holds a run; name another folder, remove it, or add --resume")
         return mine
     if not record.exists():
@@ -184,12 +184,14 @@ def main():
     record = check_out(args)
     settings = {key: getattr(args, key) for key in ("factor", "beta_fast") if getattr(args, key) is not None}
     earlier = model.config.rope_scaling
+    base = weights.fingerprint(model.config, files)
     model.config = config = weights.extend(model.config, args.rope, args.target_len, **settings)
     tokenizer = weights.load_tokenizer(args.model, config)
     documents = data.prepare(args.data, tokenizer, weights.cache_dir())
     validation = Validation(args, tokenizer) if args.eval_every else None
     sampling = {key: getattr(args, key) for key in ("method", "train_len", "target_len", "chunks", "offset")}
     batches = data.Batches(documents, args.seed, tokenizer.bos_id, **sampling)
+    record |= {"data_sha256": documents.sha256, "model_sha256": base}  # the same paths may hold something else another day
 
     if args.tensorboard:
         try:
@@ -200,9 +202,11 @@ def main():
     device = fsdp.start(args.device)
     rank, world = dist.get_rank(), dist.get_world_size()
     check_agreement(record)
-    if rank == 0:
+    if rank == 0 and not args.resume:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "args.json").write_text(json.dumps(record, indent=2) + "\n")
+        aside = args.out / "args.json.tmp"
+        aside.write_text(json.dumps(record, indent=2) + "\n")
+        aside.rename(args.out / "args.json")
     dtypes = getattr(torch, args.dtype), getattr(torch, args.param_dtype)
     fsdp.shard(model, device, *dtypes, args.activation_checkpointing, args.cpu_offload, args.compile)
     weights.fill(model, wanted, files)
@@ -215,6 +219,8 @@ def main():
 
     checkpoints = fsdp.Checkpoints(args.out / "checkpoints", {k: v for k, v in record.items() if k not in FREE}, args.keep)
     first = checkpoints.load(model, optimizer, say) if args.resume else 0
+    if args.resume and not first:
+        say(f"--resume: {args.out} holds no checkpoint yet; starting with the first step")
     tokens_per_step = args.batch_size * args.train_len
     say(f"{args.model}: window {window:,} -> {args.target_len:,}, {args.method}, {args.rope}" + (f", going on after step {first}" if first else ""))
     if earlier:
@@ -235,7 +241,8 @@ def main():
 
     def interrupt(number, frame):
         interrupted.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats what a cluster sends to all, and kills after a while itself
+            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
@@ -246,10 +253,10 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr = learning_rate(step, args)
         loss, grad_norm = fsdp.update(model, optimizer, batch, args.micro_batch_size, tokens_per_step)
-        total = torch.stack((loss, loss.new_tensor(bool(interrupted))))  # of all processes: the loss, and how many were told to stop
-        dist.all_reduce(total)
-        loss, stop, grad_norm = *total.tolist(), grad_norm.item()
-        finite = math.isfinite(grad_norm)  # the same on every process
+        stop = torch.tensor(float(bool(interrupted)), device=device)  # any process that was told to stop stops all
+        dist.all_reduce(stop)
+        loss, grad_norm = loss.item(), grad_norm.item()
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)  # the same on every process
         skipped = 0 if finite else skipped + 1
         done = step + 1
         seconds = time.perf_counter() - began
@@ -271,7 +278,7 @@ def main():
         if skipped == MAX_SKIPPED:
             checkpoints.finish()
             raise UserError(
-                f"step {done}: the gradient was not finite {skipped} times in a row, these updates were left out; "
+                f"step {done}: loss or gradient was not finite {skipped} times in a row, these updates were left out; "
                 f"lower --lr or look at the texts, then --resume from {args.out / 'checkpoints'} if it holds a checkpoint"
             )
         if (stop and done < args.steps) or (args.save_every and done % args.save_every == 0):
@@ -293,7 +300,8 @@ def check_agreement(record):
     records = [None] * dist.get_world_size()
     dist.all_gather_object(records, record)
     if changed := [key for key in record if any(other.get(key) != record[key] for other in records)]:
-        raise UserError(f"--{changed[0]} differs between processes: {[r.get(changed[0]) for r in records]}; start all with the same arguments")
+        values = [other.get(changed[0]) for other in records]
+        raise UserError(f"{changed[0]} differs between processes: {values}; start all with the same arguments, texts and model")
 
 
 class Validation:

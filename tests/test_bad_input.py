@@ -370,6 +370,8 @@ def test_out_that_holds_a_run(really_refused, refused, model, finished):
     really_refused("train.py", "--model", model, *TRAIN, "--out", "done", says=["done", "--resume"])
     Path("done/args.json").unlink()  # a bare model is not overwritten either
     refused("train", "--model", model, *TRAIN, "--out", "done", says=["done"])
+    Path("done/model").rename("done/checkpoints")  # nor are checkpoints mixed with those of another run
+    refused("train", "--model", model, *TRAIN, "--out", "done", says=["done"])
 
 
 def test_resume_without_a_run(really_refused, refused, model):
