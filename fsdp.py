@@ -88,6 +88,7 @@ def _save_matrix_products(context, op, *args, **kwargs):
 
 MANIFEST = "checkpoint.json"
 
+
 class Checkpoints:
     """The checkpoints of a run, folder/step-N: weights and optimizer as torch.distributed.checkpoint writes them, and checkpoint.json, which
     holds what `record` says of the run and a checksum of each file. They are written in the background; the newest `keep` stay.
