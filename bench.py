@@ -20,7 +20,6 @@ import itertools
 import json
 import os
 import statistics
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -105,15 +104,22 @@ def since_start():
 # ---------------------------------------------------------------- training
 
 
+class RandomDocument:
+    """One long document where data.Batches wants data.Documents."""
+
+    def __init__(self, vocab_size, length):
+        self.starts = np.array([0, length])
+        self.tokens = np.random.default_rng(0).integers(vocab_size, size=length)
+
+    def __getitem__(self, i):
+        return self.tokens
+
+
 def random_batches(config, sampling, share, device):
     """What train.py's data.prefetched yields, of random tokens, without end."""
-    tokens = np.random.default_rng(0).integers(config.vocab_size, size=max(4 * sampling["train_len"], 2**20)).astype("uint32")
-    folder = Path(tempfile.mkdtemp())
-    tokens.tofile(folder / "tokens.bin")
-    (folder / "dtype").write_text("uint32")
-    np.save(folder / "starts.npy", np.array([0, len(tokens)]))
+    batches = data.Batches(RandomDocument(config.vocab_size, max(4 * sampling["train_len"], 2**20)), 0, **sampling)
     mine = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
-    return data.prefetched(data.Batches(data.Documents(folder), 0, **sampling), itertools.count(), mine, device)
+    return data.prefetched(batches, itertools.count(), mine, device)
 
 
 def our_step(config, args, device, sampling, share, rows):
