@@ -1,0 +1,144 @@
+"""What did the longer window cost on ordinary tasks (the paper's Table 3)? lm-evaluation-harness on local files, no network.
+
+The tasks, prompts, few-shot examples and metrics are the harness's own (`pip install lm_eval`). This file gives it two things: the items, from
+JSON Lines files that are turned into the layout its tasks expect, and our model behind its model interface.
+"""
+import gzip
+import importlib.util
+import json
+import logging
+import re
+from pathlib import Path
+
+from errors import UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+def arc(r):
+    choices = r["question"]["choices"]
+    texts, labels = [c["text"] for c in choices], [c["label"] for c in choices]
+    labels.index(r["answerKey"])
+    return {"question": r["question"]["stem"], "choices": {"text": texts, "label": labels}, "answerKey": r["answerKey"]}
+
+
+def boolq(r):
+    return {"passage": f"{r['title']} -- {r['passage']}", "question": r["question"], "label": int(r["answer"])}  # as SuperGLUE has it
+
+
+def hellaswag(r):
+    # The harness capitalises the second half of the context, an unfinished sentence; these files have the halves joined.
+    context = re.sub(r"(?<=[.!?] )[a-z][^.!?]*$", lambda half: half[0].capitalize(), r["ctx"])
+    return {"query": f"{r['activity_label']}: {context}", "choices": r["endings"], "label": int(r["label"])}
+
+
+def truthfulqa(r):
+    targets = {kind: {"choices": list(r[kind]), "labels": list(r[kind].values())} for kind in ("mc1_targets", "mc2_targets")}
+    return {"question": r["question"]} | targets
+
+
+def piqa(r):
+    return {key: r[key] for key in ("goal", "sol1", "sol2", "label")}
+
+
+def winogrande(r):
+    return {key: r[key] for key in ("sentence", "option1", "option2", "answer")}
+
+
+# File -> the harness's task, its metric, few-shot examples, one item of the file in the task's layout.
+BENCHMARKS = {
+    "boolq": ("boolq", "acc", 0, boolq),
+    "piqa": ("piqa", "acc", 0, piqa),
+    "winogrande": ("winogrande", "acc", 0, winogrande),
+    "truthfulqa_mc": ("truthfulqa_mc2", "acc", 0, truthfulqa),
+    "arc_challenge": ("arc_challenge", "acc_norm", 25, arc),
+    "hellaswag": ("hellaswag", "acc_norm", 10, hellaswag),
+}
+SHOTS = {"arc_challenge": "arc_challenge_train"}  # the file of the few-shot examples; without one, other items of the same file
+
+
+def find_files(paths):
+    """{benchmark: file} of the one folder in `paths`, in the order of the paper's table; files of few-shot examples come last."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--task benchmarks: lm-evaluation-harness is not installed here; pip install lm_eval")
+    if len(paths) != 1 or not Path(paths[0]).is_dir():
+        raise UserError(f"--task benchmarks: --data names one folder with files of {', '.join(BENCHMARKS)} ({' or '.join(SUFFIXES)})")
+    files = {}
+    for path in sorted(Path(paths[0]).iterdir()):
+        name = path.name.removesuffix(".gz").removesuffix(".jsonl")
+        if path.name.endswith(SUFFIXES):
+            if name not in BENCHMARKS and name not in SHOTS.values():
+                raise UserError(f"{path}: not a benchmark that this code knows; they are {', '.join(BENCHMARKS)}")
+            files[name] = path
+    for name, shots in SHOTS.items():
+        if name in files and shots not in files:
+            raise UserError(f"{files[name]}: its few-shot examples, {shots}.jsonl, are missing beside it")
+    if not any(name in BENCHMARKS for name in files):
+        raise UserError(f"--data {paths[0]}: no {', '.join(BENCHMARKS)} inside ({' or '.join(SUFFIXES)})")
+    return {name: files[name] for name in (*BENCHMARKS, *SHOTS.values()) if name in files}
+
+
+def read(path, convert):
+    import datasets
+
+    items, n = [], 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
+            for n, line in enumerate(f, 1):
+                items.append(convert(json.loads(line)))
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, gzip.zlib.error) as error:
+        raise UserError(f"{path}, line {n}: not an item of this benchmark ({type(error).__name__}: {error}); mend or remove it") from None
+    if not items:
+        raise UserError(f"{path}: is empty; remove it or copy it again")
+    return datasets.Dataset.from_list(items)
+
+
+def task_config(name, files):
+    """The harness's own task, with the local items in the place of its download."""
+    task, _, shots, convert = BENCHMARKS[name]
+    splits = {"test": read(files[name], convert)}
+    if name in SHOTS:
+        splits["train"] = read(files[SHOTS[name]], convert)
+    config = {"task": task, "num_fewshot": shots, "custom_dataset": lambda **_: splits, "dataset_path": str(files[name])}
+    config |= {"training_split": None, "validation_split": None, "test_split": "test", "fewshot_split": "train" if name in SHOTS else "test"}
+    return config | ({"process_docs": None} if name == "hellaswag" else {})  # which would do again what `hellaswag` did
+
+
+def as_model(config, tokenizer, log_likelihoods):
+    """Our model behind the harness's interface, which counts tokens as its `hf` model does. log_likelihoods: a list of (context, continuation),
+    both lists of ids -> for each the continuation's summed log-likelihood in nats and whether greedy decoding gives it."""
+    from lm_eval.api.model import TemplateLM
+
+    class Model(TemplateLM):
+        eot_token_id = config.eos_token_id
+
+        def tok_encode(self, string, add_special_tokens=None, **_):
+            bos = [tokenizer.bos_id] if tokenizer.bos_id is not None and add_special_tokens is not False else []
+            return bos + tokenizer.encode(string)
+
+        def loglikelihood(self, requests, disable_tqdm=False):
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(self, requests, **_):
+            room = config.max_position_embeddings + 1  # the last token is never read, only predicted
+            return log_likelihoods([((context + continuation)[-room : -len(continuation)], continuation) for _, context, continuation in requests])
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            raise NotImplementedError("none of BENCHMARKS asks for it")
+
+        generate_until = loglikelihood_rolling
+
+    return Model()
+
+
+def evaluate(name, files, lm, limit=None):
+    """One entry of `results` of the benchmark `name`, on its first `limit` items. lm: a model in the harness's sense (as_model, or its own)."""
+    import lm_eval
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    task, metric, shots, _ = BENCHMARKS[name]
+    group = {"group": "local", "task": [task_config(name, files)]}  # in a group a registered task takes other settings and stays that task
+    found = lm_eval.simple_evaluate(lm, tasks=[group], limit=limit, log_samples=False)
+    score, error = (float(found["results"][task][f"{key},none"]) for key in (metric, f"{metric}_stderr"))
+    items = found["n-samples"][task]["effective"]
+    return {"benchmark": name, "metric": metric, "shots": shots, "items": items, "score": score, "standard_error": error}
