@@ -15,10 +15,8 @@ Notable choices:
 """
 import argparse
 import functools
-import hashlib
 import json
 import math
-import os
 import re
 import sys
 from itertools import pairwise
@@ -31,6 +29,7 @@ from tqdm import tqdm
 import data
 import errors
 import harness
+import report
 import weights
 from errors import UserError
 
@@ -51,10 +50,13 @@ CITIES = (
     "Istanbul", "Jakarta", "Kyoto", "Lisbon", "Madrid", "Nairobi", "Oslo", "Prague",
 )  # fmt: skip
 
+RECORDED = {  # what a --json file remembers
+    "passkey": ("trials", "seed", "generate"), "needle": ("trials", "seed", "generate", "keys", "data"),
+    "ppl": ("documents", "stride", "tail", "by_position", "data"), "benchmarks": ("limit", "data"),
+}  # fmt: skip
 OPTIONS = {  # of some tasks only
     "generate": ("passkey", "needle"), "keys": ("needle",), "stride": ("ppl",), "tail": ("ppl",), "by_position": ("ppl",), "limit": ("benchmarks",)
 }  # fmt: skip
-DEPTHS, GRID = 5, 10  # rows of depth in the table, in the heat map
 
 
 def parse_arguments():
@@ -251,12 +253,6 @@ def digit_tokens(tokenizer):
     return {i for i, text in enumerate(token_texts(tokenizer)) if text[:1].isdigit()}
 
 
-def wilson(right, n, z=1.96):
-    """The 95% interval of a share, right of n (Wilson 1927): it stays sensible at 0% and 100%, where mean ± deviation does not."""
-    centre, half = right + z * z / 2, z * math.sqrt(right * (n - right) / n + z * z / 4)
-    return [max(0.0, (centre - half) / (n + z * z)), min(1.0, (centre + half) / (n + z * z))]
-
-
 def retrieval(model, tokenizer, length, trials, seed, make_prompt, generate=False, task="passkey"):
     """One entry of `results`: trials at evenly spaced depths, new keys each. make_prompt(depth, rng) -> ids of a prompt and of its answer.
     generate: decode each answer greedily as well, token by token with a KV cache, and compare the verdicts."""
@@ -278,7 +274,7 @@ def retrieval(model, tokenizer, length, trials, seed, make_prompt, generate=Fals
             right = sum(t["correct"] for t in by_trial)
             bar.update(len(batch))
             bar.set_postfix(right=f"{right / len(by_trial):.0%}")
-    return {"length": length, "trials": trials, "accuracy": right / trials, "interval": wilson(right, trials), "by_trial": by_trial}
+    return {"length": length, "trials": trials, "accuracy": right / trials, "interval": report.wilson(right, trials), "by_trial": by_trial}
 
 
 def passkey(model, tokenizer, length, trials, seed, generate=False):
@@ -297,12 +293,6 @@ def needle(model, tokenizer, corpus, length, trials, seed, keys, generate=False)
         return needle_prompt(tokenizer, corpus, length, depth, rng, keys)
 
     return retrieval(model, tokenizer, length, trials, seed, make_prompt, generate, "needle")
-
-
-def by_depth(by_trial, rows):
-    """Share of right answers in so many equal ranges of depth; None where no trial was."""
-    trials = [[t["correct"] for t in by_trial if min(int(t["depth"] * rows), rows - 1) == row] for row in range(rows)]
-    return [sum(row) / len(row) if row else None for row in trials]
 
 
 # ---------------------------------------------------------------- perplexity
@@ -358,24 +348,14 @@ def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, 
                 count[i] += np.diff(np.clip(edges, first, len(ids)))
                 bar.update(len(ids) - first)
             bar.set_postfix(ppl=f"{math.exp(min(nats.sum() / count.sum(), 700)):.2f}")
-    ppl, error = over_documents(nats.sum(1), count.sum(1)) if long_enough else (None, None)
-    result = {"length": length, "documents": len(long_enough), "left_out": len(documents) - len(long_enough), "tokens": int(count.sum())}
-    result |= {"ppl": ppl, "standard_error": error}
+    ppl, error = report.over_documents(nats.sum(1), count.sum(1)) if long_enough else (None, None)
+    result = {"length": length, "tail": tail, "documents": len(long_enough), "left_out": len(documents) - len(long_enough)}
+    result |= {"tokens": int(count.sum()), "ppl": ppl, "standard_error": error}
     result["by_document"] = [{"tokens": int(n), "nats": loss} for n, loss in zip(count.sum(1), nats.sum(1))]
     if by_position:
         ranges = zip(pairwise(edges), count.sum(0), nats.sum(0))
         result["by_position"] = [{"from": a, "to": b, "tokens": int(n), "loss": loss / n} for (a, b), n, loss in ranges if n]
     return result
-
-
-def over_documents(nats, count):
-    """Perplexity of all tokens and its standard error, for sums of losses and numbers of tokens by document. Documents differ more than
-    tokens do, so they are what is drawn: the error of a ratio of two sums over them (the delta method), None for a single one."""
-    n, loss = len(nats), nats.sum() / count.sum()
-    ppl = math.exp(min(loss, 700))
-    if n == 1:
-        return ppl, None
-    return ppl, ppl * math.sqrt(n / (n - 1) * ((nats - loss * count) ** 2).sum()) / count.sum()
 
 
 # ---------------------------------------------------------------- ordinary tasks
@@ -425,23 +405,9 @@ def parse_lengths(text, configs):
     return lengths
 
 
-def fingerprint(folder):
-    """Of a model folder, in milliseconds: of its small files all, of its weights 16 samples a file."""
-    key = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".model", ".safetensors")):
-        size = path.stat().st_size
-        key.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as f:
-            for i in range(16):
-                f.seek(size * i // 16)
-                key.update(f.read(2**16))
-    return key.hexdigest()[:16]
-
-
-def choose(documents, args, lengths):
-    """The longest documents; UserError if none has the shortest length (with --tail the longest: all lengths score the same tokens)."""
-    needed = lengths[-1] if args.tail else lengths[0]
-    documents = sorted((documents[i] for i in range(len(documents))), key=len, reverse=True)[: args.documents]
+def choose(documents, count, needed):
+    """The longest `count` documents; UserError if none has `needed` tokens."""
+    documents = sorted((documents[i] for i in range(len(documents))), key=len, reverse=True)[:count]
     if len(documents[0]) < needed:
         longest = len(documents[0])
         raise UserError(f"--data: no document has {needed} tokens, the longest has {longest}; add longer texts or lower --lengths")
@@ -449,177 +415,35 @@ def choose(documents, args, lengths):
 
 
 def settings(args, names, lengths):
-    """What two calls must share for their results to stand in one file. Further lengths may be added, unless the longest says what is scored."""
-    shared = {"task": args.task, "model": names, "device": args.device}
-    shared |= {f"weights of {name}": fingerprint(weights.resolve(name)) for name in names}
-    if args.task in ("passkey", "needle"):
-        shared |= {key: getattr(args, key) for key in ("trials", "seed", "generate")}
-    if args.task == "needle":
-        shared["keys"] = args.keys
+    """What two calls must share for their results to stand in one file. (More lengths may be added, unless the longest says what is scored.)"""
+    shared = {"task": args.task, "model": names, "device": args.device} | {key: getattr(args, key) for key in RECORDED[args.task]}
+    shared |= {f"weights of {name}": report.fingerprint(weights.resolve(name)) for name in names}
     if args.task == "ppl":
-        shared |= {key: getattr(args, key) for key in ("documents", "stride", "tail", "by_position")} | {"lengths": lengths}
-    if args.task == "benchmarks":
-        shared["limit"] = args.limit
+        shared["lengths"] = lengths
     if args.task != "passkey":
-        files = harness.find_files(args.data).values() if args.task == "benchmarks" else data.find_files(args.data)
-        shared |= {"data": args.data, "bytes of data": sum(path.stat().st_size for path in files)}
+        files = data.find_files(args.data)
+        shared["bytes of data"] = sum(path.stat().st_size for path in files)
     return shared
 
 
-def read_reports(path, shared):
-    """The reports that an earlier call left in a --json file, one a model. UserError if they are of another evaluation."""
-    try:
-        written = json.loads(path.read_text())
-        earlier, last = written["settings"], {key: written[key] for key in ("task", "model", "results")}
-        reports = [*written.get("compared", []), last]
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"--json {path}: holds no results to go on from; remove it or name another file") from None
-    if changed := [key for key in shared if earlier.get(key) != shared[key]]:
-        what = "; ".join(f"{key} was {earlier.get(key)}, now {shared[key]}" for key in changed)
-        raise UserError(f"--json {path}: holds results of another evaluation ({what}); remove it or name another file")
-    return reports
+def evaluator(args, model, tokenizer, units):
+    """-> a function from one of the lengths (or benchmarks) `units` to its entry of `results`."""
+    if args.task == "passkey":
+        return lambda length: passkey(model, tokenizer, length, args.trials, args.seed, args.generate)
+    if args.task == "benchmarks":
+        lm = harness.as_model(model.config, tokenizer, functools.partial(log_likelihoods, model))
+        files = harness.find_files(args.data)
+        return lambda name: harness.evaluate(name, files[name], lm, args.limit)
+    documents = data.prepare(args.data, tokenizer, weights.cache_dir())
+    if args.task == "needle":
+        return lambda length: needle(model, tokenizer, documents.tokens, length, args.trials, args.seed, args.keys, args.generate)
+    chosen = choose(documents, args.documents, units[-1] if args.tail else units[0])
 
+    def ppl(length):
+        stride = args.stride or (length if args.by_position else max(1, min(length // 2, 16384)))
+        return perplexity(model, tokenizer, length, chosen, units[-1], stride, args.tail, args.by_position)
 
-def write_reports(path, shared, reports):
-    """Aside, then renamed: a kill leaves the earlier file whole. The last model stands on top, the others under `compared`."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(reports[-1] | ({"compared": reports[:-1]} if reports[:-1] else {}) | {"settings": shared}, indent=2) + "\n")
-    os.replace(aside, path)
-
-
-def percent(share):
-    return "" if share is None else f"{share:.0%}"
-
-
-def figure(result):
-    """The figure of a result and its uncertainty, two cells of the table."""
-    if "accuracy" in result:
-        return percent(result["accuracy"]), "{:.0f}-{:.0f}%".format(*(100 * share for share in result["interval"]))
-    value, show = (result["ppl"], "{:,.2f}") if "ppl" in result else (result["score"], "{:.1%}")
-    return [sign + show.format(x) if x is not None else "-" for sign, x in (("", value), ("± ", result["standard_error"]))]
-
-
-def gain(first, result):
-    """Mean change of the loss from one length to another, in nats a token, and its error over documents: both scored the same tokens (--tail)."""
-    a, b = ([document["nats"] / document["tokens"] for document in r["by_document"]] for r in (first, result))
-    change = np.subtract(b, a)
-    return f"{change.mean():+.3f}" + (f" ± {change.std(ddof=1) / math.sqrt(len(change)):.3f}" if len(change) > 1 else "")
-
-
-def print_table(reports, units, args):
-    """Lengths (or benchmarks) from top to bottom, in each the models one below the other."""
-    if args.task in ("passkey", "needle"):
-        head = ["correct", "95% interval", *(f"{100 * i // DEPTHS}-{100 * (i + 1) // DEPTHS}% deep" for i in range(DEPTHS))]
-    elif args.task == "ppl":
-        head = ["perplexity", "± error", "documents", "left out", "tokens scored"] + ([f"loss against {units[0]:,}"] if args.tail else [])
-    else:
-        head = ["score", "± error", "metric", "shots", "items"]
-    rows = [["length" if args.task != "benchmarks" else "", args.task, *head]]
-    for unit, results in zip(units, zip(*(report["results"] for report in reports))):
-        for report, r in zip(reports, results):
-            label = "" if r is not results[0] else unit if args.task == "benchmarks" else f"{unit:,}"
-            row = [label, report["model"] + "*" * r.get("beyond_window", False), *figure(r)]
-            if args.task in ("passkey", "needle"):
-                row += map(percent, by_depth(r["by_trial"], DEPTHS))
-            elif args.task == "ppl":
-                row += [f"{r[key]:,}" for key in ("documents", "left_out", "tokens")] + ([gain(report["results"][0], r)] if args.tail else [])
-            else:
-                row += [r["metric"], str(r["shots"]), f"{r['items']:,}"]
-            rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  ".join(f"{cell:<{width}}" if i == 1 else f"{cell:>{width}}" for i, (cell, width) in enumerate(zip(row, widths))).rstrip())
-    if any(r.get("beyond_window") for report in reports for r in report["results"]):
-        print("* longer than the window that the model was made for")
-    if args.by_position:
-        print_positions(reports)
-    if args.generate:
-        trials = [t for report in reports for r in report["results"] for t in r["by_trial"]]
-        print(f"greedy decoding and one-pass scoring give the same verdict on {sum(t['agrees'] for t in trials)} of {len(trials)} prompts")
-    for report in reports if args.task != "benchmarks" else ():
-        print(report["model"], conclude(report["results"], args.task))
-
-
-def print_positions(reports):
-    """The loss by position in the longest windows that were filled."""
-    for report in reports:
-        r = [r for r in report["results"] if r["documents"]][-1]
-        ranges = ", ".join(f"{b['from']:,}-{b['to'] - 1:,} {b['loss']:.3f}" for b in r["by_position"])
-        print(f"{report['model']}, nats a token by position in windows of {r['length']:,}: {ranges}")
-
-
-def conclude(results, task):
-    """What the results of a model say, in words."""
-
-    def reach(holds):  # the longest length to which it holds at every one
-        return next((results[i - 1] for i, r in enumerate(results) if not holds(r)), results[-1])["length"]
-
-    if task in ("passkey", "needle"):
-        if results[0]["accuracy"] < 0.95:
-            return f"is below 95% already at {results[0]['length']:,} tokens"
-        return f"works to {reach(lambda r: r['accuracy'] >= 0.95):,} tokens (95% or more at every length)"
-    results = [r for r in results if r["documents"]]
-    limit = 1.05 * results[0]["ppl"]
-    held = reach(lambda r: r["ppl"] <= limit)
-    return f"holds its perplexity to {held:,} tokens (at no length more than 5% above that at {results[0]['length']:,})"
-
-
-def draw(reports, task, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    if task == "needle":
-        figure, axes = pyplot.subplots(1, len(reports), figsize=(1 + 5 * len(reports), 4), layout="constrained", squeeze=False)
-        for a, report in zip(axes[0], reports):
-            cells = np.array([by_depth(r["by_trial"], GRID) for r in report["results"]], dtype=float).T  # (GRID, lengths), NaN: no trial
-            image = a.imshow(cells * 100, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-            a.set_xticks(range(cells.shape[1]), [f"{r['length']:,}" + "*" * r["beyond_window"] for r in report["results"]], rotation=30)
-            a.set_yticks(np.arange(GRID + 1) - 0.5, [f"{100 * i // GRID}%" for i in range(GRID + 1)])
-            a.set(title=report["model"], xlabel="length, tokens (* beyond the window)", ylabel="depth of the answer in the text")
-        figure.colorbar(image, ax=axes, label="right answers, %")
-        return figure.savefig(path, dpi=150)
-
-    if task == "benchmarks":
-        figure, a = pyplot.subplots(figsize=(8, 4), layout="constrained")
-        for i, report in enumerate(reports):
-            scores, errors = ([100 * r[key] for r in report["results"]] for key in ("score", "standard_error"))
-            width = 0.8 / len(reports)
-            a.bar(np.arange(len(scores)) + (i + 0.5) * width - 0.4, scores, width, yerr=errors, label=report["model"])
-        a.set_xticks(range(len(scores)), [r["benchmark"] for r in report["results"]])
-        a.set(ylabel="score, % (± standard error)", ylim=(0, 100))
-        a.legend()
-        return figure.savefig(path, dpi=150)
-
-    by_position = "by_position" in reports[0]["results"][0]
-    figure, axes = pyplot.subplots(1, 1 + by_position, figsize=(6 + 6 * by_position, 4), layout="constrained", squeeze=False)
-    for report in reports:
-        results = [r for r in report["results"] if r.get("documents", 1)]
-        lengths, values = [r["length"] for r in results], [100 * r["accuracy"] if task == "passkey" else r["ppl"] for r in results]
-        if task == "passkey":
-            errors = np.abs(np.transpose([r["interval"] for r in results]) * 100 - values)
-        else:
-            errors = [r["standard_error"] or 0 for r in results]
-        axes[0, 0].errorbar(lengths, values, errors, marker="o", capsize=3, label=report["model"])
-        if by_position:
-            bins = results[-1]["by_position"]
-            label = f"{report['model']}, windows of {lengths[-1]:,}"
-            axes[0, 1].stairs([b["loss"] for b in bins], [bins[0]["from"], *(b["to"] for b in bins)], baseline=None, label=label)
-    for a in axes[0]:
-        a.set_xscale("log", base=2)
-        a.grid(alpha=0.3)
-        a.legend()
-    ticks = sorted({r["length"] for report in reports for r in report["results"]})
-    axes[0, 0].set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=30)
-    axes[0, 0].set_xlabel("length, tokens")
-    if task == "passkey":
-        axes[0, 0].set(ylabel="passkey accuracy, % (Wilson's 95% interval)", ylim=(-5, 105))
-    else:
-        axes[0, 0].set(ylabel="perplexity (± standard error)", yscale="log")
-    if by_position:
-        axes[0, 1].set(xlabel="position in the window", ylabel="loss, nats a token")
-    figure.savefig(path, dpi=150)
+    return ppl
 
 
 @torch.no_grad()
@@ -628,53 +452,35 @@ def main():
     check(args)
     names = args.model or default_models()
     configs = [weights.read_config(weights.resolve(name)) for name in names]
-    if args.task == "benchmarks":
-        files = harness.find_files(args.data)
-        units = list(files)
-    else:
-        units = parse_lengths(args.lengths, configs)
+    by = "benchmark" if args.task == "benchmarks" else "length"
+    units = [*harness.find_files(args.data)] if by == "benchmark" else parse_lengths(args.lengths, configs)
     if args.tail and args.tail >= units[0]:
         raise UserError(f"--tail {args.tail}: leaves no context in a length of {units[0]}; lower it or raise --lengths")
     shared = settings(args, names, units) if args.json else None
     if args.json and args.json.exists():
-        reports = read_reports(args.json, shared)
+        reports = report.read(args.json, shared)
     else:
         reports = [{"task": args.task, "model": name, "results": []} for name in names]
 
-    key = "benchmark" if args.task == "benchmarks" else "length"
-    for name, config, report in zip(names, configs, reports):
-        missing = [unit for unit in units if unit not in [r[key] for r in report["results"]]]
+    for config, own in zip(configs, reports):
+        missing = [unit for unit in units if unit not in [r[by] for r in own["results"]]]
         if not missing:
             continue
-        model = weights.load(name, args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
-        tokenizer = weights.load_tokenizer(name, config)
-        if args.task in ("needle", "ppl"):
-            documents = data.prepare(args.data, tokenizer, weights.cache_dir())
-        if args.task == "ppl":
-            documents = choose(documents, args, units)
+        model = weights.load(own["model"], args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+        evaluate = evaluator(args, model, weights.load_tokenizer(own["model"], config), units)
         for unit in missing:
-            if args.task == "passkey":
-                result = passkey(model, tokenizer, unit, args.trials, args.seed, args.generate)
-            elif args.task == "needle":
-                result = needle(model, tokenizer, documents.tokens, unit, args.trials, args.seed, args.keys, args.generate)
-            elif args.task == "ppl":
-                stride = args.stride or (unit if args.by_position else max(1, min(unit // 2, 16384)))
-                result = perplexity(model, tokenizer, unit, documents, units[-1], stride, args.tail, args.by_position)
-            else:
-                lm = harness.as_model(config, tokenizer, functools.partial(log_likelihoods, model))
-                result = harness.evaluate(unit, files, lm, args.limit)
-            if args.task != "benchmarks":
-                result["beyond_window"] = unit > config.max_position_embeddings
-            report["results"] = sorted([*report["results"], result], key=lambda r: r[key]) if key == "length" else [*report["results"], result]
+            own["results"].append(evaluate(unit))
+            if by == "length":
+                own["results"][-1]["beyond_window"] = unit > config.max_position_embeddings
             if args.json:
-                write_reports(args.json, shared, reports)
-            tqdm.write(f"{name}, {args.task} {unit if key == 'benchmark' else f'{unit:,}'}: {' '.join(figure(result))}", file=sys.stderr)
-        del model
+                report.write(args.json, shared, reports)
+            tqdm.write(f"{own['model']}, {args.task} {unit}: {' '.join(report.figure(own['results'][-1]))}", file=sys.stderr)
+        del model, evaluate
 
-    asked = [report | {"results": [r for r in report["results"] if r[key] in units]} for report in reports]
-    print_table(asked, units, args)
+    asked = [own | {"results": sorted((r for r in own["results"] if r[by] in units), key=lambda r: units.index(r[by]))} for own in reports]
+    report.print_table(asked, args.task)
     if args.plot:
-        draw(asked, args.task, args.plot)
+        report.draw(asked, args.task, args.plot)
         print(f"wrote {args.plot}", file=sys.stderr)
 
 

@@ -58,7 +58,7 @@ SHOTS = {"arc_challenge": "arc_challenge_train"}  # the file of the few-shot exa
 
 
 def find_files(paths):
-    """{benchmark: file} of the one folder in `paths`, in the order of the paper's table; files of few-shot examples come last."""
+    """{benchmark: {"test": file, "train": file of few-shot examples if it has one}} in the one folder of `paths`, in the order of BENCHMARKS."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--task benchmarks: lm-evaluation-harness is not installed here; pip install lm_eval")
     if len(paths) != 1 or not Path(paths[0]).is_dir():
@@ -70,12 +70,14 @@ def find_files(paths):
             if name not in BENCHMARKS and name not in SHOTS.values():
                 raise UserError(f"{path}: not a benchmark that this code knows; they are {', '.join(BENCHMARKS)}")
             files[name] = path
-    for name, shots in SHOTS.items():
-        if name in files and shots not in files:
-            raise UserError(f"{files[name]}: its few-shot examples, {shots}.jsonl, are missing beside it")
-    if not any(name in BENCHMARKS for name in files):
+    found = {name: {"test": files[name]} for name in BENCHMARKS if name in files}
+    if not found:
         raise UserError(f"--data {paths[0]}: no {', '.join(BENCHMARKS)} inside ({' or '.join(SUFFIXES)})")
-    return {name: files[name] for name in (*BENCHMARKS, *SHOTS.values()) if name in files}
+    for name in SHOTS.keys() & found.keys():
+        if SHOTS[name] not in files:
+            raise UserError(f"{files[name]}: its few-shot examples, {SHOTS[name]}.jsonl, are missing beside it")
+        found[name]["train"] = files[SHOTS[name]]
+    return found
 
 
 def read(path, convert):
@@ -96,11 +98,9 @@ def read(path, convert):
 def task_config(name, files):
     """The harness's own task, with the local items in the place of its download."""
     task, _, shots, convert = BENCHMARKS[name]
-    splits = {"test": read(files[name], convert)}
-    if name in SHOTS:
-        splits["train"] = read(files[SHOTS[name]], convert)
-    config = {"task": task, "num_fewshot": shots, "custom_dataset": lambda **_: splits, "dataset_path": str(files[name])}
-    config |= {"training_split": None, "validation_split": None, "test_split": "test", "fewshot_split": "train" if name in SHOTS else "test"}
+    splits = {split: read(path, convert) for split, path in files.items()}
+    config = {"task": task, "num_fewshot": shots, "custom_dataset": lambda **_: splits, "dataset_path": str(files["test"])}
+    config |= {"training_split": None, "validation_split": None, "test_split": "test", "fewshot_split": "train" if "train" in files else "test"}
     return config | ({"process_docs": None} if name == "hellaswag" else {})  # which would do again what `hellaswag` did
 
 
@@ -132,7 +132,7 @@ def as_model(config, tokenizer, log_likelihoods):
 
 
 def evaluate(name, files, lm, limit=None):
-    """One entry of `results` of the benchmark `name`, on its first `limit` items. lm: a model in the harness's sense (as_model, or its own)."""
+    """One entry of `results` of the benchmark `name`, on its first `limit` items. files: see find_files. lm: as_model's, or one of the harness."""
     import lm_eval
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
