@@ -148,13 +148,13 @@ def token_texts(tokenizer):
 
 def passkey_prompt(tokenizer, length, depth, key):
     """Token ids of a prompt and of its answer, together `length` tokens: whole lines of garbage, then as much of one more as fills the
-    length, cut after a word if that is exact, else inside one. (Where no cut is exact, it is the longest that fits.)
+    length, cut after a word, with blank lines behind it if need be, else inside a word. (If no cut is exact with this tokenizer, the longest.)
     depth 0 … 1: where among the lines the key stands. Raises UserError if the prompt does not fit at all."""
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
     def encode(before, after, cut=""):
-        after = " ".join([GARBAGE] * after + [cut] * bool(cut))
-        parts = [TASK, " ".join([GARBAGE] * before), KEY.format(key=key), after, f"{QUESTION} {key}"]
+        last = (" ".join([GARBAGE] * after) + cut).lstrip(" ")
+        parts = [TASK, " ".join([GARBAGE] * before), KEY.format(key=key), last, f"{QUESTION} {key}"]
         return bos + tokenizer.encode("\n".join(part for part in parts if part))
 
     line = len(encode(2, 3)) - len(encode(2, 2))
@@ -170,8 +170,9 @@ def passkey_prompt(tokenizer, length, depth, key):
             raise UserError(f"--lengths {length}: too short for the passkey prompt, which needs {len(encode(0, 0))} tokens with this tokenizer")
         lines -= 1
 
-    words = GARBAGE.split(" ")
-    cuts = [" ".join(words[:n]) for n in range(len(words))] + [GARBAGE[:n].rstrip() for n in range(1, len(GARBAGE))]
+    inside = [f" {GARBAGE[:n]}".rstrip() for n in range(len(GARBAGE))]
+    words = [cut for cut, following in zip(inside, GARBAGE) if following == " " or not cut]
+    cuts = [cut + end for cuts in (words, inside) for end in ("", "\n", "\n\n") for cut in cuts]
     fitting = {cut: n for cut in cuts if (n := len(encode(*few, cut))) <= room}
     cut = max(fitting, key=fitting.get)  # the first of the longest
     tokens = repeat(lambda before, after: encode(before, after, cut), before, after)
@@ -469,15 +470,16 @@ def main():
         model = weights.load(own["model"], args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
         evaluate = evaluator(args, model, weights.load_tokenizer(own["model"], config), units)
         for unit in missing:
-            own["results"].append(evaluate(unit))
+            result = evaluate(unit)
             if by == "length":
-                own["results"][-1]["beyond_window"] = unit > config.max_position_embeddings
+                result["beyond_window"] = unit > config.max_position_embeddings
+            own["results"] = sorted([*own["results"], result], key=lambda r: r[by] if by == "length" else units.index(r[by]))
             if args.json:
                 report.write(args.json, shared, reports)
-            tqdm.write(f"{own['model']}, {args.task} {unit}: {' '.join(report.figure(own['results'][-1]))}", file=sys.stderr)
+            tqdm.write(f"{own['model']}, {args.task} {unit}: {' '.join(report.figure(result))}", file=sys.stderr)
         del model, evaluate
 
-    asked = [own | {"results": sorted((r for r in own["results"] if r[by] in units), key=lambda r: units.index(r[by]))} for own in reports]
+    asked = [own | {"results": [r for r in own["results"] if r[by] in units]} for own in reports]
     report.print_table(asked, args.task)
     if args.plot:
         report.draw(asked, args.task, args.plot)

@@ -3,6 +3,7 @@
 The tasks, prompts, few-shot examples and metrics are the harness's own (`pip install lm_eval`). This file gives it two things: the items, from
 JSON Lines files that are turned into the layout its tasks expect, and our model behind its model interface.
 """
+import functools
 import gzip
 import importlib.util
 import json
@@ -131,6 +132,13 @@ def as_model(config, tokenizer, log_likelihoods):
     return Model()
 
 
+@functools.cache
+def task_manager():
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()  # reads some ten thousand files
+
+
 def evaluate(name, files, lm, limit=None):
     """One entry of `results` of the benchmark `name`, on its first `limit` items. files: see find_files. lm: as_model's, or one of the harness."""
     import lm_eval
@@ -138,7 +146,7 @@ def evaluate(name, files, lm, limit=None):
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     task, metric, shots, _ = BENCHMARKS[name]
     group = {"group": "local", "task": [task_config(name, files)]}  # in a group a registered task takes other settings and stays that task
-    found = lm_eval.simple_evaluate(lm, tasks=[group], limit=limit, log_samples=False)
+    found = lm_eval.simple_evaluate(lm, tasks=[group], task_manager=task_manager(), limit=limit, log_samples=False)
     score, error = (float(found["results"][task][f"{key},none"]) for key in (metric, f"{metric}_stderr"))
     items = found["n-samples"][task]["effective"]
     return {"benchmark": name, "metric": metric, "shots": shots, "items": items, "score": score, "standard_error": error}

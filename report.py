@@ -202,6 +202,8 @@ def draw_bars(a, reports):
 
 
 def draw_curves(a, reports, task):
+    from matplotlib.ticker import LogFormatter
+
     for report in reports:
         results = [r for r in report["results"] if r.get("documents", 1)]
         values = [100 * r["accuracy"] if task == "passkey" else r["ppl"] for r in results]
@@ -218,6 +220,8 @@ def draw_curves(a, reports, task):
         a.set(ylabel="passkey accuracy, % (95% interval)", ylim=(-5, 105))
     else:
         a.set(ylabel="perplexity (± standard error)", yscale="log")
+        a.yaxis.set_major_formatter(LogFormatter())
+        a.yaxis.set_minor_formatter(LogFormatter())
     a.grid(alpha=0.3)
     a.legend()
 
@@ -230,6 +234,7 @@ def draw_positions(a, reports):
         edges = [max(1, bins[0]["from"]), *(b["to"] for b in bins)]  # 0 has no place on a logarithmic axis
         a.stairs([b["loss"] for b in bins], edges, baseline=None, label=f"{report['model']}, windows of {longest['length']:,}")
     a.set_xscale("log", base=2)
+    a.xaxis.set_major_formatter("{x:,.0f}")
     a.set(xlabel="position in the window", ylabel="loss, nats a token")
     a.grid(alpha=0.3)
     a.legend()
