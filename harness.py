@@ -112,6 +112,7 @@ def as_model(config, tokenizer, log_likelihoods):
 
     class Model(TemplateLM):
         eot_token_id = config.eos_token_id
+        prefix_token_id = config.eos_token_id if config.bos_token_id is None else config.bos_token_id  # before a text without context
 
         def tok_encode(self, string, add_special_tokens=None, **_):
             bos = [tokenizer.bos_id] if tokenizer.bos_id is not None and add_special_tokens is not False else []
