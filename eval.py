@@ -50,12 +50,9 @@ CITIES = (
     "Istanbul", "Jakarta", "Kyoto", "Lisbon", "Madrid", "Nairobi", "Oslo", "Prague",
 )  # fmt: skip
 
-RECORDED = {  # what a --json file remembers
+SETTINGS = {  # the options that a result depends on
     "passkey": ("trials", "seed", "generate"), "needle": ("trials", "seed", "generate", "keys", "data"),
     "ppl": ("documents", "stride", "tail", "by_position", "data"), "benchmarks": ("limit", "data"),
-}  # fmt: skip
-OPTIONS = {  # of some tasks only
-    "generate": ("passkey", "needle"), "keys": ("needle",), "stride": ("ppl",), "tail": ("ppl",), "by_position": ("ppl",), "limit": ("benchmarks",)
 }  # fmt: skip
 
 
@@ -88,9 +85,9 @@ def check(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device here; leave it out to run on the CPU")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for key, tasks in OPTIONS.items():
-        if getattr(args, key) not in (None, False) and args.task not in tasks:
-            raise UserError(f"--{key} belongs to --task {' or '.join(tasks)}; leave it out")
+    for key in ("generate", "keys", "stride", "tail", "by_position", "limit"):
+        if getattr(args, key) not in (None, False) and key not in SETTINGS[args.task]:
+            raise UserError(f"--{key} belongs to --task {' or '.join(task for task in SETTINGS if key in SETTINGS[task])}; leave it out")
     for key in ("trials", "documents", "stride", "tail", "keys", "limit"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
@@ -228,12 +225,13 @@ def needle_prompt(tokenizer, corpus, length, depth, rng, keys):
 
 def line_ends(tokenizer, text):
     """Places in text (1-d array of ids) where a line or a sentence ends and something can be put in, 0 among them."""
-    newline, stop, space = _ends(tokenizer)
+    newline, stop, space = kinds(tokenizer)
     return np.concatenate([[0], 1 + np.flatnonzero(newline[text[:-1]] | stop[text[:-1]] & space[text[1:]])])
 
 
 @functools.cache
-def _ends(tokenizer):
+def kinds(tokenizer):
+    """Of every id, three arrays: does it end a line, may it end a sentence, does it begin with a space?"""
     texts = token_texts(tokenizer)
     tests = (lambda t: t.endswith("\n")), (lambda t: t.rstrip("\"')”’").endswith((".", "!", "?"))), (lambda t: t[:1].isspace())
     return [np.array([test(t) for t in texts]) for test in tests]
@@ -364,16 +362,18 @@ def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, 
 
 def log_likelihoods(model, pairs):
     """For each pair of ids (context, continuation): the continuation's summed log-likelihood in nats, and whether greedy decoding gives it."""
+    rows = {}  # answers of one token share theirs
+    for i, (context, continuation) in enumerate(pairs):
+        rows.setdefault((*context, *continuation[:-1]), []).append(i)
     result = [None] * len(pairs)
-    longest_first = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
-    with tqdm(total=len(pairs), leave=False, disable=None) as bar:
-        for batch in batched(longest_first, lambda i: sum(map(len, pairs[i])), model):
-            for i, h in zip(batch, last_hidden(model, [(pairs[i][0] + pairs[i][1])[:-1] for i in batch])):
-                context, continuation = pairs[i]
-                logits = model.head(h[len(context) - 1 : len(context) + len(continuation) - 1]).float()
-                targets = torch.tensor(continuation, device=h.device)
-                nats = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-                result[i] = -nats, bool((logits.argmax(-1) == targets).all())
+    with tqdm(total=len(rows), leave=False, disable=None) as bar:
+        for batch in batched(sorted(rows, key=len, reverse=True), len, model):
+            for row, h in zip(batch, last_hidden(model, batch)):
+                for i in rows[row]:
+                    targets = torch.tensor(pairs[i][1], device=h.device)
+                    logits = model.head(h[len(row) - len(targets) : len(row)]).float()
+                    nats = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+                    result[i] = -nats, bool((logits.argmax(-1) == targets).all())
             bar.update(len(batch))
     return result
 
@@ -417,7 +417,7 @@ def choose(documents, count, needed):
 
 def settings(args, names, lengths):
     """What two calls must share for their results to stand in one file. (More lengths may be added, unless the longest says what is scored.)"""
-    shared = {"task": args.task, "model": names, "device": args.device} | {key: getattr(args, key) for key in RECORDED[args.task]}
+    shared = {"task": args.task, "model": names, "device": args.device} | {key: getattr(args, key) for key in SETTINGS[args.task]}
     shared |= {f"weights of {name}": report.fingerprint(weights.resolve(name)) for name in names}
     if args.task == "ppl":
         shared["lengths"] = lengths

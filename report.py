@@ -151,7 +151,7 @@ def conclude(results, task):
         yield f"holds its perplexity to {held:,} tokens (at no length more than {HOLDS - 1:.0%} above that at {results[0]['length']:,})"
         if bins := results[-1].get("by_position"):
             ranges = ", ".join(f"{b['from']:,}-{b['to'] - 1:,}: {b['loss']:.3f}" for b in bins)
-            yield f"loses so many nats a token by position in windows of {results[-1]['length']:,}: {ranges}"
+            yield f"has this loss by position in windows of {results[-1]['length']:,}: {ranges} (nats a token)"
     else:
         yield f"scores {np.mean([r['score'] for r in results]):.1%} on average of {len(results)} benchmarks"
 
