@@ -1,20 +1,25 @@
-"""Does the longer window work? Passkey retrieval and sliding-window perplexity (section 4 of the paper).
+"""Does the longer window work? Retrieval, perplexity and ordinary tasks (section 4 of the paper).
 
     python eval.py --task passkey                     # what train.py wrote last, beside the model it came from
-    python eval.py --task ppl --data book.txt --lengths 2048,8192,32768
+    python eval.py --task needle --data book.txt --plot grid.png
+    python eval.py --task ppl --data book.txt --lengths 2048,8192,32768 --tail 1024
+    python eval.py --task benchmarks --data folder/   # through lm-evaluation-harness, see harness.py
 
 Notable choices:
 - One forward pass a prompt: greedy decoding gives the answer exactly when every token of the answer is the argmax given the
   ones before it, and the token after it is no further digit. No KV cache; only the scored rows meet the vocabulary.
+- A length is exact: so many tokens are in the prompt with its answer, or in the window with its BOS.
 - Perplexity is weighted by token. A document is cut to the longest length asked for, so that every length that it is long enough for
-  scores the same text; a shorter document is left out of the lengths that it does not fill.
+  scores the same text; a shorter document is left out of the lengths that it does not fill. With `--tail` all lengths score the same tokens.
+- Every figure has its uncertainty beside it: Wilson's 95% interval of a share, one standard error over documents of a perplexity.
 """
 import argparse
 import functools
 import json
 import math
+import re
 import sys
-from itertools import islice
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +28,8 @@ from tqdm import tqdm
 
 import data
 import errors
+import harness
+import report
 import weights
 from errors import UserError
 
@@ -35,21 +42,72 @@ GARBAGE = "The grass is green. The sky is blue. The sun is yellow. Here we go. T
 KEY = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 
+NEEDLE_TASK = "The text below hides the door codes of {keys} cities. Remember them: the last line asks for one."
+NEEDLE = "The door code of {city} is {key}."
+NEEDLE_QUESTION = "What is the door code of {city}? The door code of {city} is"
+CITIES = (
+    "Amsterdam", "Baghdad", "Cairo", "Delhi", "Edinburgh", "Florence", "Geneva", "Helsinki",
+    "Istanbul", "Jakarta", "Kyoto", "Lisbon", "Madrid", "Nairobi", "Oslo", "Prague",
+)  # fmt: skip
+
+SETTINGS = {  # the options that a result depends on
+    "passkey": ("trials", "seed", "generate"), "needle": ("trials", "seed", "generate", "keys", "data"),
+    "ppl": ("documents", "stride", "tail", "by_position", "data"), "benchmarks": ("limit", "data"),
+}  # fmt: skip
+
 
 def parse_arguments():
-    p = argparse.ArgumentParser(description="Passkey retrieval and perplexity by length.")
-    p.add_argument("--task", choices=("passkey", "ppl"), required=True)
+    p = argparse.ArgumentParser(description="Retrieval, perplexity by length, and ordinary tasks.")
+    p.add_argument("--task", choices=("passkey", "needle", "ppl", "benchmarks"), required=True)
     p.add_argument("--model", nargs="+", help="folders or built-in names (default: the base and the result of the run in out/, else the built-in)")
     p.add_argument("--lengths", help="tokens, comma-separated (default: from the shortest original window, doubling, to the longest window)")
-    p.add_argument("--trials", type=int, default=50, help="passkey prompts per length (default: 50)")
-    p.add_argument("--seed", type=int, default=0, help="of the keys (default: 0)")
-    p.add_argument("--data", nargs="+", default=[], metavar="FILE", help="texts for ppl (default: Python's standard library)")
+    p.add_argument("--trials", type=int, default=50, help="passkey, needle: prompts per length (default: 50)")
+    p.add_argument("--seed", type=int, default=0, help="passkey, needle: of the keys and their places (default: 0)")
+    p.add_argument("--keys", type=int, help="needle: codes in the text, one of which is asked for (default: 4)")
+    p.add_argument("--generate", action="store_true", help="passkey, needle: decode each answer token by token too, as a check")
+    p.add_argument(
+        "--data", nargs="+", default=[], metavar="FILE",
+        help="needle, ppl: texts (default: Python's standard library); benchmarks: the folder with their files",
+    )  # fmt: skip
     p.add_argument("--documents", type=int, default=50, help="ppl: use that many, the longest (default: 50), each to the longest of --lengths")
     p.add_argument("--stride", type=int, help="ppl: tokens that the window moves on, at most a window (default: half of one, at most 16,384)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    p.add_argument("--tail", type=int, metavar="N", help="ppl: score the last N tokens of each document, the rest of the length before them")
+    p.add_argument("--by_position", action="store_true", help="ppl: the loss by position in the window too (--stride then defaults to a window)")
+    p.add_argument("--limit", type=int, metavar="N", help="benchmarks: the first N items of each (default: all)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the results there after each length; the same call again goes on from them")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     return p.parse_args()
+
+
+def check(args):
+    """Refuse what cannot run, and fill in the defaults that depend on the machine."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here; leave it out to run on the CPU")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for key in ("generate", "keys", "stride", "tail", "by_position", "limit"):
+        if getattr(args, key) not in (None, False) and key not in SETTINGS[args.task]:
+            raise UserError(f"--{key} belongs to --task {' or '.join(task for task in SETTINGS if key in SETTINGS[task])}; leave it out")
+    for key in ("trials", "documents", "stride", "tail", "keys", "limit"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: must not be negative")
+    args.keys = args.keys or 4
+    if args.keys > len(CITIES):
+        raise UserError(f"--keys {args.keys}: at most {len(CITIES)}")
+    if args.tail and (args.by_position or args.stride):
+        raise UserError(f"--tail {args.tail} scores one place of each document: leave out --{'stride' if args.stride else 'by_position'}")
+    if args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot {args.plot}: name a .png, .pdf or .svg file")
+    for path in (args.json, args.plot):
+        if path and path.is_dir():
+            raise UserError(f"{path}: is a folder; name a file")
+        if path and not path.absolute().parent.is_dir():
+            raise UserError(f"{path}: its folder does not exist; make it first")
+
+
+# ---------------------------------------------------------------- one forward pass
 
 
 def last_hidden(model, rows):
@@ -61,39 +119,122 @@ def last_hidden(model, rows):
     return model.hidden(tokens.to(model.embed.weight.device))
 
 
-def batched(rows, length, model):
-    """Lists of at most `length` long rows each, as many as one forward pass takes."""
-    budget = 65536 if model.embed.weight.is_cuda else 8192  # tokens
-    rows = iter(rows)
-    while batch := list(islice(rows, max(1, budget // length))):
+def batched(items, size, model):
+    """Lists of consecutive items, as many as one forward pass takes; size(item): its tokens."""
+    budget = 65536 if model.embed.weight.is_cuda else 8192
+    batch, longest = [], 0
+    for item in items:
+        longest = max(longest, size(item))
+        if batch and longest * (len(batch) + 1) > budget:
+            yield batch
+            batch, longest = [], size(item)
+        batch.append(item)
+    if batch:
         yield batch
 
 
-# ---------------------------------------------------------------- passkey
+@functools.cache
+def token_texts(tokenizer):
+    """What each id adds in the middle of a text."""
+    before = tokenizer.encode("x")
+    return [tokenizer.decode([*before, i])[1:] for i in range(tokenizer.vocab_size)]
+
+
+# ---------------------------------------------------------------- retrieval
 
 
 def passkey_prompt(tokenizer, length, depth, key):
-    """Token ids of a prompt and of its answer, together at most `length` tokens and less than a line of garbage short of it.
-    depth 0 … 1: where in the garbage the key stands. Raises UserError if the prompt does not fit at all."""
-
+    """Token ids of a prompt and of its answer, together `length` tokens: whole lines of garbage, then as much of one more as fills the
+    length, cut after a word, with blank lines behind it if need be, else inside a word. (If no cut is exact with this tokenizer, the longest.)
+    depth 0 … 1: where among the lines the key stands. Raises UserError if the prompt does not fit at all."""
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    answer_len = len(tokenizer.encode(f"{QUESTION} {key}")) - len(tokenizer.encode(QUESTION))
 
-    def encode(lines):
-        before = round(depth * lines)
-        parts = [TASK, " ".join([GARBAGE] * before), KEY.format(key=key), " ".join([GARBAGE] * (lines - before)), f"{QUESTION} {key}"]
+    def encode(before, after, cut=""):
+        last = (" ".join([GARBAGE] * after) + cut).lstrip(" ")
+        parts = [TASK, " ".join([GARBAGE] * before), KEY.format(key=key), last, f"{QUESTION} {key}"]
         return bos + tokenizer.encode("\n".join(part for part in parts if part))
 
-    short = len(encode(4))
-    per_line = (len(encode(12)) - short) / 8
-    lines = max(0, 4 + math.floor((length - short) / per_line))
-    tokens = encode(lines)
-    while len(tokens) > length:
+    line = len(encode(2, 3)) - len(encode(2, 2))
+    lines = max(0, 5 + (length - len(encode(2, 2))) // line)
+    while True:
+        before = round(depth * lines)
+        after = lines - before
+        few = min(before, 2), min(after, 2)
+        room = length - line * (lines - sum(few))  # for few lines and what is around them
+        if len(encode(*few)) <= room:
+            break
         if lines == 0:
-            raise UserError(f"--lengths {length}: too short for the passkey prompt, which needs {len(tokens)} tokens with this tokenizer")
+            raise UserError(f"--lengths {length}: too short for the passkey prompt, which needs {len(encode(0, 0))} tokens with this tokenizer")
         lines -= 1
-        tokens = encode(lines)
+
+    inside = [f" {GARBAGE[:n]}".rstrip() for n in range(len(GARBAGE))]
+    words = [cut for cut, following in zip(inside, GARBAGE) if following == " " or not cut]
+    cuts = [cut + end for cuts in (words, inside) for end in ("", "\n", "\n\n") for cut in cuts]
+    fitting = {cut: n for cut in cuts if (n := len(encode(*few, cut))) <= room}
+    cut = max(fitting, key=fitting.get)  # the first of the longest
+    tokens = repeat(lambda before, after: encode(before, after, cut), before, after)
+    answer_len = len(tokenizer.encode(f"{QUESTION} {key}")) - len(tokenizer.encode(QUESTION))
     return tokens[:-answer_len], tokens[-answer_len:]
+
+
+def repeat(encode, before, after):
+    """encode(before, after), the ids of a text with so many equal lines in two places, though only three are really encoded in each: every
+    further one adds the same ids at the same place. (A million tokens take milliseconds, not seconds.)"""
+    few = min(before, 2), min(after, 2)
+    tokens = base = encode(*few)
+    for more, times in (((0, 1), after - few[1]), ((1, 0), before - few[0])):  # the later place first: it does not move the earlier one
+        if times:
+            longer = encode(few[0] + more[0], few[1] + more[1])
+            place = next(i for i, (a, b) in enumerate(zip(base, longer)) if a != b)
+            tokens = tokens[:place] + longer[place : place + len(longer) - len(base)] * times + tokens[place:]
+    return tokens
+
+
+def needle_prompt(tokenizer, corpus, length, depth, rng, keys):
+    """Token ids of a prompt and of its answer, together `length` tokens: a random stretch of `corpus` (1-d array of ids) with the door codes of
+    `keys` cities in lines of their own, between sentences or lines of the text, and the question for one of them.
+    depth 0 … 1: where in the text that one stands; the others stand anywhere. Raises UserError if the prompt or the stretch does not fit."""
+
+    def inside(text):  # ids of a line in the middle of a text
+        return tokenizer.encode("x\n" + text)[len(tokenizer.encode("x")) :]
+
+    cities = rng.choice(CITIES, keys, replace=False).tolist()
+    codes = rng.choice(np.arange(10000, 100000), keys, replace=False).tolist()
+    head = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    head += tokenizer.encode(NEEDLE_TASK.format(keys=keys)) + inside("")
+    needles = [inside(NEEDLE.format(city=city, key=code)) + inside("") for city, code in zip(cities, codes)]
+    question = inside(NEEDLE_QUESTION.format(city=cities[0]))
+    asked = inside(NEEDLE_QUESTION.format(city=cities[0]) + f" {codes[0]}")
+    fixed = len(head) + sum(map(len, needles)) + len(asked)
+    room = length - fixed
+    if room < 1:
+        raise UserError(f"--lengths {length}: too short for the needle prompt, which needs {fixed + 1} tokens with this tokenizer; lower --keys")
+    if room > len(corpus):
+        raise UserError(f"--data: {len(corpus):,} tokens in all, too few for --lengths {length}; add texts or lower it")
+    start = rng.integers(len(corpus) - room + 1)
+    text = corpus[start : start + room]
+    ends = line_ends(tokenizer, text)
+    places = [ends[np.abs(ends - depth * room).argmin()], *rng.choice(ends, keys - 1)]
+    tokens, done = head, 0
+    for place, needle in sorted(zip(places, needles), key=lambda pair: pair[0]):
+        tokens = tokens + text[done:place].tolist() + needle
+        done = place
+    tokens += text[done:].tolist() + asked
+    return tokens[: len(question) - len(asked)], tokens[len(question) - len(asked) :]
+
+
+def line_ends(tokenizer, text):
+    """Places in text (1-d array of ids) where a line or a sentence ends and something can be put in, 0 among them."""
+    newline, stop, space = kinds(tokenizer)
+    return np.concatenate([[0], 1 + np.flatnonzero(newline[text[:-1]] | stop[text[:-1]] & space[text[1:]])])
+
+
+@functools.cache
+def kinds(tokenizer):
+    """Of every id, three arrays: does it end a line, may it end a sentence, does it begin with a space?"""
+    texts = token_texts(tokenizer)
+    tests = (lambda t: t.endswith("\n")), (lambda t: t.rstrip("\"')”’").endswith((".", "!", "?"))), (lambda t: t[:1].isspace())
+    return [np.array([test(t) for t in texts]) for test in tests]
 
 
 def answers_greedily(model, prompts, answers, digits):
@@ -108,23 +249,49 @@ def answers_greedily(model, prompts, answers, digits):
 @functools.cache
 def digit_tokens(tokenizer):
     """Ids that would make a number go on."""
-    return {i for i in range(tokenizer.vocab_size) if tokenizer.decode([i])[:1].isdigit()}
+    return {i for i, text in enumerate(token_texts(tokenizer)) if text[:1].isdigit()}
 
 
-def passkey(model, tokenizer, length, trials, seed):
-    """One entry of `results`: trials at evenly spaced depths, a new 5-digit key each."""
+def retrieval(model, tokenizer, length, trials, seed, make_prompt, generate=False, task="passkey"):
+    """One entry of `results`: trials at evenly spaced depths, new keys each. make_prompt(depth, rng) -> ids of a prompt and of its answer.
+    generate: decode each answer greedily as well, token by token with a KV cache, and compare the verdicts."""
 
     def draw(trial):
         depth = (trial + 0.5) / trials
-        key = np.random.default_rng((seed, length, trial)).integers(10000, 100000)
-        return depth, *passkey_prompt(tokenizer, length, depth, str(key))
+        return depth, *make_prompt(depth, np.random.default_rng((seed, length, trial)))
 
     by_trial = []
-    for batch in batched(map(draw, tqdm(range(trials), desc=f"passkey {length:,}", leave=False, disable=None)), length, model):
-        depths, prompts, answers = zip(*batch)
-        correct = answers_greedily(model, prompts, answers, digit_tokens(tokenizer))
-        by_trial += [{"depth": d, "correct": c} for d, c in zip(depths, correct)]
-    return {"length": length, "trials": trials, "accuracy": sum(t["correct"] for t in by_trial) / trials, "by_trial": by_trial}
+    with tqdm(total=trials, desc=f"{task} {length:,}", leave=False, disable=None) as bar:
+        for batch in batched(map(draw, range(trials)), lambda trial: length, model):
+            depths, prompts, answers = zip(*batch)
+            correct = answers_greedily(model, prompts, answers, digit_tokens(tokenizer))
+            by_trial += [{"depth": d, "correct": c} for d, c in zip(depths, correct)]
+            for entry, prompt, answer in zip(by_trial[-len(batch) :], prompts, answers) if generate else ():
+                tokens = torch.tensor([prompt], device=model.embed.weight.device)
+                entry["said"] = tokenizer.decode(model.generate(tokens, len(answer) + 1)[0].tolist())
+                entry["agrees"] = entry["correct"] == (re.match(r"\s*(\d*)", entry["said"])[1] == tokenizer.decode(answer).strip())
+            right = sum(t["correct"] for t in by_trial)
+            bar.update(len(batch))
+            bar.set_postfix(right=f"{right / len(by_trial):.0%}")
+    return {"length": length, "trials": trials, "accuracy": right / trials, "interval": report.wilson(right, trials), "by_trial": by_trial}
+
+
+def passkey(model, tokenizer, length, trials, seed, generate=False):
+    """One entry of `results`, see retrieval."""
+
+    def make_prompt(depth, rng):
+        return passkey_prompt(tokenizer, length, depth, str(rng.integers(10000, 100000)))
+
+    return retrieval(model, tokenizer, length, trials, seed, make_prompt, generate)
+
+
+def needle(model, tokenizer, corpus, length, trials, seed, keys, generate=False):
+    """One entry of `results`, see retrieval. corpus: 1-d array of token ids."""
+
+    def make_prompt(depth, rng):
+        return needle_prompt(tokenizer, corpus, length, depth, rng, keys)
+
+    return retrieval(model, tokenizer, length, trials, seed, make_prompt, generate, "needle")
 
 
 # ---------------------------------------------------------------- perplexity
@@ -141,26 +308,74 @@ def sliding_windows(n, window, stride):
             return
 
 
-def perplexity(model, tokenizer, length, documents, longest, stride):
-    """One entry of `results`: exp of the mean loss over all tokens of the documents that have `length` tokens."""
+def losses(model, rows, edges):
+    """Summed losses in nats (len(rows), len(edges) - 1) of rows (ids, first): of the tokens from `first` on, by the range of positions between
+    two edges that they stand in. One forward pass."""
+    sums = np.zeros((len(rows), len(edges) - 1))
+    for i, (h, (ids, first)) in enumerate(zip(last_hidden(model, [ids for ids, _ in rows]), rows)):
+        targets = torch.tensor(ids[first:], device=h.device)
+        for j, (low, high) in enumerate(pairwise(np.clip(edges, first, len(ids)).tolist())):
+            if low < high:
+                sums[i, j] = model.loss(h[low - 1 : high - 1], targets[low - first : high - first]).item()
+    return sums
+
+
+def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, by_position=False):
+    """One entry of `results`: exp of the mean loss over all scored tokens. Documents with fewer than `length` tokens are left out.
+    tail: score only the last so many tokens of each document, in one window of `length`; to compare the same tokens at all lengths,
+    documents with fewer than `longest` are left out then. by_position: add the loss by position in the window."""
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]  # in front of every window, and part of its length
     window = length - len(bos)
+    long_enough = [d for d in documents if len(d) >= (longest if tail else length)]
+    edges = [0, *(2**i for i in range(4, 40) if 2**i < length and by_position), length]
 
-    def windows():
-        for document in tqdm(long_enough, desc=f"ppl {length:,}", leave=False, disable=None):
+    def windows():  # document, ids, first scored
+        for i, document in enumerate(long_enough):
+            if tail:
+                yield i, bos + document[-window:].tolist(), length - tail
+                continue
             text = document[: longest - len(bos)].tolist()
             for begin, scored, end in sliding_windows(len(text), window, min(stride, window)):
-                yield bos + text[begin:end], max(len(bos) + scored - begin, 1)  # the first scored token needs one before it
+                yield i, bos + text[begin:end], max(len(bos) + scored - begin, 1)  # the first scored token needs one before it
 
-    long_enough = [d for d in documents if len(d) >= length]
-    nats = count = 0
-    for batch in batched(windows(), length, model):
-        for h, (row, first) in zip(last_hidden(model, [row for row, _ in batch]), batch):
-            targets = torch.tensor(row[first:], device=h.device)
-            nats += model.loss(h[first - 1 : len(row) - 1], targets).item()
-            count += len(targets)
-    ppl = math.exp(min(nats / count, 700)) if count else None
-    return {"length": length, "documents": len(long_enough), "tokens": count, "ppl": ppl}
+    nats, count = np.zeros((2, len(long_enough), len(edges) - 1))
+    total = sum(tail or min(len(d), longest) for d in long_enough)
+    with tqdm(total=total, unit=" tokens", unit_scale=True, desc=f"ppl {length:,}", leave=False, disable=None) as bar:
+        for batch in batched(windows(), lambda w: len(w[1]), model):
+            for (i, ids, first), sums in zip(batch, losses(model, [w[1:] for w in batch], edges)):
+                nats[i] += sums
+                count[i] += np.diff(np.clip(edges, first, len(ids)))
+                bar.update(len(ids) - first)
+            bar.set_postfix(ppl=f"{math.exp(min(nats.sum() / count.sum(), 700)):.2f}")
+    ppl, error = report.over_documents(nats.sum(1), count.sum(1)) if long_enough else (None, None)
+    result = {"length": length, "tail": tail, "documents": len(long_enough), "left_out": len(documents) - len(long_enough)}
+    result |= {"tokens": int(count.sum()), "ppl": ppl, "standard_error": error}
+    result["by_document"] = [{"tokens": int(n), "nats": loss} for n, loss in zip(count.sum(1), nats.sum(1))]
+    if by_position:
+        ranges = zip(pairwise(edges), count.sum(0), nats.sum(0))
+        result["by_position"] = [{"from": a, "to": b, "tokens": int(n), "loss": loss / n} for (a, b), n, loss in ranges if n]
+    return result
+
+
+# ---------------------------------------------------------------- ordinary tasks
+
+
+def log_likelihoods(model, pairs):
+    """For each pair of ids (context, continuation): the continuation's summed log-likelihood in nats, and whether greedy decoding gives it."""
+    rows = {}  # answers of one token share theirs
+    for i, (context, continuation) in enumerate(pairs):
+        rows.setdefault((*context, *continuation[:-1]), []).append(i)
+    result = [None] * len(pairs)
+    with tqdm(total=len(rows), leave=False, disable=None) as bar:
+        for batch in batched(sorted(rows, key=len, reverse=True), len, model):
+            for row, h in zip(batch, last_hidden(model, batch)):
+                for i in rows[row]:
+                    targets = torch.tensor(pairs[i][1], device=h.device)
+                    logits = model.head(h[len(row) - len(targets) : len(row)]).float()
+                    nats = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+                    result[i] = -nats, bool((logits.argmax(-1) == targets).all())
+            bar.update(len(batch))
+    return result
 
 
 # ---------------------------------------------------------------- the command
@@ -191,90 +406,83 @@ def parse_lengths(text, configs):
     return lengths
 
 
-def print_table(reports, lengths, task):
-    figure = {"passkey": lambda r: f"{r['accuracy']:.0%}", "ppl": lambda r: "-" if r["ppl"] is None else f"{r['ppl']:,.2f}"}[task]
-    width = max(len(name) for name in ["tokens scored", *(r["model"] for r in reports)]) + 2
-    print(f"{task:<{width}}" + "".join(f"{length:>10,}" for length in lengths))
-    for report in reports:
-        print(f"{report['model']:<{width}}" + "".join(f"{figure(r):>10}" for r in report["results"]))
-    if task == "ppl":
-        print(f"{'documents':<{width}}" + "".join(f"{r['documents']:>10,}" for r in reports[-1]["results"]))
-        print(f"{'tokens scored':<{width}}" + "".join(f"{r['tokens']:>10,}" for r in reports[-1]["results"]))
-    else:
-        for report in reports:
-            works = [r["length"] for i, r in enumerate(report["results"]) if all(e["accuracy"] >= 0.95 for e in report["results"][: i + 1])]
-            reach = f"works to {works[-1]:,}" if works else f"is below 95% already at {lengths[0]:,}"
-            print(f"{report['model']} {reach} tokens" + (" (95% or more at every length)" if works else ""))
+def choose(documents, count, needed):
+    """The longest `count` documents; UserError if none has `needed` tokens."""
+    documents = sorted((documents[i] for i in range(len(documents))), key=len, reverse=True)[:count]
+    if len(documents[0]) < needed:
+        longest = len(documents[0])
+        raise UserError(f"--data: no document has {needed} tokens, the longest has {longest}; add longer texts or lower --lengths")
+    return documents
 
 
-def draw(reports, task, path):
-    import matplotlib
+def settings(args, names, lengths):
+    """What two calls must share for their results to stand in one file. (More lengths may be added, unless the longest says what is scored.)"""
+    shared = {"task": args.task, "model": names, "device": args.device} | {key: getattr(args, key) for key in SETTINGS[args.task]}
+    shared |= {f"weights of {name}": report.fingerprint(weights.resolve(name)) for name in names}
+    if args.task == "ppl":
+        shared["lengths"] = lengths
+    if args.task != "passkey":
+        files = data.find_files(args.data)
+        shared["bytes of data"] = sum(path.stat().st_size for path in files)
+    return shared
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for report in reports:
-        results = [r for r in report["results"] if r.get("ppl", 0) is not None]
-        values = [100 * r["accuracy"] if task == "passkey" else r["ppl"] for r in results]
-        axes.plot([r["length"] for r in results], values, marker="o", label=report["model"])
-    axes.set_xscale("log", base=2)
-    lengths = [r["length"] for r in reports[0]["results"]]
-    axes.set_xticks(lengths, [f"{n:,}" for n in lengths], rotation=30)
-    axes.set_xlabel("length, tokens")
-    axes.set_ylabel("passkey accuracy, %" if task == "passkey" else "perplexity")
-    if task == "passkey":
-        axes.set_ylim(-5, 105)
-    else:
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+def evaluator(args, model, tokenizer, units):
+    """-> a function from one of the lengths (or benchmarks) `units` to its entry of `results`."""
+    if args.task == "passkey":
+        return lambda length: passkey(model, tokenizer, length, args.trials, args.seed, args.generate)
+    if args.task == "benchmarks":
+        lm = harness.as_model(model.config, tokenizer, functools.partial(log_likelihoods, model))
+        files = harness.find_files(args.data)
+        return lambda name: harness.evaluate(name, files[name], lm, args.limit)
+    documents = data.prepare(args.data, tokenizer, weights.cache_dir())
+    if args.task == "needle":
+        return lambda length: needle(model, tokenizer, documents.tokens, length, args.trials, args.seed, args.keys, args.generate)
+    chosen = choose(documents, args.documents, units[-1] if args.tail else units[0])
+
+    def ppl(length):
+        stride = args.stride or (length if args.by_position else max(1, min(length // 2, 16384)))
+        return perplexity(model, tokenizer, length, chosen, units[-1], stride, args.tail, args.by_position)
+
+    return ppl
 
 
 @torch.no_grad()
 def main():
     args = parse_arguments()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; leave it out to run on the CPU")
-    for key in ("trials", "documents", "stride"):
-        if getattr(args, key) is not None and getattr(args, key) < 1:
-            raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: must not be negative")
-    if args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--plot {args.plot}: name a .png, .pdf or .svg file")
-    for path in (args.json, args.plot):
-        if path and path.is_dir():
-            raise UserError(f"{path}: is a folder; name a file")
-        if path and not path.absolute().parent.is_dir():
-            raise UserError(f"{path}: its folder does not exist; make it first")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check(args)
     names = args.model or default_models()
-    lengths = parse_lengths(args.lengths, [weights.read_config(weights.resolve(name)) for name in names])
+    configs = [weights.read_config(weights.resolve(name)) for name in names]
+    by = "benchmark" if args.task == "benchmarks" else "length"
+    units = [*harness.find_files(args.data)] if by == "benchmark" else parse_lengths(args.lengths, configs)
+    if args.tail and args.tail >= units[0]:
+        raise UserError(f"--tail {args.tail}: leaves no context in a length of {units[0]}; lower it or raise --lengths")
+    shared = settings(args, names, units) if args.json else None
+    if args.json and args.json.exists():
+        reports = report.read(args.json, shared)
+    else:
+        reports = [{"task": args.task, "model": name, "results": []} for name in names]
 
-    reports = []
-    for name in names:
-        model = weights.load(name, device, torch.bfloat16 if device == "cuda" else torch.float32)
-        tokenizer = weights.load_tokenizer(name, model.config)
-        if args.task == "passkey":
-            results = [passkey(model, tokenizer, length, args.trials, args.seed) for length in lengths]
-        else:
-            documents = data.prepare(args.data, tokenizer, weights.cache_dir())
-            documents = sorted((documents[i] for i in range(len(documents))), key=len, reverse=True)[: args.documents]
-            if not any(len(d) >= lengths[0] for d in documents):
-                longest = max(map(len, documents))
-                raise UserError(f"--data: no document has {lengths[0]} tokens, the longest has {longest}; add longer texts or lower --lengths")
-            strides = [args.stride or max(1, min(length // 2, 16384)) for length in lengths]
-            results = [perplexity(model, tokenizer, length, documents, lengths[-1], stride) for length, stride in zip(lengths, strides)]
-        reports.append({"task": args.task, "model": name, "results": results})
-        del model
+    for config, own in zip(configs, reports):
+        missing = [unit for unit in units if unit not in [r[by] for r in own["results"]]]
+        if not missing:
+            continue
+        model = weights.load(own["model"], args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+        evaluate = evaluator(args, model, weights.load_tokenizer(own["model"], config), units)
+        for unit in missing:
+            result = evaluate(unit)
+            if by == "length":
+                result["beyond_window"] = unit > config.max_position_embeddings
+            own["results"] = sorted([*own["results"], result], key=lambda r: r[by] if by == "length" else units.index(r[by]))
+            if args.json:
+                report.write(args.json, shared, reports)
+            tqdm.write(f"{own['model']}, {args.task} {unit}: {' '.join(report.figure(result))}", file=sys.stderr)
+        del model, evaluate
 
-    print_table(reports, lengths, args.task)
-    if args.json:
-        args.json.write_text(json.dumps(reports[-1] | ({"compared": reports[:-1]} if reports[:-1] else {}), indent=2) + "\n")
+    asked = [own | {"results": [r for r in own["results"] if r[by] in units]} for own in reports]
+    report.print_table(asked, args.task)
     if args.plot:
-        draw(reports, args.task, args.plot)
+        report.draw(asked, args.task, args.plot)
         print(f"wrote {args.plot}", file=sys.stderr)
 
 

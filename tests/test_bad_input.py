@@ -431,6 +431,19 @@ def test_lengths_abc(really_refused):
         (["passkey", "--plot", "absent/r.png"], ["absent/r.png"]),
         (["passkey", "--json", "folder"], ["folder"]),
         (["passkey", "--plot", "plot.xyz"], ["plot.xyz"]),
+        (["passkey", "--tail", 8], ["--tail", "--task ppl"]),
+        (["ppl", "--generate"], ["--generate", "--task passkey or needle"]),
+        (["ppl", "--tail", 0], ["--tail 0"]),
+        (["ppl", "--tail", 256], ["--tail 256", "length of 256"]),
+        (["ppl", "--tail", 8, "--by_position"], ["--tail 8", "--by_position"]),
+        (["ppl", "--tail", 8, "--data", "text.txt", "--lengths", "128,100000"], ["--data", "100000"]),
+        (["needle", "--keys", 17], ["--keys 17", "16"]),
+        (["needle", "--data", "text.txt", "--lengths", 60], ["--lengths 60", "too short", "--keys"]),
+        (["needle", "--data", "text.txt", "--lengths", 100000], ["--data", "100000"]),
+        (["benchmarks"], ["--data", "boolq"]),
+        (["benchmarks", "--data", "text.txt"], ["--data", "boolq"]),
+        (["benchmarks", "--data", "folder"], ["folder", "boolq"]),
+        (["benchmarks", "--data", "folder", "--limit", 0], ["--limit 0"]),
     ],
     ids=lambda v: " ".join(map(str, v)),
 )
@@ -438,6 +451,23 @@ def test_evaluation_arguments(refused, model, arguments, says):
     Path("folder").mkdir()
     defaults = ["--trials", 1, "--lengths", 256]
     refused("eval", "--model", model, *defaults, "--task", *arguments, says=says)
+
+
+@pytest.mark.parametrize("content", ["", '{"task"', "[1]", '{"task": "passkey"}', '{"task": "passkey", "model": "tiny", "results": []}', "\xff"])
+def test_json_that_holds_nothing_to_go_on_from(refused, model, content):
+    Path("r.json").write_bytes(content.encode("latin1"))
+    refused("eval", "--task", "passkey", "--model", model, "--lengths", 256, "--json", "r.json", says=["--json r.json"])
+
+
+def test_json_of_another_evaluation(refused, model, monkeypatch):
+    call = ["--task", "passkey", "--model", str(model), "--lengths", "200", "--json", "r.json", "--trials"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *call, "1", "--device", "cpu"])
+    importlib.import_module("eval").main()
+    refused("eval", *call, 2, "--seed", 5, says=["r.json", "trials was 1, now 2", "seed was 0, now 5"])
+    refused("eval", "--task", "needle", "--model", model, "--trials", 1, "--json", "r.json", says=["r.json", "task was passkey, now needle"])
+    refused("eval", *call, 1, "--model", model, "tiny", says=["r.json", f"model was ['{model}'], now ['{model}', 'tiny']"])
+    change_tensors(lambda t: t.update({UP: t[UP] + 0.01}))(model)  # trained further into the same folder
+    refused("eval", *call, 1, says=["r.json", f"weights of {model} was "])
 
 
 # ---------------------------------------------------------------- a full disk

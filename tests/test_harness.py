@@ -1,0 +1,201 @@
+"""Our model behind lm-evaluation-harness's interface against the harness's own `hf` model, on the same items."""
+import functools
+import gzip
+import json
+import random
+
+import pytest
+import torch
+from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
+
+import eval as evaluation
+import harness
+import weights
+from errors import UserError
+
+WORDS = "the cat dog house river sees likes old red green of in and a runs home over under bridge bread makes door is was".split()
+
+
+def sentence(rng, n):
+    return " ".join(rng.choices(WORDS, k=n)).capitalize()
+
+
+def question(rng, answer):
+    choices = [{"text": sentence(rng, rng.randint(1, 5)) + ".", "label": label} for label in ("1234" if answer in "1234" else "ABCD")]
+    return {"id": None, "question": {"stem": sentence(rng, 8) + "?", "choices": choices}, "answerKey": answer}
+
+
+def item(name, rng):
+    if name == "boolq":
+        return {"question": sentence(rng, 6).lower(), "title": "Bread", "answer": rng.random() < 0.5, "passage": sentence(rng, 40) + "."}
+    if name == "piqa":
+        return {"goal": sentence(rng, 6), "sol1": sentence(rng, 5), "sol2": sentence(rng, 9), "label": rng.randint(0, 1)}
+    if name == "winogrande":
+        return {"sentence": f"The cat and the dog {sentence(rng, 3)} so _ runs home.", "option1": "cat", "option2": "dog", "answer": rng.choice("12")}
+    if name == "truthfulqa_mc":
+        targets = {f"{sentence(rng, 5)} {i}.": int(i < 2) for i in range(5)}
+        return {"question": sentence(rng, 6) + "?", "mc1_targets": targets, "mc2_targets": targets}
+    if name == "hellaswag":
+        context = f"{sentence(rng, 10)}. the old {rng.choice(WORDS)}"
+        endings = [sentence(rng, rng.randint(2, 6)).lower() + "." for _ in range(4)]
+        return {"activity_label": "Running", "ctx": context, "query": f"Running: {context}", "endings": endings, "label": rng.randint(0, 3)}
+    return question(rng, rng.choice("ABCD1234"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Files in the layout that the README of such a folder describes: 30 made-up items each."""
+    rng, folder = random.Random(0), tmp_path_factory.mktemp("benchmarks")
+    for name in (*harness.BENCHMARKS, "arc_challenge_train"):
+        lines = "".join(json.dumps(item(name, rng)) + "\n" for _ in range(30)).encode()
+        if name == "piqa":
+            (folder / f"{name}.jsonl").write_bytes(lines)
+        else:
+            (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models():
+    """tiny, ours and the harness's."""
+    path = weights.resolve("tiny")
+    model = weights.load("tiny", dtype=torch.float32)
+    ours = harness.as_model(model.config, weights.load_tokenizer("tiny", model.config), functools.partial(evaluation.log_likelihoods, model))
+    return ours, HFLM(pretrained=str(path), tokenizer=str(path), dtype="float32", device="cpu", batch_size=8)
+
+
+class Recorder(LM):
+    """Any model: what it is asked, every answer equally likely."""
+
+    def loglikelihood(self, requests):
+        self.asked = [r.args for r in requests]
+        return [(-1.0, False) for _ in requests]
+
+    def loglikelihood_rolling(self, requests):
+        raise NotImplementedError
+
+    generate_until = loglikelihood_rolling
+
+
+@pytest.mark.parametrize("name", harness.BENCHMARKS)
+def test_scores_equal_those_of_the_harness_own_model(folder, models, name):
+    """The few-shot prompts are longer than tiny's window: both must cut them in the same place."""
+    files = harness.find_files([folder])[name]
+    with torch.no_grad():
+        ours, theirs = (harness.evaluate(name, files, model, limit=6) for model in models)
+    assert ours["items"] == 6
+    assert ours == {key: pytest.approx(value, abs=1e-5) if isinstance(value, float) else value for key, value in theirs.items()}
+
+
+def test_log_likelihoods_equal_those_of_the_harness_own_model(models):
+    rng = random.Random(1)
+
+    class Request:
+        def __init__(self, *args):
+            self.args = args
+
+    pairs = [("", "The cat"), ("The cat ", "sees the dog"), ("The cat", " sees"), (sentence(rng, 600), " a dog runs home")]
+    pairs += [(sentence(rng, rng.randint(1, 60)), " " + sentence(rng, rng.randint(1, 9))) for _ in range(20)]
+    pairs += [(f"{evaluation.GARBAGE} {evaluation.GARBAGE} The grass is green. The sky is", " blue")]  # which it says by itself
+    with torch.no_grad():
+        ours, theirs = (model.loglikelihood([Request(*pair) for pair in pairs]) for model in models)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    assert {greedy for _, greedy in ours} == {True, False}
+    assert [nats for nats, _ in ours] == pytest.approx([nats for nats, _ in theirs], abs=2e-3)
+
+
+@pytest.mark.parametrize("name", harness.BENCHMARKS)
+def test_prompts_hold_the_items(folder, name):
+    model = Recorder()
+    files = harness.find_files([folder])[name]
+    result = harness.evaluate(name, files, model, limit=7)
+    opened = gzip.open(files["test"]) if name != "piqa" else open(files["test"], "rb")
+    items = [json.loads(line) for line in opened][:7]
+    shots = {"arc_challenge": 25, "hellaswag": 10}.get(name, 0)
+    assert (result["items"], result["shots"], result["metric"]) == (7, shots, "acc_norm" if shots else "acc")
+    asked = iter(model.asked)
+    for i in items:
+        if name == "boolq":
+            expected = [(f"Bread -- {i['passage']}\nQuestion: {i['question']}?\nAnswer:", answer) for answer in (" no", " yes")]
+        elif name == "piqa":
+            expected = [(f"Question: {i['goal']}\nAnswer:", " " + i[key]) for key in ("sol1", "sol2")]
+        elif name == "winogrande":
+            before = i["sentence"].partition("_")[0]
+            expected = [(before + i[key], " runs home.") for key in ("option1", "option2")]
+        elif name == "truthfulqa_mc":
+            expected = [(f"Q: {i['question']}\nA:", " " + answer) for answer in i["mc2_targets"]]
+        elif name == "arc_challenge":
+            expected = [(f"Question: {i['question']['stem']}\nAnswer:", " " + c["text"]) for c in i["question"]["choices"]]
+        else:
+            context = i["query"].replace(". the old", ". The old")
+            expected = [(context, " " + ending) for ending in i["endings"]]
+        for context, continuation in expected:
+            prompt, answer = next(asked)
+            assert prompt.endswith(context) and answer == continuation
+            few = prompt.removesuffix(context).split("\n\n")[:-1]
+            assert len(few) == shots or name == "truthfulqa_mc"  # whose six examples are part of its task
+            assert name != "hellaswag" or context not in "".join(few)  # an item is no example for itself
+    assert next(asked, None) is None
+
+
+def test_the_right_answer_is_what_the_file_says(tmp_path):
+    """A model that prefers one answer by its text alone gets exactly the items where that is right."""
+    rng = random.Random(3)
+    items = [question(rng, answer) for answer in "ABCD1234" * 2]
+    for i in items:
+        right = next(c for c in i["question"]["choices"] if c["label"] == i["answerKey"])
+        right["text"] = "Right."
+    items[3]["answerKey"] = "A"
+    (tmp_path / "arc_challenge.jsonl").write_text("".join(json.dumps(i) + "\n" for i in items))
+    (tmp_path / "arc_challenge_train.jsonl").write_text("".join(json.dumps(i) + "\n" for i in items * 2))
+
+    class Knows(Recorder):
+        def loglikelihood(self, requests):
+            return [(0.0 if r.args[1] == " Right." else -50.0, False) for r in requests]
+
+    assert harness.evaluate("arc_challenge", harness.find_files([tmp_path])["arc_challenge"], Knows())["score"] == 15 / 16
+
+
+def test_the_command(run, folder, tmp_path):
+    written, two = tmp_path / "r.json", tmp_path / "two"
+    two.mkdir()
+    for name in ("piqa.jsonl", "boolq.jsonl.gz"):
+        (two / name).write_bytes((folder / name).read_bytes())
+    arguments = ("--task", "benchmarks", "--model", "tiny", "--data", two, "--limit", 2, "--json", written, "--plot", tmp_path / "p.png")
+    done = run("eval.py", *arguments, env={"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    results = json.loads(written.read_text())["results"]
+    assert [(r["benchmark"], r["items"]) for r in results] == [("boolq", 2), ("piqa", 2)]
+    assert "piqa" in done.stdout and "on average of 2 benchmarks" in done.stdout
+    assert (tmp_path / "p.png").stat().st_size > 10000
+
+
+@pytest.mark.parametrize(
+    "files, says",
+    [
+        ({}, ["no boolq"]),
+        ({"squad.jsonl": "{}\n"}, ["squad.jsonl", "boolq"]),
+        ({"arc_challenge.jsonl": "{}\n"}, ["arc_challenge.jsonl", "arc_challenge_train"]),
+    ],
+)
+def test_folders_that_are_refused(tmp_path, files, says):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as refusal:
+        harness.find_files([tmp_path])
+    assert all(word in str(refusal.value) for word in says)
+
+
+@pytest.mark.parametrize("line", ['{"goal": "a"}', "[]", '{"goal"', '"text"', "null"])
+def test_items_that_are_refused(tmp_path, line):
+    good = json.dumps(item("piqa", random.Random(0)))
+    (tmp_path / "piqa.jsonl").write_text(f"{good}\n{line}\n")
+    with pytest.raises(UserError, match=r"piqa.jsonl, line 2: "):
+        harness.evaluate("piqa", harness.find_files([tmp_path])["piqa"], Recorder())
+
+
+def test_without_the_harness(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install lm_eval"):
+        harness.find_files([tmp_path])
