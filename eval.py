@@ -144,14 +144,15 @@ def token_texts(tokenizer):
 
 
 def passkey_prompt(tokenizer, length, depth, key):
-    """Token ids of a prompt and of its answer, together `length` tokens: whole lines of garbage, then as much of one more as fills the
-    length, cut after a word, with blank lines behind it if need be, else inside a word. (If no cut is exact with this tokenizer, the longest.)
+    """Token ids of a prompt and of its answer, together `length` tokens: whole lines of garbage, and in front of them as much of the end of
+    one more as fills the length: from a word on, after blank lines if need be, else from inside a word. (If none is exact with this tokenizer,
+    the longest.) Behind the garbage a broken sentence would meet the question, and cost small models answers.
     depth 0 … 1: where among the lines the key stands. Raises UserError if the prompt does not fit at all."""
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
     def encode(before, after, cut=""):
-        last = (" ".join([GARBAGE] * after) + cut).lstrip(" ")
-        parts = [TASK, " ".join([GARBAGE] * before), KEY.format(key=key), last, f"{QUESTION} {key}"]
+        first = " ".join([cut] + [GARBAGE] * before).strip(" ")
+        parts = [TASK, first, KEY.format(key=key), " ".join([GARBAGE] * after), f"{QUESTION} {key}"]
         return bos + tokenizer.encode("\n".join(part for part in parts if part))
 
     line = len(encode(2, 3)) - len(encode(2, 2))
@@ -167,9 +168,9 @@ def passkey_prompt(tokenizer, length, depth, key):
             raise UserError(f"--lengths {length}: too short for the passkey prompt, which needs {len(encode(0, 0))} tokens with this tokenizer")
         lines -= 1
 
-    inside = [f" {GARBAGE[:n]}".rstrip() for n in range(len(GARBAGE))]
-    words = [cut for cut, following in zip(inside, GARBAGE) if following == " " or not cut]
-    cuts = [cut + end for cuts in (words, inside) for end in ("", "\n", "\n\n") for cut in cuts]
+    inside = [GARBAGE[n:] for n in range(1, len(GARBAGE) + 1)]
+    words = [cut for cut, previous in zip(inside, GARBAGE) if previous == " " or not cut]
+    cuts = [blank + cut for cuts in (words, inside) for blank in ("", "\n", "\n\n") for cut in cuts]
     fitting = {cut: n for cut in cuts if (n := len(encode(*few, cut))) <= room}
     cut = max(fitting, key=fitting.get)  # the first of the longest
     tokens = repeat(lambda before, after: encode(before, after, cut), before, after)

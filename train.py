@@ -33,7 +33,7 @@ from errors import UserError
 # windows of the model. headroom: the factor in units of target_len / window.
 PAPER = {"steps": 1000, "batch_size": 64, "lr": 2e-5, "warmup_steps": 10, "windows": 16, "rope": "yarn", "headroom": 1}
 RECIPES = {
-    "tiny": PAPER | {"steps": 100, "batch_size": 32, "lr": 2e-4, "windows": 8, "headroom": 2, "beta_fast": 8},
+    "tiny": PAPER | {"steps": 150, "batch_size": 32, "lr": 2e-4, "windows": 8, "headroom": 2, "beta_fast": 8},
     "smollm2-135m": PAPER | {"steps": 200, "batch_size": 16, "lr": 5e-5, "rope": "ntk", "headroom": 2},
 }
 MAX_SKIPPED = 10  # updates in a row that are not finite before a run gives up
@@ -52,7 +52,7 @@ def parse_arguments():
     p.add_argument("--chunks", type=int, default=2, help="chunks per example (default: 2)")
     p.add_argument("--offset", choices=pose.OFFSETS, default="uniform", help="a later chunk's text, the paper's Table 4 (default: uniform)")
     p.add_argument("--data", nargs="+", default=[], metavar="FILE", help=".txt, .jsonl, .jsonl.gz, folders (default: Python's standard library)")
-    p.add_argument("--steps", type=int, help="optimizer steps; 0: the untrained model, interpolated (default: 1000; tiny 100, smollm2-135m 200)")
+    p.add_argument("--steps", type=int, help="optimizer steps; 0: the untrained model, interpolated (default: 1000; tiny 150, smollm2-135m 200)")
     p.add_argument("--batch_size", type=int, help="examples in a step, over all processes (default: 64; tiny 32, smollm2-135m 16)")
     p.add_argument("--micro_batch_size", type=int, help="examples in one forward pass of a process (default: about 32,768 tokens)")
     p.add_argument("--lr", type=float, help="peak of AdamW's learning rate (default: 2e-5; tiny 2e-4, smollm2-135m 5e-5)")

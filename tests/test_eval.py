@@ -156,16 +156,15 @@ def test_prompt_is_the_papers_and_has_its_length(tiny, byte_level, which, length
     assert prompt + answer == bos + tokenizer.encode(text + " 81501")
     garbage = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
     before, key, after = text.partition("The pass key is 81501. Remember it. 81501 is the pass key.")
-    after, question = after.rsplit("\n", 1)
-    cut = after.removeprefix("\n").removeprefix(" ".join([garbage] * after.count(garbage)))
-    assert garbage.startswith(cut.strip(" \n")) and cut.strip(" \n") != garbage and cut.count("\n") <= 2
-    before, after = before.count(garbage), after.count(garbage)
+    opening, before, after = before.split("\n", 1)[1].removesuffix("\n"), before.count(garbage), after.count(garbage)
+    cut = opening.removesuffix(" ".join([garbage] * before)).rstrip(" ")
+    assert garbage.endswith(cut.strip("\n")) and cut.strip("\n") != garbage and cut.count("\n") <= 2
     lines = [
         "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
         "I will quiz you about the important information there.",
-        " ".join([garbage] * before),
+        " ".join([cut] + [garbage] * before).strip(" "),
         key,
-        " ".join([garbage] * after) + cut,
+        " ".join([garbage] * after),
         "What is the pass key? The pass key is",
     ]
     assert text == "\n".join(line for line in lines if line)
