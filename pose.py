@@ -60,3 +60,49 @@ def _chain(rng, n, most):
     for i in range(1, n):
         values[i] = rng.integers(values[i - 1], most, endpoint=True)
     return values
+
+
+def coverage(method, rng, train_len, target_len, chunks=2, examples=1000):
+    """Share of examples in which two tokens stand at distance 0, 1, … target_len - 1, float64 (target_len,): Figure 5, by Monte Carlo."""
+    seen = np.zeros(target_len)
+    for _ in range(examples):
+        taken = np.zeros(2 * target_len)
+        taken[sample(method, rng, train_len + 1, train_len, target_len, chunks)[1]] = 1
+        pairs = np.fft.irfft(np.abs(np.fft.rfft(taken)) ** 2)[:target_len]  # autocorrelation: pairs of positions at each distance
+        seen += pairs > 0.5
+    return seen / examples
+
+
+def main():
+    import argparse
+
+    p = argparse.ArgumentParser(description="Plot how often a training example holds each relative distance (the paper's Figure 5).")
+    p.add_argument("--train_len", type=int, default=2048, help="default: 2048")
+    p.add_argument("--target_len", type=int, default=16384, help="default: 16384")
+    p.add_argument("--chunks", default="1,2,3", help="numbers of chunks, comma-separated (default: 1,2,3)")
+    p.add_argument("--examples", type=int, default=1000, help="default: 1000")
+    p.add_argument("--plot", default="coverage.png", metavar="FILE.png", help="default: coverage.png")
+    args = p.parse_args()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rng = np.random.default_rng(0)
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    try:
+        curves = {f"PoSE, {n} chunk{'s' * (n != '1')}": ("pose", int(n)) for n in args.chunks.split(",")} | {"RandPos": ("randpos", 1)}
+        for name, (method, chunks) in curves.items():
+            axes.plot(coverage(method, rng, args.train_len, args.target_len, chunks, args.examples), label=name)
+        axes.set_xlabel("relative distance, tokens")
+        axes.set_ylabel("share of examples that hold it")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(args.plot, dpi=150)
+    except (ValueError, OSError) as error:
+        p.error(error)
+    print(f"wrote {args.plot}")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pose import METHODS, OFFSETS, sample
+from pose import METHODS, OFFSETS, coverage, sample
 
 # ------------------------------------------------------------------------------------------------------------ properties
 
@@ -254,3 +254,23 @@ def test_randpos_takes_each_position_equally_often():
     statistic = ((counts - expected) ** 2 / expected).sum() * (target_len - 1) / (target_len - train_len)
     halves = torch.tensor([(target_len - 1) / 2, statistic / 2], dtype=torch.float64)
     assert 1e-6 < float(torch.special.gammaincc(*halves)) < 1 - 1e-6
+
+
+@pytest.mark.parametrize("method, chunks", [("pose", 1), ("pose", 2), ("pose", 4), ("randpos", 1)])
+def test_coverage_counts_every_distance_of_every_example(method, chunks):
+    """Beside looking at all pairs of the same examples."""
+    L, target, n = 9, 40, 60
+    seen, rng = np.zeros(target), np.random.default_rng(5)
+    for _ in range(n):
+        positions = sample(method, rng, L + 1, L, target, chunks)[1]
+        seen[sorted({abs(a - b) for a in positions.tolist() for b in positions.tolist()})] += 1
+    assert np.array_equal(coverage(method, np.random.default_rng(5), L, target, chunks, n), seen / n)
+
+
+def test_coverage_of_two_chunks_is_the_closed_form():
+    """Distance d needs a skip of d - L + 1 … d - 1, out of 0 … target - L: (L - 1) / (target - L + 1), the same at every distance that is
+    longer than the window and not among the last ones."""
+    L, target, n = 64, 1024, 4000
+    p = (L - 1) / (target - L + 1)
+    middle = coverage("pose", np.random.default_rng(0), L, target, 2, n)[L : target - L]
+    assert abs(middle.mean() - p) < 4 * (p * (1 - p) / n) ** 0.5  # neighbours share their examples: as one of them
