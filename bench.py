@@ -16,7 +16,6 @@ Notable choices:
 import argparse
 import dataclasses
 import gc
-import itertools
 import json
 import os
 import statistics
@@ -119,7 +118,7 @@ def random_batches(config, sampling, share, device):
     """What train.py's data.prefetched yields, of random tokens, without end."""
     batches = data.Batches(RandomDocument(config.vocab_size, max(4 * sampling["train_len"], 2**20)), 0, **sampling)
     mine = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
-    return data.prefetched(batches, itertools.count(), mine, device)
+    return data.prefetched(batches, 0, mine, device)
 
 
 def our_step(config, args, device, sampling, share, rows):
@@ -135,7 +134,7 @@ def our_step(config, args, device, sampling, share, rows):
 
     def step():
         began = time.perf_counter()
-        _, *batch = next(batches)
+        batch = next(batches)
         waited = time.perf_counter() - began
         loss, _ = fsdp.update(model, optimizer, batch, rows, share * dist.get_world_size() * sampling["train_len"])
         return loss.item(), waited
@@ -167,7 +166,7 @@ def their_step(config, args, device, sampling, share, rows):
     batches = random_batches(config, sampling, share, device)
 
     def step():
-        _, tokens, _, _ = next(batches)
+        tokens, _, _ = next(batches)
         for piece in tokens.split(rows):
             with torch.autocast(device.type, torch.bfloat16):
                 loss = compiled(input_ids=piece, labels=piece).loss

@@ -248,8 +248,8 @@ def main():
         signal.signal(number, interrupt)
 
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None if rank == 0 else True)
-    for step, *batch in data.prefetched(batches, bar, mine, device):
-        began = time.perf_counter()
+    began = time.perf_counter()
+    for step, batch in zip(bar, data.prefetched(batches, first, mine, device)):
         for group in optimizer.param_groups:
             group["lr"] = lr = learning_rate(step, args)
         loss, grad_norm = fsdp.update(model, optimizer, batch, args.micro_batch_size, tokens_per_step)
@@ -287,6 +287,7 @@ def main():
             bar.close()
             say(f"stopped after step {done} of {args.steps}; what is done is saved, add --resume to go on")
             break
+        began = time.perf_counter()  # the wait for a batch counts, validation and checkpoints do not
 
     checkpoints.finish()
     weights.save(model, tokenizer, args.out / "model")
