@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 import data
-import errors
 import families
 import fsdp
 import weights
@@ -373,8 +372,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        errors.run(main)
-    except SystemExit as end:
-        fsdp.leave(end.code)
-    fsdp.leave()
+    fsdp.run(main)

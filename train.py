@@ -23,7 +23,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-import errors
 import fsdp
 import pose
 import weights
@@ -104,7 +103,6 @@ def complete(args, window):
     gpu = args.device == "cuda"
     args.compile = gpu if args.compile is None else args.compile
     args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
-    world = int(os.environ.get("WORLD_SIZE", 1))
     for key in ("train_len", "chunks", "batch_size", "keep"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
@@ -124,15 +122,9 @@ def complete(args, window):
             raise UserError(f"--{key} {getattr(args, key):g}: must be a number, at least 1")
     if args.method == "full" and args.train_len != args.target_len:
         raise UserError(f"--method full trains on whole windows: leave --train_len out or make it {args.target_len}")
-    if args.batch_size % world:
-        raise UserError(f"--batch_size {args.batch_size} does not divide over {world} processes; make it a multiple")
     if gpu and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
         raise UserError(f"more processes than GPUs: this machine has {torch.cuda.device_count()}; lower --nproc_per_node")
-    share = args.batch_size // world
-    if args.micro_batch_size is None:
-        args.micro_batch_size = max(n for n in range(1, share + 1) if share % n == 0 and (n == 1 or n * args.train_len <= 32768))
-    if args.micro_batch_size < 1 or share % args.micro_batch_size:
-        raise UserError(f"--micro_batch_size {args.micro_batch_size} does not divide the {share} examples of each process; choose a divisor")
+    args.micro_batch_size = fsdp.split_batch(args.batch_size, args.micro_batch_size, args.train_len)[1]
 
 
 UNRECORDED = ("out", "resume", "save_every", "keep", "tensorboard")  # of this process alone
@@ -361,8 +353,4 @@ def open_log(path, first):
 
 
 if __name__ == "__main__":
-    try:
-        errors.run(main)
-    except SystemExit as end:
-        fsdp.leave(end.code)
-    fsdp.leave()
+    fsdp.run(main)
