@@ -116,7 +116,10 @@ def last_hidden(model, rows):
     tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)
-    return model.hidden(tokens.to(model.embed.weight.device))
+    last = torch.tensor([[len(row) - 1] for row in rows])
+    positions = torch.arange(tokens.shape[1]).minimum(last)  # of padding too: where angles depend on the length, a row's own length counts
+    device = model.embed.weight.device
+    return model.hidden(tokens.to(device), positions.to(device))
 
 
 def batched(items, size, model):

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import os
@@ -106,6 +107,18 @@ def test_tail_scores_the_same_tokens_behind_more_context(tiny, monkeypatch, with
                 loss = torch.nn.functional.cross_entropy(model(torch.tensor([row]))[0, -21:-1], torch.tensor(row[-20:]), reduction="sum")
             assert entry == {"tokens": 20, "nats": pytest.approx(loss.item(), rel=1e-4)}
         assert got["ppl"] == pytest.approx(math.exp(sum(e["nats"] for e in got["by_document"]) / 40))
+
+
+def test_a_row_does_not_depend_on_longer_ones_beside_it(tiny):
+    """Dynamic NTK takes its base from the length: of the row, not of the batch that it is padded to."""
+    model = copy.copy(tiny[0])
+    model.config = weights.extend(model.config, "dynamic", 2048)
+    short, long = torch.randint(3, 2048, (2, 900), generator=torch.manual_seed(3)).tolist()
+    short = short[:400]
+    with torch.no_grad():
+        alone = evaluation.last_hidden(model, [short])[0]
+        torch.testing.assert_close(alone, model.hidden(torch.tensor([short]))[0])
+        torch.testing.assert_close(evaluation.last_hidden(model, [long, short])[1, :400], alone)
 
 
 def test_error_over_documents_is_the_bootstraps():
