@@ -98,13 +98,7 @@ def check(args):
         raise UserError(f"--keys {args.keys}: at most {len(CITIES)}")
     if args.tail and (args.by_position or args.stride):
         raise UserError(f"--tail {args.tail} scores one place of each document: leave out --{'stride' if args.stride else 'by_position'}")
-    if args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--plot {args.plot}: name a .png, .pdf or .svg file")
-    for path in (args.json, args.plot):
-        if path and path.is_dir():
-            raise UserError(f"{path}: is a folder; name a file")
-        if path and not path.absolute().parent.is_dir():
-            raise UserError(f"{path}: its folder does not exist; make it first")
+    errors.check_outputs(args.json, args.plot)
 
 
 # ---------------------------------------------------------------- one forward pass
@@ -394,19 +388,12 @@ def default_models():
     return ["smollm2-135m" if torch.cuda.is_available() else "tiny"]
 
 
-def parse_lengths(text, configs):
-    if text is None:
-        shortest, longest = min(c.original_window for c in configs), max(c.max_position_embeddings for c in configs)
-        if shortest == longest:
-            return [shortest // 2, shortest, 2 * shortest]
-        return sorted({shortest * 2**i for i in range(math.floor(math.log2(longest / shortest)) + 1)} | {longest})
-    try:
-        lengths = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise UserError(f"--lengths {text}: give whole numbers of tokens, comma-separated, such as 2048,4096") from None
-    if lengths[0] < 2 or lengths[-1] > 2**31:
-        raise UserError(f"--lengths {text}: a length is at least 2 and at most {2**31} tokens")
-    return lengths
+def default_lengths(configs):
+    """From the shortest window before any interpolation, doubling, to the longest window."""
+    shortest, longest = min(c.original_window for c in configs), max(c.max_position_embeddings for c in configs)
+    if shortest == longest:
+        return [shortest // 2, shortest, 2 * shortest]
+    return sorted({shortest * 2**i for i in range(math.floor(math.log2(longest / shortest)) + 1)} | {longest})
 
 
 def choose(documents, count, needed):
@@ -457,7 +444,10 @@ def main():
     names = args.model or default_models()
     configs = [weights.read_config(weights.resolve(name)) for name in names]
     by = "benchmark" if args.task == "benchmarks" else "length"
-    units = [*harness.find_files(args.data)] if by == "benchmark" else parse_lengths(args.lengths, configs)
+    if by == "benchmark":
+        units = [*harness.find_files(args.data)]
+    else:
+        units = default_lengths(configs) if args.lengths is None else errors.token_counts("--lengths", args.lengths, least=2)
     if args.tail and args.tail >= units[0]:
         raise UserError(f"--tail {args.tail}: leaves no context in a length of {units[0]}; lower it or raise --lengths")
     shared = settings(args, names, units) if args.json else None

@@ -212,10 +212,7 @@ def draw_curves(a, reports, task):
         else:
             errors = [r["standard_error"] or 0 for r in results]
         a.errorbar([r["length"] for r in results], values, errors, marker="o", capsize=3, label=report["model"])
-    lengths = [r["length"] for r in reports[0]["results"]]
-    a.set_xscale("log", base=2)
-    a.set_xticks(lengths, [f"{n:,}" for n in lengths], rotation=30)
-    a.set_xlabel("length, tokens")
+    length_axis(a, [r["length"] for r in reports[0]["results"]], "length, tokens")
     if task == "passkey":
         a.set(ylabel="passkey accuracy, % (95% interval)", ylim=(-5, 105))
     else:
@@ -224,6 +221,13 @@ def draw_curves(a, reports, task):
         a.yaxis.set_minor_formatter(LogFormatter())
     a.grid(alpha=0.3)
     a.legend()
+
+
+def length_axis(a, lengths, label):
+    """A logarithmic x axis with a tick at each of the lengths."""
+    a.set_xscale("log", base=2)
+    a.set_xticks(lengths, [f"{n:,}" for n in lengths], rotation=30)
+    a.set_xlabel(label)
 
 
 def draw_positions(a, reports):

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
+import errors
 import fsdp
 import pose
 import weights
@@ -301,12 +302,7 @@ class Validation:
     """Loss on the first windows of other texts, tokens and positions contiguous: what the model is for, not how it is trained."""
 
     def __init__(self, args, tokenizer, windows=16):
-        try:
-            lengths = sorted({int(n) for n in (args.eval_lengths or str(args.train_len)).split(",")})
-        except ValueError:
-            raise UserError(f"--eval_lengths {args.eval_lengths}: give whole numbers of tokens, comma-separated") from None
-        if lengths[0] < 1:
-            raise UserError(f"--eval_lengths {lengths[0]}: must be at least 1")
+        lengths = errors.token_counts("--eval_lengths", args.eval_lengths or str(args.train_len))
         documents = data.prepare(args.eval_data, tokenizer, weights.cache_dir())
         long_enough = (documents[i] for i in np.argsort(-np.diff(documents.starts), kind="stable"))
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
