@@ -92,7 +92,7 @@ def check(args, config):
 def shape(name):
     """The Config of a shape's name."""
     name, _, layers = name.partition(":")
-    config = SHAPES.get(name) or weights.read_config(weights.resolve(name))
+    config = SHAPES.get(name) or families.read_config(weights.resolve(name))
     if layers and not (layers.isdigit() and int(layers)):
         raise UserError(f"--model {name}:{layers}: give the number of layers after the colon")
     return dataclasses.replace(config, n_layers=int(layers or config.n_layers))
@@ -102,7 +102,7 @@ def peer(config, **more):
     """transformers' own model of that architecture, in float32."""
     import transformers
 
-    written = weights.hf_config(families.as_written(dataclasses.replace(config, dtype="float32")))
+    written = families.hf_config(families.as_written(dataclasses.replace(config, dtype="float32")))
     return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**written | more))
 
 

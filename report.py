@@ -2,7 +2,6 @@
 
 A report is one model's {"task", "model", "results": [one entry a length or benchmark]}; all models of a call stand in one table, plot and file.
 """
-import hashlib
 import json
 import math
 import os
@@ -49,19 +48,6 @@ def by_depth(by_trial, rows):
 
 
 # ---------------------------------------------------------------- the file
-
-
-def fingerprint(folder):
-    """Of a model folder, in milliseconds: of small files the whole content, of weights 16 samples a file."""
-    key = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".model", ".safetensors")):
-        size = path.stat().st_size
-        key.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as f:
-            for i in range(16):
-                f.seek(size * i // 16)
-                key.update(f.read(2**16))
-    return key.hexdigest()[:16]
 
 
 def read(path, settings):
