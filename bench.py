@@ -16,7 +16,7 @@ Notable choices:
 import argparse
 import dataclasses
 import gc
-import itertools
+import importlib.util
 import json
 import os
 import statistics
@@ -34,6 +34,7 @@ import data
 import errors
 import families
 import fsdp
+import report
 import weights
 from errors import UserError
 from model import Config, Transformer, attention
@@ -57,23 +58,56 @@ def parse_arguments():
     p.add_argument("--activation_checkpointing", choices=("none", "selective", "full"), default="none")
     p.add_argument("--cpu_offload", action="store_true")
     p.add_argument("--param_dtype", choices=("float32", "bfloat16"), default="float32")
-    p.add_argument("--compare", choices=("transformers",), help="the same work there, in turns")
+    p.add_argument("--compare", choices=("transformers",), help="train, prefill: the same work there, in turns")
     p.add_argument("--json", type=Path, metavar="FILE")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="efficiency: time and memory by target")
     return p.parse_args()
 
 
+def check(args, config):
+    """Refuse what cannot run, and fill in the defaults that depend on the model."""
+    errors.check_outputs(args.json, args.plot)
+    if args.plot and args.task != "efficiency":
+        raise UserError("--plot belongs to --task efficiency; leave it out")
+    if args.compare and args.task == "efficiency":
+        raise UserError("--compare belongs to --task train or prefill; leave it out")
+    if args.compare and importlib.util.find_spec(args.compare) is None:
+        raise UserError(f"--compare {args.compare}: not installed here; pip install {args.compare}")
+    for key in ("steps", "train_len", "micro_batch_size", "batch_size"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    args.train_len = args.train_len or config.max_position_embeddings
+    if args.task == "efficiency":
+        args.micro_batch_size = args.micro_batch_size or 1
+    if args.batch_size is None:
+        args.batch_size = int(os.environ.get("WORLD_SIZE", 1)) * (args.micro_batch_size or max(1, 32768 // args.train_len))
+    args.share, args.micro_batch_size = fsdp.split_batch(args.batch_size, args.micro_batch_size, args.train_len)
+    first = 2 * args.train_len if args.task == "efficiency" else config.max_position_embeddings
+    doubling = [first * 2**i for i in range(20) if first * 2**i <= 131072] or [first]
+    args.lengths = doubling if args.lengths is None else errors.token_counts("--lengths", args.lengths)
+    if args.task == "efficiency" and args.lengths[0] < args.train_len:
+        raise UserError(f"--lengths {args.lengths[0]}: a target is at least the window of {args.train_len}; raise it or lower --train_len")
+
+
 def shape(name):
     """The Config of a shape's name."""
     name, _, layers = name.partition(":")
-    config = SHAPES.get(name) or weights.read_config(weights.resolve(name))
+    config = SHAPES.get(name) or families.read_config(weights.resolve(name))
     if layers and not (layers.isdigit() and int(layers)):
         raise UserError(f"--model {name}:{layers}: give the number of layers after the colon")
     return dataclasses.replace(config, n_layers=int(layers or config.n_layers))
 
 
+def peer(config, **more):
+    """transformers' own model of that architecture, in float32."""
+    import transformers
+
+    written = families.hf_config(families.as_written(dataclasses.replace(config, dtype="float32")))
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**written | more))
+
+
 class Clock:
-    """Seconds that pieces of work take, the device's part included, and the most memory it held meanwhile."""
+    """Seconds that pieces of work take, the device's part included, and the most of its memory (in bytes) that was in use meanwhile."""
 
     def __init__(self, device):
         self.gpu, self.seconds, self.peak = device.type == "cuda", [], 0
@@ -89,10 +123,6 @@ class Clock:
             self.peak = max(self.peak, torch.cuda.max_memory_allocated())
         self.seconds.append(time.perf_counter() - began)
         return result
-
-
-def allocated(device):
-    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
 
 
 def since_start():
@@ -115,29 +145,29 @@ class RandomDocument:
         return self.tokens
 
 
-def random_batches(config, sampling, share, device):
-    """What train.py's data.prefetched yields, of random tokens, without end."""
+def random_batches(config, args, sampling, device):
+    """What train.py trains on, but of random tokens."""
     batches = data.Batches(RandomDocument(config.vocab_size, max(4 * sampling["train_len"], 2**20)), 0, **sampling)
-    mine = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
-    return data.prefetched(batches, itertools.count(), mine, device)
+    mine = range(dist.get_rank() * args.share, (dist.get_rank() + 1) * args.share)
+    return data.prefetched(batches, 0, mine, device)
 
 
-def our_step(config, args, device, sampling, share, rows):
+def our_step(config, args, sampling, device):
     """A function that makes one training step as train.py does -> (loss, seconds that it waited for its batch)."""
     with torch.device("meta"):
         model = Transformer(config)
     gpu = device.type == "cuda"
-    compute_dtype = torch.bfloat16 if gpu else torch.float32
-    fsdp.shard(model, device, compute_dtype, getattr(torch, args.param_dtype), args.activation_checkpointing, args.cpu_offload, compile=gpu)
+    dtypes = torch.bfloat16 if gpu else torch.float32, getattr(torch, args.param_dtype)
+    fsdp.shard(model, device, *dtypes, args.activation_checkpointing, args.cpu_offload, compile=gpu)
     randomise(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
-    batches = random_batches(config, sampling, share, device)
+    batches = random_batches(config, args, sampling, device)
 
     def step():
         began = time.perf_counter()
-        _, *batch = next(batches)
+        batch = next(batches)
         waited = time.perf_counter() - began
-        loss, _ = fsdp.update(model, optimizer, batch, rows, share * dist.get_world_size() * sampling["train_len"])
+        loss, _ = fsdp.update(model, optimizer, batch, args.micro_batch_size, args.batch_size * sampling["train_len"])
         return loss.item(), waited
 
     return step
@@ -154,21 +184,19 @@ def randomise(model):
             p.copy_(whole)
 
 
-def their_step(config, args, device, sampling, share, rows):
+def their_step(config, args, sampling, device):
     """The same of transformers: the whole model compiled, bfloat16 autocast, float32 weights and AdamW."""
-    import transformers
-
     torch.set_float32_matmul_precision("high")
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**weights.hf_config(config) | {"use_cache": False})).to(device).train()
+    model = peer(config, use_cache=False).to(device).train()
     if args.activation_checkpointing != "none":  # it has one kind
         model.gradient_checkpointing_enable()
     compiled = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
-    batches = random_batches(config, sampling, share, device)
+    batches = random_batches(config, args, sampling, device)
 
     def step():
-        _, tokens, _, _ = next(batches)
-        for piece in tokens.split(rows):
+        tokens, _, _ = next(batches)
+        for piece in tokens.split(args.micro_batch_size):
             with torch.autocast(device.type, torch.bfloat16):
                 loss = compiled(input_ids=piece, labels=piece).loss
             loss.backward()
@@ -180,46 +208,42 @@ def their_step(config, args, device, sampling, share, rows):
     return step
 
 
-def measure_training(config, args, device, sampling, share, rows):
-    """One entry of `results` for each side, which take turns. share: examples of a process in a step, rows: in a micro-batch of it."""
-    sides, results = {}, {}
-    for name, make in {"ours": our_step, args.compare: their_step}.items():
-        if name is None:
-            continue
-        held, began = allocated(device), time.perf_counter()
-        step = make(config, args, device, sampling, share, rows)
-        sides[name] = step, Clock(device)
+def measure_training(config, args, sampling, device):
+    """One entry of `results` for each side, ours first; they take turns. first_step_seconds: from its making on."""
+    sides = []
+    for name, make in (("ours", our_step), ("transformers", their_step))[: 2 if args.compare else 1]:
+        held = torch.cuda.memory_allocated() if device.type == "cuda" else 0  # by the other side
+        began = time.perf_counter()
+        step = make(config, args, sampling, device)
         losses = [step()[0]]
-        first = since_start() if name == "ours" else time.perf_counter() - began
-        warm = Clock(device)
+        first, warm = time.perf_counter() - began, Clock(device)
         losses += [warm(step)[0] for _ in range(2)]
         memory = (warm.peak - held) / 2**30 if warm.peak else None
-        results[name] = {"side": name, "first_step_seconds": first, "peak_memory_gib": memory, "losses": losses}
-    waits = []
-    for _ in range(TURNS):
-        for name, (step, clock) in sides.items():
-            for _ in range(max(1, args.steps // TURNS)):
+        entry = {"side": name, "first_step_seconds": first, "peak_memory_gib": memory, "losses": losses}
+        sides.append((entry, step, Clock(device), []))
+    for turn in range(TURNS):
+        for entry, step, clock, waits in sides:
+            for _ in range(turn, args.steps, TURNS):
                 loss, waited = clock(step)
-                results[name]["losses"].append(loss)
-                waits += [waited] if name == "ours" else []
-    peak_flops, tokens = fsdp.peak_flops(device), share * sampling["train_len"]
-    for name, (_, clock) in sides.items():
+                entry["losses"].append(loss)
+                waits.append(waited)
+    peak_flops, tokens = fsdp.peak_flops(device), args.share * sampling["train_len"]
+    for entry, _, clock, waits in sides:
         seconds = statistics.median(clock.seconds)
         mfu = tokens / seconds * config.flops_per_token(sampling["train_len"]) / peak_flops if peak_flops else None
-        results[name] |= {"tokens_per_second": tokens / seconds, "step_seconds": seconds, "seconds": clock.seconds, "mfu": mfu}
-    results["ours"]["waiting_for_data"] = statistics.median(waits) / results["ours"]["step_seconds"]
-    return list(results.values())
+        entry |= {"tokens_per_second": tokens / seconds, "step_seconds": seconds, "seconds": clock.seconds, "mfu": mfu}
+        if entry["side"] == "ours":
+            entry["waiting_for_data"] = statistics.median(waits) / seconds
+    return [entry for entry, *_ in sides]
 
 
 def train(config, args, device):
-    train_len = args.train_len or config.max_position_embeddings
-    rows = args.micro_batch_size or max(1, 32768 // train_len)
-    share = (args.batch_size or rows * dist.get_world_size()) // dist.get_world_size()
-    sampling = {"method": "pose", "train_len": train_len, "target_len": 16 * train_len}
-    results = measure_training(config, args, device, sampling, share, rows)
+    started = since_start()
+    results = measure_training(config, args, {"method": "pose", "train_len": args.train_len, "target_len": 16 * args.train_len}, device)
+    results[0]["first_step_seconds"] += started
     for r in results:
-        r |= {"train_len": train_len, "share": share, "micro_batch_size": rows, "processes": dist.get_world_size()}
-        slow, fast = (share * train_len / f(r["seconds"]) for f in (max, min))
+        r |= {"train_len": args.train_len, "share": args.share, "micro_batch_size": args.micro_batch_size, "processes": dist.get_world_size()}
+        slow, fast = (args.share * args.train_len / f(r["seconds"]) for f in (max, min))
         told = [f"{r['tokens_per_second']:,.0f} tokens/s a process ({slow:,.0f} to {fast:,.0f})", f"first step after {r['first_step_seconds']:.1f} s"]
         told += [f"MFU {r['mfu']:.1%}"] if r["mfu"] else []
         told += [f"{r['peak_memory_gib']:.1f} GiB"] if r["peak_memory_gib"] else []
@@ -230,16 +254,13 @@ def train(config, args, device):
 
 def efficiency(config, args, device):
     """Figure 3: step time and memory of PoSE at a fixed window, and of training at full length, by target."""
-    train_len = args.train_len or config.max_position_embeddings
-    rows = args.micro_batch_size or 1
-    share = args.batch_size or rows
     results = []
-    for target in lengths_of(args, 2 * train_len):
+    for target in args.lengths:
         for method in ("pose", "full"):
-            sampling = {"method": method, "train_len": train_len if method == "pose" else target, "target_len": target}
+            sampling = {"method": method, "train_len": args.train_len if method == "pose" else target, "target_len": target}
             torch._dynamo.reset()
             try:
-                entry = measure_training(config, args, device, sampling, share, rows)[0]
+                entry = measure_training(config, args, sampling, device)[0]
             except torch.OutOfMemoryError:
                 entry = {"step_seconds": None, "peak_memory_gib": None}
             results.append({"method": method, "target_len": target} | entry)
@@ -258,19 +279,18 @@ def draw_efficiency(results, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axes, key, label in zip(panels, ("step_seconds", "peak_memory_gib"), ("seconds a step", "peak memory, GiB")):
+    shown = {"step_seconds": "seconds a step", "peak_memory_gib": "peak memory, GiB"}
+    shown = {key: label for key, label in shown.items() if any(r[key] for r in results)}  # memory: of a GPU alone
+    figure, panels = pyplot.subplots(1, len(shown), figsize=(4.5 * len(shown), 3.6), layout="constrained", squeeze=False)
+    for axes, (key, label) in zip(panels[0], shown.items()):
         for method, name in (("full", "full-length"), ("pose", "PoSE")):
             points = [(r["target_len"], r[key]) for r in results if r["method"] == method and r[key]]
             axes.plot(*zip(*points), marker="o", label=name)
-        ticks = sorted({r["target_len"] for r in results})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=30)
-        axes.set_xlabel("target window, tokens")
+        report.length_axis(axes, sorted({r["target_len"] for r in results}), "target window, tokens")
         axes.set_ylabel(label)
         axes.set_ylim(0)
         axes.grid(alpha=0.3)
-    panels[0].legend()
+    panels[0, 0].legend()
     figure.savefig(path, dpi=150)
 
 
@@ -285,17 +305,13 @@ def prefill(config, args, device):
         model = Transformer(config).to(dtype)
     model.to_empty(device=device)
     randomise(model)
-    peer = None
-    if args.compare:
-        import transformers
-
-        peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**weights.hf_config(config))).to(dtype).to(device).eval()
+    other = peer(config).to(dtype).to(device).eval() if args.compare else None
     results = []
-    for length in lengths_of(args, config.max_position_embeddings):
+    for length in args.lengths:
         tokens = torch.randint(config.vocab_size, (1, length), device=device)
-        work = {"ours": partial(read, model, tokens), "kernels alone": kernels(config, length, device, dtype)}
-        if peer:
-            work["transformers"] = partial(peer.generate, tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        work = {"ours": partial(read, model, tokens), "kernels alone": kernels(model, length)}
+        if other:
+            work["transformers"] = partial(other.generate, tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
         entry = {"length": length}
         for name, run in work.items():
             clock = Clock(device)
@@ -303,14 +319,15 @@ def prefill(config, args, device):
                 read(model, tokens[:, :16384])  # warm
                 for _ in range(args.steps):
                     clock(run)
-                times = config.n_layers if name == "kernels alone" else 1
-                seconds = [times * s for s in clock.seconds]
-                entry[name] = {"seconds": statistics.median(seconds), "all": seconds, "peak_memory_gib": clock.peak / 2**30}
-                say(f"{length:>9,} tokens, {name}: {entry[name]['seconds']:.3f} s ({min(seconds):.3f} to {max(seconds):.3f})"
-                    + (f", {clock.peak / 2**30:.2f} GiB" if times == 1 and clock.peak else ""))
             except torch.OutOfMemoryError:
                 entry[name] = None
                 say(f"{length:>9,} tokens, {name}: out of memory")
+                continue
+            seconds = [s * config.n_layers if name == "kernels alone" else s for s in clock.seconds]
+            memory = clock.peak / 2**30 if clock.peak else None
+            entry[name] = {"seconds": statistics.median(seconds), "all": seconds, "peak_memory_gib": memory}
+            told = f", {memory:.2f} GiB" if memory and name != "kernels alone" else ""
+            say(f"{length:>9,} tokens, {name}: {entry[name]['seconds']:.3f} s ({min(seconds):.3f} to {max(seconds):.3f}){told}")
         results.append(entry)
     return results
 
@@ -320,34 +337,23 @@ def read(model, tokens):
     return model.head(model.hidden(tokens)[:, -8:]).argmax(-1)
 
 
-def kernels(config, length, device, dtype):
-    """A function that runs only the attention kernel and the matrix products of one layer."""
-    C, M, D = config.hidden_dim, config.intermediate_dim, config.head_dim
-    heads, kv_heads = config.n_heads, config.n_kv_heads
-    q, k, v = (torch.randn(1, length, n, D, device=device, dtype=dtype) for n in (heads, kv_heads, kv_heads))
-    rows = min(length, 16384)
-    sizes = [(C, heads * D), (C, kv_heads * D), (C, kv_heads * D), (heads * D, C), (C, M), (C, M), (M, C)]
-    products = [(torch.randn(rows, a, device=device, dtype=dtype), torch.randn(b, a, device=device, dtype=dtype)) for a, b in sizes]
+def kernels(model, length):
+    """A function that runs only the attention kernel and the matrix products of the first block on a prompt of `length` tokens."""
+    config, products = model.config, [module.weight for module in model.blocks[0].modules() if isinstance(module, torch.nn.Linear)]
+    random = partial(torch.randn, device=products[0].device, dtype=products[0].dtype)
+    q, k, v = (random(1, length, n, config.head_dim) for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads))
+    inputs = {width: random(min(length, 16384), width) for width in {w.shape[1] for w in products}}
 
     def run():
         attention(q, k, v)
-        for _ in range(length // rows):
-            for x, w in products:
-                F.linear(x, w)
+        for begin in range(0, length, 16384):
+            for w in products:
+                F.linear(inputs[w.shape[1]][: length - begin], w)
 
     return run
 
 
 # ---------------------------------------------------------------- the command
-
-
-def lengths_of(args, first):
-    if args.lengths is None:
-        return [first * 2**i for i in range(20) if first * 2**i <= 131072]
-    try:
-        return [int(n) for n in args.lengths.split(",")]
-    except ValueError:
-        raise UserError(f"--lengths {args.lengths}: give whole numbers of tokens, comma-separated") from None
 
 
 def say(line):
@@ -360,6 +366,7 @@ def main():
     gpu = torch.cuda.is_available()
     args.model = args.model or ("smollm2-135m" if gpu else "tiny")
     config = shape(args.model)
+    check(args, config)
     device = fsdp.start("cuda" if gpu else "cpu")
     card = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     say(f"{args.model} on {card}, torch {torch.__version__}, {dist.get_world_size()} process(es)")
@@ -367,15 +374,11 @@ def main():
     if dist.get_rank() == 0:
         if args.json:
             settings = {key: str(value) for key, value in vars(args).items() if value is not None}
-            report = {"task": args.task, "model": args.model, "card": card, "settings": settings, "results": results}
-            args.json.write_text(json.dumps(report, indent=2) + "\n")
+            written = {"task": args.task, "model": args.model, "card": card, "settings": settings, "results": results}
+            args.json.write_text(json.dumps(written, indent=2) + "\n")
         if args.plot:
             draw_efficiency(results, args.plot)
 
 
 if __name__ == "__main__":
-    try:
-        errors.run(main)
-    except SystemExit as end:
-        fsdp.leave(end.code)
-    fsdp.leave()
+    fsdp.run(main)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import tokenizer as tokenizers
 import weights
 from errors import UserError
-from families import BLOCK_NAMES, OUTER_NAMES, half_split, hf_name
+from families import BLOCK_NAMES, OUTER_NAMES, half_split, hf_config, hf_name, read_config
 from model import Config, Transformer
 
 
@@ -45,7 +45,7 @@ def convert(source, dest, window=None):
 
 def convert_bin(source, dest):
     """pytorch_model.bin, or its shards by their index, one at a time: memory stays near one shard. dtypes stay as they are."""
-    config = weights.read_config(source)  # an architecture that is not known is refused before a weight is read,
+    config = read_config(source)  # an architecture that is not known is refused before a weight is read,
     weights.load_tokenizer(source, config)  # and so is a tokenizer
     index = source / "pytorch_model.bin.index.json"
     files = list(weights.read_index(index)) if index.is_file() else [source / "pytorch_model.bin"]
@@ -182,7 +182,7 @@ def convert_meta(source, dest, window):
     groups = weights.split_by_size({name: shape.numel() * embedding[0].itemsize for name, shape in wanted.items()})
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
     others = {
-        "config.json": json.dumps(weights.hf_config(config), indent=2).encode(),
+        "config.json": json.dumps(hf_config(config), indent=2).encode(),
         "tokenizer.model": vocabulary.read_bytes(),
         "tokenizer_config.json": json.dumps(settings | {"legacy": False}).encode(),
     }
@@ -292,7 +292,7 @@ def convert_gguf(source, dest):
     if tensors:
         raise UserError(f"{source}: tensor {min(tensors)} is not part of a {kind} model that this code knows ({len(tensors)} such)")
     try:
-        tokenizer, config_json = tokenizers.from_gguf(meta), json.dumps(weights.hf_config(config), indent=2)
+        tokenizer, config_json = tokenizers.from_gguf(meta), json.dumps(hf_config(config), indent=2)
     except (UserError, ValueError) as error:
         raise UserError(f"{source}: {error}") from None
     if tokenizer.vocab_size > config.vocab_size:

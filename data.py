@@ -11,7 +11,7 @@ import json
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -165,11 +165,11 @@ class Batches:
         return tokens, positions, text[index + 1]  # the target is what really follows, at the seam of two chunks too
 
 
-def prefetched(batches, steps, indices, device):
-    """Yield (step, tokens, positions, targets) on `device` for each of `steps`. A thread makes the next batch while the device works on this one."""
+def prefetched(batches, first, indices, device):
+    """Yield batches(step, indices) as tensors on `device` for step = first, first + 1, … without end. A thread makes the next one while the
+    device works on this one."""
     with ThreadPoolExecutor(1) as thread:
-        made = None
-        for step in steps:
-            batch = (made or thread.submit(batches, step, indices)).result()
-            made = thread.submit(batches, step + 1, indices)
-            yield step, *(torch.from_numpy(x).to(device) for x in batch)
+        following = thread.submit(batches, first, indices)
+        for step in count(first + 1):
+            batch, following = following.result(), thread.submit(batches, step, indices)
+            yield tuple(torch.from_numpy(x).to(device) for x in batch)

@@ -1,4 +1,4 @@
-"""A user's mistake is one line on stderr and exit code 2, never a stack trace."""
+"""A user's mistake is one line on stderr and exit code 2, never a stack trace; and the checks of input that several commands share."""
 import errno
 import os
 import sys
@@ -9,6 +9,28 @@ import torch
 
 class UserError(Exception):
     """What is wrong, where, and what to do, in one line. Raise it where a user's input comes in."""
+
+
+def token_counts(option, text, least=1):
+    """The numbers of tokens in "4096,2048", the text of a command-line option, in ascending order and each once."""
+    try:
+        lengths = sorted({int(n) for n in text.split(",")})
+    except ValueError:
+        raise UserError(f"{option} {text}: give whole numbers of tokens, comma-separated, such as 2048,4096") from None
+    if lengths[0] < least or lengths[-1] > 2**31:
+        raise UserError(f"{option} {text}: a length is at least {least} and at most {2**31} tokens")
+    return lengths
+
+
+def check_outputs(json, plot):
+    """Refuse, before hours of work, paths (or None) of a JSON file and of a plot that could not be written after it."""
+    if plot and plot.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot {plot}: name a .png, .pdf or .svg file")
+    for path in (json, plot):
+        if path and path.is_dir():
+            raise UserError(f"{path}: is a folder; name a file")
+        if path and not path.absolute().parent.is_dir():
+            raise UserError(f"{path}: its folder does not exist; make it first")
 
 
 def run(main):

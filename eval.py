@@ -32,23 +32,7 @@ import harness
 import report
 import weights
 from errors import UserError
-
-# Mohtashami & Jaggi 2023, the prompt of PoSE section 4.2.
-TASK = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
-    "I will quiz you about the important information there."
-)
-GARBAGE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-KEY = "The pass key is {key}. Remember it. {key} is the pass key."
-QUESTION = "What is the pass key? The pass key is"
-
-NEEDLE_TASK = "The text below hides the door codes of {keys} cities. Remember them: the last line asks for one."
-NEEDLE = "The door code of {city} is {key}."
-NEEDLE_QUESTION = "What is the door code of {city}? The door code of {city} is"
-CITIES = (
-    "Amsterdam", "Baghdad", "Cairo", "Delhi", "Edinburgh", "Florence", "Geneva", "Helsinki",
-    "Istanbul", "Jakarta", "Kyoto", "Lisbon", "Madrid", "Nairobi", "Oslo", "Prague",
-)  # fmt: skip
+from prompts import CITIES, digit_tokens, needle_prompt, passkey_prompt
 
 SETTINGS = {  # the options that a result depends on
     "passkey": ("trials", "seed", "generate"), "needle": ("trials", "seed", "generate", "keys", "data"),
@@ -98,13 +82,7 @@ def check(args):
         raise UserError(f"--keys {args.keys}: at most {len(CITIES)}")
     if args.tail and (args.by_position or args.stride):
         raise UserError(f"--tail {args.tail} scores one place of each document: leave out --{'stride' if args.stride else 'by_position'}")
-    if args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--plot {args.plot}: name a .png, .pdf or .svg file")
-    for path in (args.json, args.plot):
-        if path and path.is_dir():
-            raise UserError(f"{path}: is a folder; name a file")
-        if path and not path.absolute().parent.is_dir():
-            raise UserError(f"{path}: its folder does not exist; make it first")
+    errors.check_outputs(args.json, args.plot)
 
 
 # ---------------------------------------------------------------- one forward pass
@@ -116,7 +94,10 @@ def last_hidden(model, rows):
     tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)
-    return model.hidden(tokens.to(model.embed.weight.device))
+    last = torch.tensor([[len(row) - 1] for row in rows])
+    positions = torch.arange(tokens.shape[1]).minimum(last)  # of padding too: where angles depend on the length, a row's own length counts
+    device = model.embed.weight.device
+    return model.hidden(tokens.to(device), positions.to(device))
 
 
 def batched(items, size, model):
@@ -133,109 +114,7 @@ def batched(items, size, model):
         yield batch
 
 
-@functools.cache
-def token_texts(tokenizer):
-    """What each id adds in the middle of a text."""
-    before = tokenizer.encode("x")
-    return [tokenizer.decode([*before, i])[1:] for i in range(tokenizer.vocab_size)]
-
-
 # ---------------------------------------------------------------- retrieval
-
-
-def passkey_prompt(tokenizer, length, depth, key):
-    """Token ids of a prompt and of its answer, together `length` tokens: whole lines of garbage, and in front of them as much of the end of
-    one more as fills the length: from a word on, after blank lines if need be, else from inside a word. (If none is exact with this tokenizer,
-    the longest.) Behind the garbage a broken sentence would meet the question, and cost small models answers.
-    depth 0 … 1: where among the lines the key stands. Raises UserError if the prompt does not fit at all."""
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-
-    def encode(before, after, cut=""):
-        first = " ".join([cut] + [GARBAGE] * before).strip(" ")
-        parts = [TASK, first, KEY.format(key=key), " ".join([GARBAGE] * after), f"{QUESTION} {key}"]
-        return bos + tokenizer.encode("\n".join(part for part in parts if part))
-
-    line = len(encode(2, 3)) - len(encode(2, 2))
-    lines = max(0, 5 + (length - len(encode(2, 2))) // line)
-    while True:
-        before = round(depth * lines)
-        after = lines - before
-        few = min(before, 2), min(after, 2)
-        room = length - line * (lines - sum(few))  # for few lines and what is around them
-        if len(encode(*few)) <= room:
-            break
-        if lines == 0:
-            raise UserError(f"--lengths {length}: too short for the passkey prompt, which needs {len(encode(0, 0))} tokens with this tokenizer")
-        lines -= 1
-
-    inside = [GARBAGE[n:] for n in range(1, len(GARBAGE) + 1)]
-    words = [cut for cut, previous in zip(inside, GARBAGE) if previous == " " or not cut]
-    cuts = [blank + cut for cuts in (words, inside) for blank in ("", "\n", "\n\n") for cut in cuts]
-    fitting = {cut: n for cut in cuts if (n := len(encode(*few, cut))) <= room}
-    cut = max(fitting, key=fitting.get)  # the first of the longest
-    tokens = repeat(lambda before, after: encode(before, after, cut), before, after)
-    answer_len = len(tokenizer.encode(f"{QUESTION} {key}")) - len(tokenizer.encode(QUESTION))
-    return tokens[:-answer_len], tokens[-answer_len:]
-
-
-def repeat(encode, before, after):
-    """encode(before, after), the ids of a text with so many equal lines in two places, though only three are really encoded in each: every
-    further one adds the same ids at the same place. (A million tokens take milliseconds, not seconds.)"""
-    few = min(before, 2), min(after, 2)
-    tokens = base = encode(*few)
-    for more, times in (((0, 1), after - few[1]), ((1, 0), before - few[0])):  # the later place first: it does not move the earlier one
-        if times:
-            longer = encode(few[0] + more[0], few[1] + more[1])
-            place = next(i for i, (a, b) in enumerate(zip(base, longer)) if a != b)
-            tokens = tokens[:place] + longer[place : place + len(longer) - len(base)] * times + tokens[place:]
-    return tokens
-
-
-def needle_prompt(tokenizer, corpus, length, depth, rng, keys):
-    """Token ids of a prompt and of its answer, together `length` tokens: a random stretch of `corpus` (1-d array of ids) with the door codes of
-    `keys` cities in lines of their own, between sentences or lines of the text, and the question for one of them.
-    depth 0 … 1: where in the text that one stands; the others stand anywhere. Raises UserError if the prompt or the stretch does not fit."""
-
-    def inside(text):  # ids of a line in the middle of a text
-        return tokenizer.encode("x\n" + text)[len(tokenizer.encode("x")) :]
-
-    cities = rng.choice(CITIES, keys, replace=False).tolist()
-    codes = rng.choice(np.arange(10000, 100000), keys, replace=False).tolist()
-    head = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    head += tokenizer.encode(NEEDLE_TASK.format(keys=keys)) + inside("")
-    needles = [inside(NEEDLE.format(city=city, key=code)) + inside("") for city, code in zip(cities, codes)]
-    question = inside(NEEDLE_QUESTION.format(city=cities[0]))
-    asked = inside(NEEDLE_QUESTION.format(city=cities[0]) + f" {codes[0]}")
-    fixed = len(head) + sum(map(len, needles)) + len(asked)
-    room = length - fixed
-    if room < 1:
-        raise UserError(f"--lengths {length}: too short for the needle prompt, which needs {fixed + 1} tokens with this tokenizer; lower --keys")
-    if room > len(corpus):
-        raise UserError(f"--data: {len(corpus):,} tokens in all, too few for --lengths {length}; add texts or lower it")
-    start = rng.integers(len(corpus) - room + 1)
-    text = corpus[start : start + room]
-    ends = line_ends(tokenizer, text)
-    places = [ends[np.abs(ends - depth * room).argmin()], *rng.choice(ends, keys - 1)]
-    tokens, done = head, 0
-    for place, needle in sorted(zip(places, needles), key=lambda pair: pair[0]):
-        tokens = tokens + text[done:place].tolist() + needle
-        done = place
-    tokens += text[done:].tolist() + asked
-    return tokens[: len(question) - len(asked)], tokens[len(question) - len(asked) :]
-
-
-def line_ends(tokenizer, text):
-    """Places in text (1-d array of ids) where a line or a sentence ends and something can be put in, 0 among them."""
-    newline, stop, space = kinds(tokenizer)
-    return np.concatenate([[0], 1 + np.flatnonzero(newline[text[:-1]] | stop[text[:-1]] & space[text[1:]])])
-
-
-@functools.cache
-def kinds(tokenizer):
-    """Of every id, three arrays: does it end a line, may it end a sentence, does it begin with a space?"""
-    texts = token_texts(tokenizer)
-    tests = (lambda t: t.endswith("\n")), (lambda t: t.rstrip("\"')”’").endswith((".", "!", "?"))), (lambda t: t[:1].isspace())
-    return [np.array([test(t) for t in texts]) for test in tests]
 
 
 def answers_greedily(model, prompts, answers, digits):
@@ -245,12 +124,6 @@ def answers_greedily(model, prompts, answers, digits):
         said = model.head(h[len(prompt) - 1 : len(prompt) + len(answer)]).argmax(-1).tolist()  # one more than the answer
         right.append(said[:-1] == answer and said[-1] not in digits)
     return right
-
-
-@functools.cache
-def digit_tokens(tokenizer):
-    """Ids that would make a number go on."""
-    return {i for i, text in enumerate(token_texts(tokenizer)) if text[:1].isdigit()}
 
 
 def retrieval(model, tokenizer, length, trials, seed, make_prompt, generate=False, task="passkey"):
@@ -392,19 +265,12 @@ def default_models():
     return ["smollm2-135m" if torch.cuda.is_available() else "tiny"]
 
 
-def parse_lengths(text, configs):
-    if text is None:
-        shortest, longest = min(c.original_window for c in configs), max(c.max_position_embeddings for c in configs)
-        if shortest == longest:
-            return [shortest // 2, shortest, 2 * shortest]
-        return sorted({shortest * 2**i for i in range(math.floor(math.log2(longest / shortest)) + 1)} | {longest})
-    try:
-        lengths = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise UserError(f"--lengths {text}: give whole numbers of tokens, comma-separated, such as 2048,4096") from None
-    if lengths[0] < 2 or lengths[-1] > 2**31:
-        raise UserError(f"--lengths {text}: a length is at least 2 and at most {2**31} tokens")
-    return lengths
+def default_lengths(configs):
+    """From the shortest window before any interpolation, doubling, to the longest window."""
+    shortest, longest = min(c.original_window for c in configs), max(c.max_position_embeddings for c in configs)
+    if shortest == longest:
+        return [shortest // 2, shortest, 2 * shortest]
+    return sorted({shortest * 2**i for i in range(math.floor(math.log2(longest / shortest)) + 1)} | {longest})
 
 
 def choose(documents, count, needed):
@@ -416,10 +282,11 @@ def choose(documents, count, needed):
     return documents
 
 
-def settings(args, names, lengths):
-    """What two calls must share for their results to stand in one file. (More lengths may be added, unless the longest says what is scored.)"""
+def settings(args, names, checked, lengths):
+    """What two calls must share for their results to stand in one file. (More lengths may be added, unless the longest says what is scored.)
+    checked: what weights.check found of each model."""
     shared = {"task": args.task, "model": names, "device": args.device} | {key: getattr(args, key) for key in SETTINGS[args.task]}
-    shared |= {f"weights of {name}": report.fingerprint(weights.resolve(name)) for name in names}
+    shared |= {f"weights of {name}": weights.fingerprint(model.config, files) for name, (model, _, files) in zip(names, checked)}
     if args.task == "ppl":
         shared["lengths"] = lengths
     if args.task != "passkey":
@@ -453,12 +320,16 @@ def main():
     args = parse_arguments()
     check(args)
     names = args.model or default_models()
-    configs = [weights.read_config(weights.resolve(name)) for name in names]
+    checked = [weights.check(weights.resolve(name)) for name in names]  # the last of them too, before hours with the first
+    configs = [model.config for model, *_ in checked]
     by = "benchmark" if args.task == "benchmarks" else "length"
-    units = [*harness.find_files(args.data)] if by == "benchmark" else parse_lengths(args.lengths, configs)
+    if by == "benchmark":
+        units = [*harness.find_files(args.data)]
+    else:
+        units = default_lengths(configs) if args.lengths is None else errors.token_counts("--lengths", args.lengths, least=2)
     if args.tail and args.tail >= units[0]:
         raise UserError(f"--tail {args.tail}: leaves no context in a length of {units[0]}; lower it or raise --lengths")
-    shared = settings(args, names, units) if args.json else None
+    shared = settings(args, names, checked, units) if args.json else None
     if args.json and args.json.exists():
         reports = report.read(args.json, shared)
     else:

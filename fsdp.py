@@ -1,7 +1,8 @@
 """One code path for 1 and N processes: process group, FSDP2, activation checkpointing, CPU offload, sharded checkpoints.
 
 Notable choices:
-- `fully_shard` always, on one process too: it is what gives float32 master weights with bfloat16 compute.
+- float32 master weights with bfloat16 compute: several processes get them from FSDP's mixed precision, a single one, which has nothing to
+  shard, from model.py, which rounds weights where it uses them. FSDP's copies would cost SmolLM2 a third of its speed on an H100.
 - Order: activation checkpointing inside, torch.compile around it, fully_shard outermost. Parameter names stay as in model.py.
 - A checkpoint is written in the background, aside, and renamed when all of it is on disk: the newest folder is the pointer to it.
 """
@@ -24,7 +25,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import model as decoder
+import errors
 from errors import UserError
 from weights import replace_folder
 
@@ -50,6 +51,15 @@ def start(device_type):
     return device
 
 
+def run(main):
+    """errors.run for a command that calls `start`: its last line."""
+    try:
+        errors.run(main)
+    except SystemExit as end:
+        leave(end.code)
+    leave()
+
+
 def leave(code=0):
     """End the process with an exit code. Without an interpreter shutdown: gloo's threads may still hold tensors then, and abort one run in several
     (pytorch/pytorch#179291)."""
@@ -61,18 +71,26 @@ def leave(code=0):
     os._exit(code)
 
 
+def split_batch(batch_size, micro_batch_size, tokens):
+    """-> (examples of each process in a step, those of them in one forward pass). micro_batch_size None: as many of `tokens` tokens each as
+    make about 32,768. UserError if one does not divide the other."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if batch_size % world:
+        raise UserError(f"--batch_size {batch_size} does not divide over {world} processes; make it a multiple")
+    share = batch_size // world
+    if micro_batch_size is None:
+        micro_batch_size = max(n for n in range(1, share + 1) if share % n == 0 and (n == 1 or n * tokens <= 32768))
+    if micro_batch_size < 1 or share % micro_batch_size:
+        raise UserError(f"--micro_batch_size {micro_batch_size} does not divide the {share} examples of each process; choose a divisor")
+    return share, micro_batch_size
+
+
 def shard(model, device, compute_dtype, param_dtype=torch.float32, activation_checkpointing="none", cpu_offload=False, compile=False):
     """Shard each block and then the rest over all processes, of a model on the meta device: only then is memory for a process's own rows
     taken, uninitialised. The master weights (and with them AdamW's state) are of param_dtype, compute happens in compute_dtype, gradients
-    are reduced in float32 and averaged over processes. A single process has nothing to shard: its weights are rounded to compute_dtype by the
-    model, where they are used, without FSDP's copies (which cost SmolLM2 a third of its speed on an H100)."""
+    are reduced in float32 and averaged over processes. A single process keeps plain parameters, unless cpu_offload asks for FSDP."""
     model.to(param_dtype)
     model.compute_dtype = compute_dtype
-    alone = dist.get_world_size() == 1 and not cpu_offload
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    # cast_forward_inputs would round the float32 cos and sin.
-    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     for block in model.blocks:
         if activation_checkpointing == "full":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -81,12 +99,15 @@ def shard(model, device, compute_dtype, param_dtype=torch.float32, activation_ch
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
         if compile:
             block.forward = torch.compile(block.forward, fullgraph=True)
-        if not alone:
-            fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload)
     if compile:
-        model.cross_entropy = torch.compile(decoder.cross_entropy_and_gradient)
-    if not alone:
-        fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+        model.cross_entropy = torch.compile(model.cross_entropy)
+    if dist.get_world_size() > 1 or cpu_offload:
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        # cast_forward_inputs would round the float32 cos and sin.
+        precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
     model.to_empty(device="cpu" if cpu_offload else device)
     if model.config.tie_embeddings:
         model.head.weight = model.embed.weight  # to_empty takes plain ones apart

@@ -245,7 +245,8 @@ class Transformer(nn.Module):
         Angles that depend on the length (`dynamic`, `longrope`) are those of the final one from the first token on, as in one forward pass."""
         config, (B, T) = self.config, tokens.shape
         shape = (B, T + max_new_tokens, config.n_kv_heads, config.head_dim)
-        cache = [tuple(torch.empty(shape, dtype=self.embed.weight.dtype, device=tokens.device) for _ in range(2)) for _ in self.blocks]
+        dtype = self.compute_dtype or self.embed.weight.dtype
+        cache = [tuple(torch.empty(shape, dtype=dtype, device=tokens.device) for _ in range(2)) for _ in self.blocks]
         end = T + max_new_tokens
         for start in range(0, T, prefill_chunk):
             h = self.hidden(tokens[:, start : start + prefill_chunk], cache=cache, start=start, seq_len=end)

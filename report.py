@@ -2,7 +2,6 @@
 
 A report is one model's {"task", "model", "results": [one entry a length or benchmark]}; all models of a call stand in one table, plot and file.
 """
-import hashlib
 import json
 import math
 import os
@@ -49,19 +48,6 @@ def by_depth(by_trial, rows):
 
 
 # ---------------------------------------------------------------- the file
-
-
-def fingerprint(folder):
-    """Of a model folder, in milliseconds: of small files the whole content, of weights 16 samples a file."""
-    key = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".model", ".safetensors")):
-        size = path.stat().st_size
-        key.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as f:
-            for i in range(16):
-                f.seek(size * i // 16)
-                key.update(f.read(2**16))
-    return key.hexdigest()[:16]
 
 
 def read(path, settings):
@@ -212,10 +198,7 @@ def draw_curves(a, reports, task):
         else:
             errors = [r["standard_error"] or 0 for r in results]
         a.errorbar([r["length"] for r in results], values, errors, marker="o", capsize=3, label=report["model"])
-    lengths = [r["length"] for r in reports[0]["results"]]
-    a.set_xscale("log", base=2)
-    a.set_xticks(lengths, [f"{n:,}" for n in lengths], rotation=30)
-    a.set_xlabel("length, tokens")
+    length_axis(a, [r["length"] for r in reports[0]["results"]], "length, tokens")
     if task == "passkey":
         a.set(ylabel="passkey accuracy, % (95% interval)", ylim=(-5, 105))
     else:
@@ -224,6 +207,13 @@ def draw_curves(a, reports, task):
         a.yaxis.set_minor_formatter(LogFormatter())
     a.grid(alpha=0.3)
     a.legend()
+
+
+def length_axis(a, lengths, label):
+    """A logarithmic x axis with a tick at each of the lengths."""
+    a.set_xscale("log", base=2)
+    a.set_xticks(lengths, [f"{n:,}" for n in lengths], rotation=30)
+    a.set_xlabel(label)
 
 
 def draw_positions(a, reports):

@@ -104,7 +104,6 @@ def complete(args, window):
     gpu = args.device == "cuda"
     args.compile = gpu if args.compile is None else args.compile
     args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
-    world = int(os.environ.get("WORLD_SIZE", 1))
     for key in ("train_len", "chunks", "batch_size", "keep"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
@@ -124,15 +123,9 @@ def complete(args, window):
             raise UserError(f"--{key} {getattr(args, key):g}: must be a number, at least 1")
     if args.method == "full" and args.train_len != args.target_len:
         raise UserError(f"--method full trains on whole windows: leave --train_len out or make it {args.target_len}")
-    if args.batch_size % world:
-        raise UserError(f"--batch_size {args.batch_size} does not divide over {world} processes; make it a multiple")
     if gpu and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
         raise UserError(f"more processes than GPUs: this machine has {torch.cuda.device_count()}; lower --nproc_per_node")
-    share = args.batch_size // world
-    if args.micro_batch_size is None:
-        args.micro_batch_size = max(n for n in range(1, share + 1) if share % n == 0 and (n == 1 or n * args.train_len <= 32768))
-    if args.micro_batch_size < 1 or share % args.micro_batch_size:
-        raise UserError(f"--micro_batch_size {args.micro_batch_size} does not divide the {share} examples of each process; choose a divisor")
+    args.micro_batch_size = fsdp.split_batch(args.batch_size, args.micro_batch_size, args.train_len)[1]
 
 
 UNRECORDED = ("out", "resume", "save_every", "keep", "tensorboard")  # of this process alone
@@ -248,8 +241,8 @@ def main():
         signal.signal(number, interrupt)
 
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None if rank == 0 else True)
-    for step, *batch in data.prefetched(batches, bar, mine, device):
-        began = time.perf_counter()
+    began = time.perf_counter()
+    for step, batch in zip(bar, data.prefetched(batches, first, mine, device)):
         for group in optimizer.param_groups:
             group["lr"] = lr = learning_rate(step, args)
         loss, grad_norm = fsdp.update(model, optimizer, batch, args.micro_batch_size, tokens_per_step)
@@ -287,6 +280,7 @@ def main():
             bar.close()
             say(f"stopped after step {done} of {args.steps}; what is done is saved, add --resume to go on")
             break
+        began = time.perf_counter()  # the wait for a batch counts, validation and checkpoints do not
 
     checkpoints.finish()
     weights.save(model, tokenizer, args.out / "model")
@@ -308,12 +302,7 @@ class Validation:
     """Loss on the first windows of other texts, tokens and positions contiguous: what the model is for, not how it is trained."""
 
     def __init__(self, args, tokenizer, windows=16):
-        try:
-            lengths = sorted({int(n) for n in (args.eval_lengths or str(args.train_len)).split(",")})
-        except ValueError:
-            raise UserError(f"--eval_lengths {args.eval_lengths}: give whole numbers of tokens, comma-separated") from None
-        if lengths[0] < 1:
-            raise UserError(f"--eval_lengths {lengths[0]}: must be at least 1")
+        lengths = errors.token_counts("--eval_lengths", args.eval_lengths or str(args.train_len))
         documents = data.prepare(args.eval_data, tokenizer, weights.cache_dir())
         long_enough = (documents[i] for i in np.argsort(-np.diff(documents.starts), kind="stable"))
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -360,8 +349,4 @@ def open_log(path, first):
 
 
 if __name__ == "__main__":
-    try:
-        errors.run(main)
-    except SystemExit as end:
-        fsdp.leave(end.code)
-    fsdp.leave()
+    fsdp.run(main)

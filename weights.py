@@ -1,12 +1,10 @@
-"""Hugging Face checkpoint folders <-> model.py: configs, safetensors in and out. families.py has the names.
+"""Hugging Face checkpoint folders <-> model.py: safetensors in and out. families.py has the names and config.json.
 
     python weights.py show PATH                # family, sizes, window, scaling; what is wrong, if something is
     python weights.py convert SOURCE DEST      # .bin, .pth or GGUF -> a safetensors folder (convert.py)
 
 Notable choices:
 - A folder is checked whole (config, every name, every shape) before a weight is read.
-- Interpolation is written in Hugging Face's own terms, and a mode that stock loaders lack in one they have, so that
-  transformers and vLLM compute the same logits as this code.
 - A folder is written aside and renamed: a full disk or a kill leaves the earlier one whole.
 """
 import argparse
@@ -32,8 +30,8 @@ import families
 import rope
 import tokenizer as tokenizers
 from errors import UserError
-from families import FAMILIES, hf_name
-from model import Config, Transformer
+from families import hf_config, hf_name, read_config
+from model import Transformer
 
 BUILT_IN = ("tiny", "smollm2-135m")
 SHARD_BYTES = 5 * 2**30
@@ -124,104 +122,6 @@ def load_tokenizer(name, config):
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; use the tokenizer it was trained with"
         )
     return tokenizer
-
-
-def read_config(folder):
-    """config.json -> Config. UserError for an architecture, or a variant of one, that this code does not compute exactly."""
-    path = Path(folder) / "config.json"
-    try:
-        c = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not readable ({error}); copy it again") from None
-
-    def refuse(why):
-        raise UserError(f"{path}: {why}; this code extends RoPE models of {', '.join(FAMILIES)}")
-
-    if not isinstance(c, dict):
-        refuse("not a JSON object")
-    kind = c.get("model_type")
-    if c.get("position_embedding_type") == "alibi" or c.get("alibi") or kind in ("bloom", "mpt"):
-        refuse(f"{kind!r} uses ALiBi, not RoPE")
-    if kind == "baichuan" and ("max_position_embeddings" not in c or c.get("hidden_size") == 5120):
-        refuse("Baichuan 13B uses ALiBi, not RoPE; the 7B models do")
-    if kind in ("gpt2", "opt", "gpt_bigcode", "gpt_neo", "bert"):
-        refuse(f"{kind!r} uses learned positions, not RoPE")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        refuse(f"model_type {kind!r} is not known")
-    if experts := next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if c.get(key)), None):
-        refuse(f"a mixture of experts ({experts} {c[experts]}) is not known")
-    if c.get("quantization_config"):
-        refuse("quantised weights are not known; take the model they were made of")
-    family = FAMILIES[kind]
-    c = family.defaults | c
-    for key, value in family.fixed.items():
-        if (c.get(key) or value) != value:
-            refuse(f"{key} {c[key]!r} is not known for {kind}")
-    for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(c.get(key) or {}, dict):
-            refuse(f"{key} {c[key]!r} is not a JSON object")
-
-    for key in (*family.keys.values(), *family.optional):
-        if c.get(key) is None and key in family.optional:
-            continue
-        if key not in c:
-            raise UserError(f"{path}: {key!r} is missing; is this a config.json of a {kind} model?")
-        if type(c[key]) is not int or c[key] < 1:
-            refuse(f"{key} is {c[key]!r}, not a positive whole number")
-    sizes = {field: c[key] for field, key in family.keys.items() if c.get(key) is not None}
-    hidden, heads = sizes["hidden_dim"], sizes["n_heads"]
-    sizes = {"intermediate_dim": 4 * hidden, "n_kv_heads": heads, "head_dim": hidden // heads} | sizes
-    if _slides(c):
-        refuse(f"{kind} with sliding_window {c.get('sliding_window', 4096)} in use: it never looks further back, so longer positions gain nothing")
-    # Both spellings: rope_scaling beside rope_theta (before transformers 5), rope_parameters that holds both (since).
-    parameters = dict(c.get("rope_parameters") or {})
-    scaling = dict(c.get("rope_scaling") or parameters)
-    theta = parameters.pop("rope_theta", None) or scaling.get("rope_theta") or c.get("rope_theta") or 10000.0
-    mode = scaling.get("rope_type") or scaling.get("type") or "default"
-    scaling = {k: v for k, v in scaling.items() if k not in ("type", "rope_theta")} | {"rope_type": mode}
-    original = c.get("original_max_position_embeddings")  # above the one inside, as in stock loaders
-    if mode == "dynamic":
-        scaling["original_max_position_embeddings"] = sizes["max_position_embeddings"]  # all that those look at
-    elif original:
-        scaling["original_max_position_embeddings"] = original
-    elif mode != "linear":
-        scaling.setdefault("original_max_position_embeddings", sizes["max_position_embeddings"])
-    partial = scaling.pop("partial_rotary_factor", None) or parameters.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1
-    if partial != 1 and kind != "phi":
-        refuse(f"partial_rotary_factor {partial} is not known for {kind}")
-    try:
-        if mode == "longrope" and scaling["original_max_position_embeddings"]:  # as stock loaders
-            scaling.setdefault("factor", sizes["max_position_embeddings"] / scaling["original_max_position_embeddings"])
-        rotary, head_dim = sizes.setdefault("rotary_dim", int(sizes["head_dim"] * partial)), sizes["head_dim"]
-        if rotary % 2 or not 0 < rotary <= head_dim or int(head_dim * (rotary / head_dim)) != rotary:  # the last: as Phi is written
-            refuse(f"{rotary} rotary dimensions in a head of {head_dim} are not known")
-        config = Config(
-            **sizes,
-            norm_eps=float(c[family.norm_eps]),
-            rope_theta=float(theta),
-            rope_scaling=None if mode == "default" else scaling,
-            tie_embeddings=c.get("tie_word_embeddings", False),
-            bos_token_id=c.get("bos_token_id"),
-            eos_token_id=c.get("eos_token_id"),
-            dtype=c.get("dtype") or c.get("torch_dtype") or "float32",
-            model_type=kind,
-            normalised_head=kind == "baichuan" and ("z_loss_weight" in c or c["vocab_size"] == 125696),  # version 2
-        )
-        for seq_len in (1, 2**62):  # longrope has a list for short and one for long sequences
-            rope.rope_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling, seq_len)
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"{path}: {error}") from None
-    if config.dtype not in ("float32", "bfloat16", "float16"):
-        refuse(f"weights of dtype {config.dtype!r} are not known")
-    return config
-
-
-def _slides(c):
-    """Does the model of this config.json look back less far than its window?"""
-    if c["model_type"] == "mistral":  # absent means 4,096 to stock loaders
-        reach = c.get("sliding_window", 4096)
-        return reach is not None and reach < c.get("max_position_embeddings", 0)
-    return bool(c.get("use_sliding_window")) or "sliding_attention" in str(c.get("layer_types"))
 
 
 def _weight_files(folder):
@@ -395,41 +295,6 @@ def save_tensors(tensors, path):
         if "os error 28" in str(error) or "os error 122" in str(error):
             raise OSError(errno.ENOSPC, "no space left", str(path)) from None
         raise
-
-
-def hf_config(config):
-    """config.json of a Config, in terms that stock loaders compute exactly (modes they lack in the terms of one they have).
-    Its family: one with a stock class, see families.as_written."""
-    family = FAMILIES[config.model_type]
-    theta, scaling = rope.stock_terms(config.rotary_dim, config.rope_theta, config.rope_scaling)
-    original, window = {}, config.max_position_embeddings
-    if scaling:  # the first window beside it: transformers before 5 (longrope) and llama.cpp's converter (llama3) look nowhere else
-        original = {"original_max_position_embeddings": config.original_window}
-        scaling = scaling | original
-        if scaling["rope_type"] in ("linear", "dynamic"):  # stock loaders do not know it there
-            del scaling["original_max_position_embeddings"]
-        if scaling["rope_type"] == "dynamic":
-            window = config.original_window  # where stock dynamic scaling begins
-    partial = {"partial_rotary_factor": config.rotary_dim / config.head_dim} if config.model_type == "phi" else {}
-    return {
-        "architectures": [family.architecture],
-        "model_type": config.model_type,
-        **{key: getattr(config, field) for field, key in family.keys.items()},
-        "max_position_embeddings": int(window),
-        family.norm_eps: config.norm_eps,
-        "rope_theta": theta,
-        "rope_scaling": scaling and scaling | {"type": scaling["rope_type"]},  # older readers want `type`
-        "rope_parameters": (scaling or {"rope_type": "default"}) | {"rope_theta": theta} | partial,
-        **original,
-        **partial,
-        "tie_word_embeddings": config.tie_embeddings,
-        **family.fixed,
-        **({"sliding_window": None} if config.model_type in ("mistral", "qwen2") else {}),
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "dtype": config.dtype,
-        "torch_dtype": config.dtype,
-    }
 
 
 EXTENSIONS = ("default", "linear", "ntk", "dynamic", "ntk_by_parts", "yarn", "yarn_revised", "llama3")  # modes that need no more than a factor

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import tokenizer as tokenizers
 import weights
-from eval import GARBAGE, KEY, QUESTION, TASK
 from model import Config, Transformer
+from prompts import GARBAGE, KEY, QUESTION, TASK
 
 WINDOW = 256
 NOUNS = "pass key,secret code,magic number,door code,room number,account number,locker number,order number,flight number,ticket number".split(",")

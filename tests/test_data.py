@@ -3,6 +3,7 @@ import argparse
 import gzip
 import json
 import os
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -292,6 +293,27 @@ def test_target_is_the_token_that_follows_in_the_document(make_documents, sampli
     assert (places < np.array([0, 9, 10, 500])[documents]).all() and (places >= 1).all()
     if sampling["method"] == "pose" and sampling["offset"] == "uniform" and train_len > 1:
         assert (np.diff(targets) > 1).any()  # there are seams
+
+
+@pytest.mark.parametrize("first, steps", [(0, 5), (3, 4)])
+def test_batches_made_ahead_are_those_of_their_steps(make_documents, first, steps):
+    """From the first step of a run, and of a resumed one; taken at once or with time in between for the thread."""
+    batches = data.Batches(make_documents(200, 300, 90), seed=7, bos_id=1, **POSE)
+    ahead = data.prefetched(batches, first, range(2, 6), torch.device("cpu"))
+    for step, batch in zip(range(first, first + steps), ahead):
+        assert all(column.dtype == torch.int64 for column in batch)
+        assert same(batch, batches(step, range(2, 6)))
+        time.sleep(0.02 * (step % 2))
+
+
+def test_an_error_in_a_batch_made_ahead_comes_out(make_documents):
+    def batches(step, indices):
+        return data.Batches(make_documents(200), seed=7, **POSE)(step, indices) if step < 2 else 1 / 0
+
+    ahead = data.prefetched(batches, 0, range(2), torch.device("cpu"))
+    assert len([next(ahead), next(ahead)]) == 2
+    with pytest.raises(ZeroDivisionError):
+        next(ahead)
 
 
 def test_every_place_where_a_window_can_begin_is_equally_likely(make_documents):

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import eval as evaluation
+import prompts
 import report
 import tokenizer as tokenizer_module
 import weights
@@ -108,6 +110,18 @@ def test_tail_scores_the_same_tokens_behind_more_context(tiny, monkeypatch, with
         assert got["ppl"] == pytest.approx(math.exp(sum(e["nats"] for e in got["by_document"]) / 40))
 
 
+def test_a_row_does_not_depend_on_longer_ones_beside_it(tiny):
+    """Dynamic NTK takes its base from the length: of the row, not of the batch that it is padded to."""
+    model = copy.copy(tiny[0])
+    model.config = weights.extend(model.config, "dynamic", 2048)
+    short, long = torch.randint(3, 2048, (2, 900), generator=torch.manual_seed(3)).tolist()
+    short = short[:400]
+    with torch.no_grad():
+        alone = evaluation.last_hidden(model, [short])[0]
+        torch.testing.assert_close(alone, model.hidden(torch.tensor([short]))[0])
+        torch.testing.assert_close(evaluation.last_hidden(model, [long, short])[1, :400], alone)
+
+
 def test_error_over_documents_is_the_bootstraps():
     rng = np.random.default_rng(0)
     count = rng.integers(500, 2000, 60).astype(float)
@@ -137,7 +151,7 @@ def byte_level(tmp_path_factory):
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    bpe.train_from_iterator([evaluation.TASK, evaluation.GARBAGE, evaluation.QUESTION, evaluation.NEEDLE, "the cat sat. It is a cat."], trainer)
+    bpe.train_from_iterator([prompts.TASK, prompts.GARBAGE, prompts.QUESTION, prompts.NEEDLE, "the cat sat. It is a cat."], trainer)
     bpe.save(str(folder / "tokenizer.json"))
     return tokenizer_module.load(folder)
 
@@ -147,7 +161,7 @@ def byte_level(tmp_path_factory):
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
 def test_prompt_is_the_papers_and_has_its_length(tiny, byte_level, which, length, depth):
     tokenizer = tiny[1] if which == "sentencepiece" else byte_level
-    prompt, answer = evaluation.passkey_prompt(tokenizer, length, depth, "81501")
+    prompt, answer = prompts.passkey_prompt(tokenizer, length, depth, "81501")
     assert len(prompt) + len(answer) == length
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     assert prompt[: len(bos)] == bos
@@ -173,7 +187,7 @@ def test_prompt_is_the_papers_and_has_its_length(tiny, byte_level, which, length
 
 def test_a_prompt_of_a_million_tokens_takes_no_minutes(tiny):
     began = time.perf_counter()
-    prompt, answer = evaluation.passkey_prompt(tiny[1], 2**20, 0.4, "81501")
+    prompt, answer = prompts.passkey_prompt(tiny[1], 2**20, 0.4, "81501")
     assert len(prompt) + len(answer) == 2**20
     assert time.perf_counter() - began < 5  # it takes 0.02 seconds; encoding such a text once takes 2, and it used to be done several times
 
@@ -184,7 +198,7 @@ def test_needles_stand_between_lines_of_the_text(tiny, byte_level, which, length
     tokenizer = tiny[1] if which == "sentencepiece" else byte_level
     source = "".join(f"Chapter {i}. The cat sat on the mat {i} times! Was it so?\nIt was, said the dog of house {i}\n" for i in range(300))
     corpus = np.array(tokenizer.encode(source), dtype=np.uint16)
-    drawn = [evaluation.needle_prompt(tokenizer, corpus, length, depth, np.random.default_rng(s), keys) for s in (7, 7, 8)]
+    drawn = [prompts.needle_prompt(tokenizer, corpus, length, depth, np.random.default_rng(s), keys) for s in (7, 7, 8)]
     assert drawn[0] == drawn[1] != drawn[2]
     prompt, answer = drawn[0]
     assert len(prompt) + len(answer) == length
@@ -219,7 +233,7 @@ def test_needles_stand_between_lines_of_the_text(tiny, byte_level, which, length
 def test_tokens_that_make_a_number_go_on(tiny, byte_level, which):
     """Known by what they add to a text: SentencePiece's "▁8" begins another number, though alone it decodes to "8"."""
     tokenizer = tiny[1] if which == "sentencepiece" else byte_level
-    digits = evaluation.digit_tokens(tokenizer)
+    digits = prompts.digit_tokens(tokenizer)
     base = tokenizer.encode("x")
     for i in range(tokenizer.vocab_size):
         assert (i in digits) == (re.match(r"x\d", tokenizer.decode([*base, i])) is not None)
@@ -234,7 +248,7 @@ def test_one_pass_scoring_agrees_with_real_greedy_decoding(tiny):
         results = evaluation.passkey(model, tokenizer, length, 12, 3, generate=length == 384)
         for trial, entry in enumerate(results["by_trial"]):
             key = str(np.random.default_rng((3, length, trial)).integers(10000, 100000))
-            prompt, _ = evaluation.passkey_prompt(tokenizer, length, entry["depth"], key)
+            prompt, _ = prompts.passkey_prompt(tokenizer, length, entry["depth"], key)
             said = tokenizer.decode(model.generate(torch.tensor([prompt]), 8)[0].tolist())
             if length == 384:
                 assert entry["agrees"] and entry["said"] and said.startswith(entry["said"])
@@ -247,7 +261,7 @@ def test_one_pass_scoring_agrees_with_real_greedy_decoding(tiny):
 def test_a_number_that_goes_on_is_wrong(tiny):
     """The answer's digits alone are not enough: a model that would say 815012 has not found 81501."""
     model, tokenizer = tiny
-    prompt, answer = evaluation.passkey_prompt(tokenizer, 256, 0.5, "81501")
+    prompt, answer = prompts.passkey_prompt(tokenizer, 256, 0.5, "81501")
     with torch.no_grad():
         assert evaluation.answers_greedily(model, [prompt], [answer], set()) == [True]
         assert evaluation.answers_greedily(model, [prompt], [answer[:-1]], set(range(tokenizer.vocab_size))) == [False]

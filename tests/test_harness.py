@@ -11,6 +11,7 @@ from lm_eval.models.huggingface import HFLM
 
 import eval as evaluation
 import harness
+import prompts
 import weights
 from errors import UserError
 
@@ -97,7 +98,7 @@ def test_log_likelihoods_equal_those_of_the_harness_own_model(models):
 
     pairs = [("", "The cat"), ("The cat ", "sees the dog"), ("The cat", " sees"), (sentence(rng, 600), " a dog runs home")]
     pairs += [(sentence(rng, rng.randint(1, 60)), " " + sentence(rng, rng.randint(1, 9))) for _ in range(20)]
-    pairs += [(f"{evaluation.GARBAGE} {evaluation.GARBAGE} The grass is green. The sky is", " blue")]  # which it says by itself
+    pairs += [(f"{prompts.GARBAGE} {prompts.GARBAGE} The grass is green. The sky is", " blue")]  # which it says by itself
     with torch.no_grad():
         ours, theirs = (model.loglikelihood([Request(*pair) for pair in pairs]) for model in models)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]

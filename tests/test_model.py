@@ -138,6 +138,22 @@ def test_a_long_text_in_rows_equals_one_piece(make_llama, monkeypatch, family):
         torch.testing.assert_close(ours.hidden(tokens, positions), whole, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["Llama", "Phi"])
+def test_float32_master_weights_compute_what_their_roundings_do(make_llama, family):
+    """A single process trains so. Every weight is rounded where it is used, so nothing differs from a bfloat16 model; gradients arrive in float32."""
+    folder, _ = make_llama(family=family)
+    master, rounded = (weights.load(folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    master.compute_dtype = torch.bfloat16
+    tokens, positions = torch.randint(0, 320, (2, 50)), pose_positions(50, 1000, 2)
+    assert torch.equal(master(tokens, positions), rounded(tokens, positions))
+    assert torch.equal(master.generate(tokens, 5), rounded.generate(tokens, 5))
+    for model in (master, rounded):
+        (model(tokens[:, :-1], targets=tokens[:, 1:]) / 98).backward()
+    for (name, p), q in zip(master.named_parameters(), rounded.parameters()):
+        assert p.grad.dtype == torch.float32
+        assert (p.grad - q.grad).norm() < 1e-2 * p.grad.norm(), name
+
+
 def test_flops_count_every_matrix_product(make_llama):
     """6 FLOPs per weight of a matrix product, and two products of half the T x T square a head, forward and twice backward."""
     ours = weights.load(make_llama()[0])
