@@ -19,7 +19,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz")
 def arc(r):
     choices = r["question"]["choices"]
     texts, labels = [c["text"] for c in choices], [c["label"] for c in choices]
-    labels.index(r["answerKey"])
+    labels.index(r["answerKey"])  # ValueError: the answer is none of the choices
     return {"question": r["question"]["stem"], "choices": {"text": texts, "label": labels}, "answerKey": r["answerKey"]}
 
 
