@@ -93,8 +93,8 @@ def shape(name):
     """The Config of a shape's name."""
     name, _, layers = name.partition(":")
     config = SHAPES.get(name) or families.read_config(weights.resolve(name))
-    if layers and not (layers.isdigit() and int(layers)):
-        raise UserError(f"--model {name}:{layers}: give the number of layers after the colon")
+    if layers and not (layers.isdigit() and 1 <= int(layers) <= config.n_layers):
+        raise UserError(f"--model {name}:{layers}: give a number of layers after the colon, at most {config.n_layers}")
     return dataclasses.replace(config, n_layers=int(layers or config.n_layers))
 
 

@@ -50,7 +50,7 @@ def parse_arguments():
     p.add_argument("--keys", type=int, help="needle: codes in the text, one of which is asked for (default: 4)")
     p.add_argument("--generate", action="store_true", help="passkey, needle: decode each answer token by token too, as a check")
     p.add_argument(
-        "--data", nargs="+", default=[], metavar="FILE",
+        "--data", nargs="+", action="extend", default=[], metavar="FILE",
         help="needle, ppl: texts (default: Python's standard library); benchmarks: the folder with their files",
     )  # fmt: skip
     p.add_argument("--documents", type=int, default=50, help="ppl: use that many, the longest (default: 50), each to the longest of --lengths")
@@ -69,8 +69,8 @@ def check(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device here; leave it out to run on the CPU")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for key in ("generate", "keys", "stride", "tail", "by_position", "limit"):
-        if getattr(args, key) not in (None, False) and key not in SETTINGS[args.task]:
+    for key in ("generate", "keys", "stride", "tail", "by_position", "limit", "data"):
+        if getattr(args, key) not in (None, False, []) and key not in SETTINGS[args.task]:
             raise UserError(f"--{key} belongs to --task {' or '.join(task for task in SETTINGS if key in SETTINGS[task])}; leave it out")
     for key in ("trials", "documents", "stride", "tail", "keys", "limit"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
@@ -266,10 +266,11 @@ def default_models():
 
 
 def default_lengths(configs):
-    """From the shortest window before any interpolation, doubling, to the longest window."""
-    shortest, longest = min(c.original_window for c in configs), max(c.max_position_embeddings for c in configs)
+    """From the shortest window before any interpolation, doubling, to the longest window; not so short that no passkey prompt fits."""
+    shortest = max(256, min(c.original_window for c in configs))
+    longest = max(shortest, *(c.max_position_embeddings for c in configs))
     if shortest == longest:
-        return [shortest // 2, shortest, 2 * shortest]
+        return [n for n in (shortest // 2, shortest, 2 * shortest) if n >= 256]
     return sorted({shortest * 2**i for i in range(math.floor(math.log2(longest / shortest)) + 1)} | {longest})
 
 

@@ -51,7 +51,9 @@ def parse_arguments():
     p.add_argument("--beta_fast", type=float, help="yarn leaves pairs alone that turn so often in the window (default: 32; tiny 8)")
     p.add_argument("--chunks", type=int, default=2, help="chunks per example (default: 2)")
     p.add_argument("--offset", choices=pose.OFFSETS, default="uniform", help="a later chunk's text, the paper's Table 4 (default: uniform)")
-    p.add_argument("--data", nargs="+", default=[], metavar="FILE", help=".txt, .jsonl, .jsonl.gz, folders (default: Python's standard library)")
+    p.add_argument(
+        "--data", nargs="+", action="extend", default=[], metavar="FILE", help=".txt, .jsonl, .jsonl.gz, folders (default: Python's standard library)"
+    )
     p.add_argument("--steps", type=int, help="optimizer steps; 0: the untrained model, interpolated (default: 1000; tiny 150, smollm2-135m 200)")
     p.add_argument("--batch_size", type=int, help="examples in a step, over all processes (default: 64; tiny 32, smollm2-135m 16)")
     p.add_argument("--micro_batch_size", type=int, help="examples in one forward pass of a process (default: about 32,768 tokens)")
@@ -66,7 +68,7 @@ def parse_arguments():
     p.add_argument("--cpu_offload", action="store_true", help="keep weights and optimizer in host memory")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block (default: on a GPU)")
     p.add_argument("--eval_every", type=int, default=0, metavar="N", help="validation loss every N steps (default: never)")
-    p.add_argument("--eval_data", nargs="+", default=[], metavar="FILE", help="texts for it, as for --data")
+    p.add_argument("--eval_data", nargs="+", action="extend", default=[], metavar="FILE", help="texts for it, as for --data")
     p.add_argument("--eval_lengths", metavar="TOKENS,…", help="contiguous windows to score (default: train_len)")
     p.add_argument("--tensorboard", action="store_true", help="the metrics as TensorBoard events too, in OUT/tensorboard")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation (default: bfloat16 on a GPU)")
@@ -272,7 +274,7 @@ def main():
             checkpoints.finish()
             raise UserError(
                 f"step {done}: loss or gradient was not finite {skipped} times in a row, these updates were left out; "
-                f"lower --lr or look at the texts, then --resume from {args.out / 'checkpoints'} if it holds a checkpoint"
+                "look at the texts, or start again with a lower --lr and another --out"
             )
         if (stop and done < args.steps) or (args.save_every and done % args.save_every == 0):
             checkpoints.save(model, optimizer, done)

@@ -57,7 +57,8 @@ def resolve(name):
 
             return convert.fetch_smollm2()
     if not (Path(name) / "config.json").is_file():
-        raise UserError(f"{name}: no model here (no config.json); name a Hugging Face folder or one of {', '.join(BUILT_IN)}")
+        run = "; its model is in " + str(Path(name) / "model") if (Path(name) / "model" / "config.json").is_file() else ""
+        raise UserError(f"{name}: no model here (no config.json){run}; name a Hugging Face folder or one of {', '.join(BUILT_IN)}")
     return Path(name)
 
 

@@ -332,7 +332,7 @@ def test_no_cuda(call, monkeypatch):
 )  # fmt: skip
 def test_data_that_cannot_be_read(refused, model, tmp_path, name, content, says):
     Path(name).write_bytes(content)
-    refused("train", "--model", model, *TRAIN, "--data", name, says=[name, *says])
+    refused("train", "--model", model, *TRAIN[2:], "--data", name, says=[name, *says])
     tokens = tmp_path / "cache" / "tokens"
     assert not tokens.exists() or not list(tokens.iterdir())  # no half-made token file for the next run to find
 
@@ -340,14 +340,15 @@ def test_data_that_cannot_be_read(refused, model, tmp_path, name, content, says)
 def test_no_data(really_refused, refused, model):
     Path("empty.txt").write_text("")
     Path("folder").mkdir()
-    really_refused("train.py", "--model", model, *TRAIN, "--data", "empty.txt", says=["empty.txt"])
-    refused("train", "--model", model, *TRAIN, "--data", "absent.txt", says=["absent.txt"])
-    refused("train", "--model", model, *TRAIN, "--data", "folder", says=["folder", ".txt"])
+    really_refused("train.py", "--model", model, *TRAIN[2:], "--data", "empty.txt", says=["empty.txt"])
+    refused("train", "--model", model, *TRAIN[2:], "--data", "absent.txt", says=["absent.txt"])
+    refused("train", "--model", model, *TRAIN[2:], "--data", "absent.txt", "--data", "text.txt", says=["absent.txt"])  # both count
+    refused("train", "--model", model, *TRAIN[2:], "--data", "folder", says=["folder", ".txt"])
 
 
 def test_train_len_longer_than_every_document(refused, model):
     Path("short.txt").write_text("a cat")
-    refused("train", "--model", model, *TRAIN, "--data", "short.txt", "--train_len", 50, says=["50", "--train_len"])
+    refused("train", "--model", model, *TRAIN[2:], "--data", "short.txt", "--train_len", 50, says=["50", "--train_len"])
 
 
 # ---------------------------------------------------------------- the output folder
@@ -438,6 +439,7 @@ def test_lengths_abc(really_refused):
         (["ppl", "--tail", 8, "--by_position"], ["--tail 8", "--by_position"]),
         (["ppl", "--tail", 8, "--data", "text.txt", "--lengths", "128,100000"], ["--data", "100000"]),
         (["needle", "--keys", 17], ["--keys 17", "16"]),
+        (["passkey", "--data", "text.txt"], ["--data", "needle"]),
         (["needle", "--data", "text.txt", "--lengths", 60], ["--lengths 60", "too short", "--keys"]),
         (["needle", "--data", "text.txt", "--lengths", 100000], ["--data", "100000"]),
         (["benchmarks"], ["--data", "boolq"]),
