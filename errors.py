@@ -22,6 +22,13 @@ def token_counts(option, text, least=1):
     return lengths
 
 
+def device(named):
+    """The device that --device names, "cuda" or "cpu"; without one (None) cuda if there is one."""
+    if named == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here; leave it out to run on the CPU")
+    return named or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def check_outputs(json, plot):
     """Refuse, before hours of work, paths (or None) of a JSON file and of a plot that could not be written after it."""
     if plot and plot.suffix not in (".png", ".pdf", ".svg"):

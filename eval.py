@@ -66,9 +66,7 @@ def parse_arguments():
 
 def check(args):
     """Refuse what cannot run, and fill in the defaults that depend on the machine."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; leave it out to run on the CPU")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = errors.device(args.device)
     for key in ("generate", "keys", "stride", "tail", "by_position", "limit", "data"):
         if getattr(args, key) not in (None, False, []) and key not in SETTINGS[args.task]:
             raise UserError(f"--{key} belongs to --task {' or '.join(task for task in SETTINGS if key in SETTINGS[task])}; leave it out")

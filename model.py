@@ -74,8 +74,14 @@ class Config:
 class Linear(nn.Linear):
     """Computes in the dtype of x: master weights in float32 are rounded where they are used, and their gradients arrive in float32."""
 
+    def rows(self):
+        return self.weight
+
+    def rows_and_bias(self, dtype):
+        return self.rows().to(dtype), None if self.bias is None else self.bias.to(dtype)
+
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, *self.rows_and_bias(x.dtype))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -174,12 +180,8 @@ class Head(Linear):
         super().__init__(config.hidden_dim, config.vocab_size, bias=config.parallel)
         self.normalised = config.normalised_head
 
-    def rows_and_bias(self, dtype):
-        rows = F.normalize(self.weight) if self.normalised else self.weight
-        return rows.to(dtype), None if self.bias is None else self.bias.to(dtype)
-
-    def forward(self, h):
-        return F.linear(h, *self.rows_and_bias(h.dtype))
+    def rows(self):
+        return F.normalize(self.weight) if self.normalised else self.weight
 
 
 def attention(q, k, v):

@@ -133,8 +133,8 @@ def conclude(results, task):
             yield f"decoded greedily gives the verdict of one-pass scoring on {sum(t['agrees'] for t in trials)} of {len(trials)} prompts"
     elif task == "ppl":
         results = [r for r in results if r["documents"]]
-        held = reach(lambda r: r["ppl"] <= HOLDS * results[0]["ppl"])
         if len(results) > 1 and not results[0]["tail"]:  # with a tail the change and its error say more
+            held = reach(lambda r: r["ppl"] <= HOLDS * results[0]["ppl"])
             yield f"holds its perplexity to {held:,} tokens (at no length more than {HOLDS - 1:.0%} above that at {results[0]['length']:,})"
         if bins := results[-1].get("by_position"):
             ranges = ", ".join(f"{b['from']:,}-{b['to'] - 1:,}: {b['loss']:.3f}" for b in bins)

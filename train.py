@@ -168,9 +168,7 @@ def learning_rate(step, args):
 
 def main():
     args = parse_arguments()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; leave it out to run on the CPU")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = errors.device(args.device)
     args.model = args.model or ("smollm2-135m" if args.device == "cuda" else "tiny")
 
     model, wanted, files = weights.check(weights.resolve(args.model))  # on the meta device: no memory is taken yet
