@@ -63,14 +63,16 @@ def parse_arguments():
     p.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="a new folder for this run (default: out)")
     p.add_argument("--save_every", type=int, default=0, metavar="N", help="checkpoint every N steps (default: only when interrupted)")
     p.add_argument("--keep", type=int, default=2, metavar="N", help="checkpoints that stay, the newest (default: 2)")
-    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out; what is not given stays as it was")
     p.add_argument("--activation_checkpointing", choices=("none", "selective", "full"), default="none", help="less memory for more time")
-    p.add_argument("--cpu_offload", action="store_true", help="keep weights and optimizer in host memory")
+    p.add_argument("--cpu_offload", action=argparse.BooleanOptionalAction, default=False, help="keep weights and optimizer in host memory")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block (default: on a GPU)")
     p.add_argument("--eval_every", type=int, default=0, metavar="N", help="validation loss every N steps (default: never)")
     p.add_argument("--eval_data", nargs="+", action="extend", default=[], metavar="FILE", help="texts for it, as for --data")
     p.add_argument("--eval_lengths", metavar="TOKENS,…", help="contiguous windows to score (default: train_len)")
-    p.add_argument("--tensorboard", action="store_true", help="the metrics as TensorBoard events too, in OUT/tensorboard")
+    p.add_argument(
+        "--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="the metrics as TensorBoard events too, in OUT/tensorboard"
+    )
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation (default: bfloat16 on a GPU)")
     p.add_argument(
         "--param_dtype", choices=("float32", "bfloat16"), default="float32",
@@ -78,7 +80,7 @@ def parse_arguments():
         "small ones are lost (default: float32)",
     )  # fmt: skip
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
-    return p.parse_args()
+    return check_out(p.parse_args(), p)
 
 
 def complete(args, window):
@@ -130,33 +132,37 @@ def complete(args, window):
     args.micro_batch_size = fsdp.split_batch(args.batch_size, args.micro_batch_size, args.train_len)[1]
 
 
-UNRECORDED = ("out", "resume", "save_every", "keep", "tensorboard")  # of this process alone
+UNRECORDED = ("out", "resume")  # of this process alone
 FREE = (
-    "micro_batch_size", "device", "compile", "activation_checkpointing", "cpu_offload", "eval_every", "eval_data", "eval_lengths"
-)  # change the speed or what is shown, not the run  # fmt: skip
+    "micro_batch_size", "device", "compile", "activation_checkpointing", "cpu_offload", "save_every", "keep", "tensorboard",
+    "eval_every", "eval_data", "eval_lengths",
+)  # change the speed or what is shown or kept, not the run  # fmt: skip
 
 
-def check_out(args):
-    """Refuse an output folder that holds another run, or, with --resume, a run of other arguments. -> what to record."""
+def check_out(args, parser):
+    """Refuse an output folder that holds another run. With --resume: take what the user did not give from what the run there was started
+    with, and refuse what was given and differs. -> the arguments."""
     record = args.out / "args.json"
-    mine = {key: value for key, value in vars(args).items() if key not in UNRECORDED}
     if file := next((path for path in (args.out, *args.out.parents) if path.exists() and not path.is_dir()), None):
         raise UserError(f"--out {args.out}: {file} is a file; name a folder")
     if not args.resume:
         if any((args.out / name).exists() for name in ("args.json", "checkpoints", "model")):
             raise UserError(f"--out {args.out} already holds a run; name another folder, remove it, or add --resume")
-        return mine
+        return args
     if not record.exists():
         raise UserError(f"--resume: {args.out} holds no run; leave --resume out to start one")
     try:
         theirs = dict(json.loads(record.read_text()))
     except (ValueError, TypeError):
         raise UserError(f"--resume: {record} is not readable; start again with another --out") from None
-    if changed := [f"{k} was {theirs.get(k)}, now {mine[k]}" for k in mine if k not in FREE and theirs.get(k) != mine[k]]:
+    # argparse leaves alone what stands in the namespace, unless it is given; but it would add to a list there.
+    kept = {k: v for k, v in theirs.items() if k in vars(args) and not (isinstance(v, list) and getattr(args, k))}
+    args = parser.parse_args(namespace=argparse.Namespace(**kept))
+    if changed := [f"{k} was {theirs.get(k)}, now {v}" for k, v in vars(args).items() if k not in UNRECORDED + FREE and theirs.get(k) != v]:
         raise UserError(f"--resume: the run in {args.out} had other arguments: {'; '.join(changed)}")
     if (args.out / "model").exists() and len((args.out / "metrics.jsonl").read_text().splitlines()) >= args.steps:
         raise UserError(f"--resume: the run in {args.out} is finished; its model is {args.out / 'model'}")
-    return mine
+    return args
 
 
 def learning_rate(step, args):
@@ -168,13 +174,14 @@ def learning_rate(step, args):
 
 def main():
     args = parse_arguments()
+    as_given = {key: getattr(args, key) for key in FREE}  # their defaults are those of a machine
     args.device = errors.device(args.device)
     args.model = args.model or ("smollm2-135m" if args.device == "cuda" else "tiny")
 
     model, wanted, files = weights.check(weights.resolve(args.model))  # on the meta device: no memory is taken yet
     window = model.config.max_position_embeddings
     complete(args, window)
-    record = check_out(args)
+    record = {key: value for key, value in vars(args).items() if key not in UNRECORDED} | as_given
     settings = {key: getattr(args, key) for key in ("factor", "beta_fast") if getattr(args, key) is not None}
     earlier = model.config.rope_scaling
     base = weights.fingerprint(model.config, files)

@@ -359,7 +359,7 @@ def finished(model):
     """A folder that looks like a run's, with the arguments it had."""
     arguments = {
         "model": str(model), "target_len": 256, "train_len": 64, "method": "pose", "rope": "yarn", "chunks": 2, "offset": "uniform",
-        "data": ["text.txt"], "steps": 1, "batch_size": 2, "micro_batch_size": 2, "lr": 2e-5, "warmup_steps": 10, "seed": 0,
+        "data": ["text.txt"], "steps": 1, "batch_size": 2, "micro_batch_size": 2, "lr": 2e-5, "factor": 4.0, "warmup_steps": 10, "seed": 0,
         "activation_checkpointing": "none", "cpu_offload": False, "compile": False, "dtype": "float32", "device": "cpu",
     }  # fmt: skip
     Path("done/model").mkdir(parents=True)
@@ -387,6 +387,8 @@ def test_resume_without_a_run(really_refused, refused, model):
         (["--lr", 1e-3], ["lr was 2e-05, now 0.001"]),
         (["--seed", 1, "--rope", "linear"], ["seed was 0, now 1", "rope was yarn, now linear"]),
         (["--train_len", 32], ["train_len was 64, now 32"]),
+        (["--rope", "default"], ["rope was yarn, now default"]),  # and not that this has no factor, which was not given
+        (["--data", "text.txt"], ["data was ['text.txt'], now ['text.txt', 'text.txt']"]),
     ],
     ids=lambda v: " ".join(map(str, v)),
 )

@@ -189,6 +189,19 @@ def test_resume_of_a_finished_run_changes_nothing(train, run, short, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("processes", [None, 2])
+def test_resume_needs_no_more_than_the_folder(train, run, texts, tmp_path, processes):
+    """All else is as the run was started, what leaves its result alone too, but for what the number of processes says."""
+    out, others = tmp_path / "run", ("--seed", 5, "--method", "randpos", "--save_every", 2, "--eval_every", 2, "--eval_data", texts)
+    whole = train("run", "--steps", 4, *others)
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "checkpoints" / "step-4")
+    done = run("train.py", "--resume", "--out", out, processes=processes)
+    assert done.returncode == 0 and "going on after step 2" in done.stderr, done.stderr
+    torch.testing.assert_close(losses(metrics(out)), losses(whole), rtol=1e-5 if processes else 0, atol=0)
+    assert list(metrics(out)[-1]["validation"]) == ["64"] and (out / "checkpoints" / "step-4").exists() and (out / "model").exists()
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_the_newest_checkpoints_are_kept(train, tmp_path, keep):
     train("run", "--steps", 4, "--save_every", 1, "--keep", keep)
