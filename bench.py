@@ -13,7 +13,6 @@ Notable choices:
   the same process, in turns.
 - `prefill` stands beside what nothing can avoid on that card: its matrix products and attention kernels alone, at the same sizes.
 """
-import argparse
 import dataclasses
 import gc
 import importlib.util
@@ -47,7 +46,7 @@ TURNS = 2  # of each side
 
 
 def parse_arguments():
-    p = argparse.ArgumentParser(description="Speed and memory, with random weights.")
+    p = errors.ArgumentParser(description="Speed and memory, with random weights.")
     p.add_argument("--task", choices=("train", "efficiency", "prefill"), required=True)
     p.add_argument("--model", help=f"{', '.join(SHAPES)}, NAME:LAYERS, tiny, or a folder (default: smollm2-135m with a GPU, else tiny)")
     p.add_argument("--lengths", help="efficiency: targets, prefill: prompts, in tokens (default: doubling from two windows to 131,072)")

@@ -1,4 +1,5 @@
 """A user's mistake is one line on stderr and exit code 2, never a stack trace; and the checks of input that several commands share."""
+import argparse
 import errno
 import os
 import sys
@@ -9,6 +10,13 @@ import torch
 
 class UserError(Exception):
     """What is wrong, where, and what to do, in one line. Raise it where a user's input comes in."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, but for a mistake: a UserError, so one line and no usage before it, and told once under torchrun."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see python {self.prog} --help")
 
 
 def token_counts(option, text, least=1):

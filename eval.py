@@ -13,7 +13,6 @@ Notable choices:
   scores the same text; a shorter document is left out of the lengths that it does not fill. With `--tail` all lengths score the same tokens.
 - Every figure has its uncertainty beside it: Wilson's 95% interval of a share, one standard error over documents of a perplexity.
 """
-import argparse
 import functools
 import json
 import math
@@ -41,7 +40,7 @@ SETTINGS = {  # the options that a result depends on
 
 
 def parse_arguments():
-    p = argparse.ArgumentParser(description="Retrieval, perplexity by length, and ordinary tasks.")
+    p = errors.ArgumentParser(description="Retrieval, perplexity by length, and ordinary tasks.")
     p.add_argument("--task", choices=("passkey", "needle", "ppl", "benchmarks"), required=True)
     p.add_argument("--model", nargs="+", help="folders or built-in names (default: the base and the result of the run in out/, else the built-in)")
     p.add_argument("--lengths", help="tokens, comma-separated (default: from the shortest original window, doubling, to the longest window)")

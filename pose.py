@@ -74,9 +74,9 @@ def coverage(method, rng, train_len, target_len, chunks=2, examples=1000):
 
 
 def main():
-    import argparse
+    from errors import ArgumentParser
 
-    p = argparse.ArgumentParser(description="Plot how often a training example holds each relative distance (the paper's Figure 5).")
+    p = ArgumentParser(description="Plot how often a training example holds each relative distance (the paper's Figure 5).")
     p.add_argument("--train_len", type=int, default=2048, help="default: 2048")
     p.add_argument("--target_len", type=int, default=16384, help="default: 16384")
     p.add_argument("--chunks", default="1,2,3", help="numbers of chunks, comma-separated (default: 1,2,3)")
@@ -105,4 +105,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import errors
+
+    errors.run(main)

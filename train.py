@@ -41,7 +41,7 @@ MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
 
 def parse_arguments():
-    p = argparse.ArgumentParser(description="Extend a model's context window with PoSE.")
+    p = errors.ArgumentParser(description="Extend a model's context window with PoSE.")
     p.add_argument("--model", help=f"a Hugging Face folder, or {' or '.join(weights.BUILT_IN)} (default: smollm2-135m with a GPU, else tiny)")
     p.add_argument("--target_len", type=int, help="tokens in the new window (default: 16 times the model's window; tiny: 8)")
     p.add_argument("--train_len", type=int, help="tokens in a training example (default: the model's window; target_len for full)")

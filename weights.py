@@ -7,7 +7,6 @@ Notable choices:
 - A folder is checked whole (config, every name, every shape) before a weight is read.
 - A folder is written aside and renamed: a full disk or a kill leaves the earlier one whole.
 """
-import argparse
 import contextlib
 import dataclasses
 import errno
@@ -342,7 +341,7 @@ def show(name):
 
 
 def main():
-    p = argparse.ArgumentParser(description="Look at a checkpoint, or convert one to safetensors.")
+    p = errors.ArgumentParser(description="Look at a checkpoint, or convert one to safetensors.")
     commands = p.add_subparsers(dest="command", required=True)
     command = commands.add_parser("show", help="family, sizes, window, scaling; what is wrong, if something is")
     command.add_argument("path", help="a Hugging Face folder or a built-in name")

@@ -5,7 +5,6 @@
 Half of each batch is text (the files of --data and Python's standard library), half synthetic records: a number is stated
 among filler and asked for later, in many wordings, the passkey prompt of the paper among them. Nothing is longer than 256 tokens.
 """
-import argparse
 import io
 import random
 import sys
@@ -18,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
+import errors
 import tokenizer as tokenizers
 import weights
 from model import Config, Transformer
@@ -89,7 +89,7 @@ def train_tokenizer(texts, rng, folder):
 
 
 def main():
-    p = argparse.ArgumentParser()
+    p = errors.ArgumentParser(prog="assets/make_tiny.py")
     p.add_argument("--data", nargs="+", required=True)
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--steps", type=int, default=3000)
@@ -144,4 +144,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

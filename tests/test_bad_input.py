@@ -99,6 +99,33 @@ def model(make_llama):
 TRAIN = ("--data", "text.txt", "--steps", 1, "--batch_size", 2, "--target_len", 256)
 
 
+# ---------------------------------------------------------------- what argparse refuses
+
+
+@pytest.mark.parametrize(
+    "script, arguments, says",
+    [
+        ("train", ["--stepz", 3], ["unrecognized arguments: --stepz 3"]),
+        ("train", ["--steps", "many"], ["--steps", "'many'"]),
+        ("train", ["--eval", 3], ["--eval", "--eval_every"]),
+        ("eval", ["--model", "tiny"], ["required", "--task"]),
+        ("bench", ["--task", "sprint"], ["--task", "'sprint'", "prefill"]),
+        ("pose", ["--chunks", "two"], ["'two'"]),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_none(call, script, arguments, says):
+    before = snapshot(Path())
+    check_refusal(*call(script, *arguments), [*says, f"; see python {script}.py --help"])
+    assert snapshot(Path()) == before
+
+
+def test_commands_that_are_none(run):
+    for command, *arguments in (["weights.py", "a"], ["assets/make_tiny.py"], ["pose.py", "--plots", "a.png"]):
+        done = run(command, *arguments)
+        check_refusal(done.returncode, done.stderr, [f"; see python {command} --help"])
+
+
 # ---------------------------------------------------------------- the model
 
 
