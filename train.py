@@ -187,11 +187,14 @@ def main():
     base = weights.fingerprint(model.config, files)
     model.config = config = weights.extend(model.config, args.rope, args.target_len, **settings)
     tokenizer = weights.load_tokenizer(args.model, config)
-    documents = data.prepare(args.data, tokenizer, weights.cache_dir())
-    validation = Validation(args, tokenizer) if args.eval_every else None
-    sampling = {key: getattr(args, key) for key in ("method", "train_len", "target_len", "chunks", "offset")}
-    batches = data.Batches(documents, args.seed, tokenizer.bos_id, **sampling)
-    record |= {"data_sha256": documents.sha256, "model_sha256": base}  # the same paths may hold something else another day
+    record["model_sha256"] = base  # the same paths may hold something else another day
+    batches = validation = None
+    if args.steps:
+        documents = data.prepare(args.data, tokenizer, weights.cache_dir())
+        record["data_sha256"] = documents.sha256
+        validation = Validation(args, tokenizer) if args.eval_every else None
+        sampling = {key: getattr(args, key) for key in ("method", "train_len", "target_len", "chunks", "offset")}
+        batches = data.Batches(documents, args.seed, tokenizer.bos_id, **sampling)
 
     if args.tensorboard:
         try:
@@ -226,10 +229,11 @@ def main():
     if earlier:
         more = f"{args.rope} by {args.factor:g} comes on top, {config.rope_scaling['factor']:g} in all" if args.factor else "that stays"
         say(f"the model is scaled already ({earlier['rope_type']} by {earlier['factor']:g}); {more}")
-    say(
-        f"{args.steps} steps of {args.batch_size} x {args.train_len:,} tokens on {world} process(es); {len(documents.tokens):,} tokens in "
-        f"{len(documents) - batches.skipped} document(s), {batches.skipped} too short and left out"
-    )
+    if batches:
+        say(
+            f"{args.steps} steps of {args.batch_size} x {args.train_len:,} tokens on {world} process(es); {len(documents.tokens):,} tokens in "
+            f"{len(documents) - batches.skipped} document(s), {batches.skipped} too short and left out"
+        )
     log = open_log(args.out / "metrics.jsonl", first) if rank == 0 else None
     board = SummaryWriter(args.out / "tensorboard", purge_step=first + 1) if args.tensorboard and rank == 0 else None
     peak_flops = fsdp.peak_flops(device)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT
+from safetensors.torch import load_file
 
 import weights
 
@@ -73,13 +74,27 @@ def test_the_factor_is_the_users(run, tmp_path):
     base = tmp_path / "base"  # a folder, not the built-in name: the paper's settings
     shutil.copytree(weights.resolve("tiny"), base)
     for name, arguments in (("ntk", ["--rope", "ntk", "--factor", 20]), ("yarn", [])):
-        arguments = ["--model", base, "--target_len", 1024, "--steps", 0, "--device", "cpu", "--out", tmp_path / name, *arguments]
-        assert run("train.py", *arguments).returncode == 0
+        untrained(run, tmp_path / name, "--model", base, "--target_len", 1024, *arguments)
     written = json.loads((tmp_path / "ntk" / "model" / "config.json").read_text())
     assert written["rope_theta"] == pytest.approx(10000 * 20 ** (64 / 62)) and written["rope_scaling"] is None
     assert weights.read_config(tmp_path / "yarn" / "model").rope_scaling == {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256
     }  # fmt: skip
+
+
+def untrained(run, out, *arguments):
+    done = run("train.py", "--steps", 0, "--device", "cpu", "--out", out, *arguments)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_untrained_model_needs_no_texts(run, tmp_path):
+    """Neither those that are named, which are not there, nor the standard library's, which would be tokenised into the cache."""
+    untrained(run, tmp_path / "run", "--model", "tiny", "--data", "absent.txt", "--eval_every", 1, "--eval_data", "absent.txt")
+    untrained(lambda *arguments: run(*arguments, env={"POSE_CACHE": tmp_path / "cache"}), tmp_path / "default", "--model", "tiny")
+    assert not list((tmp_path / "cache").glob("tokens*"))
+    for name in ("run", "default"):
+        ours, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / name / "model", weights.resolve("tiny")))
+        assert ours.keys() == base.keys() and all(torch.equal(ours[key], base[key]) for key in base)
 
 
 def plain_loop(texts, lrs, skipped=()):
