@@ -7,6 +7,7 @@
 OUT/metrics.jsonl gets a line a step, OUT/model is a Hugging Face folder at the end, OUT/checkpoints lets `--resume` go on.
 """
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -127,6 +128,8 @@ def complete(args, window):
             raise UserError(f"--{key} {getattr(args, key):g}: must be a number, at least 1")
     if args.method == "full" and args.train_len != args.target_len:
         raise UserError(f"--method full trains on whole windows: leave --train_len out or make it {args.target_len}")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: not installed here; pip install tensorboard")
     if gpu and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
         raise UserError(f"more processes than GPUs: this machine has {torch.cuda.device_count()}; lower --nproc_per_node")
     args.micro_batch_size = fsdp.split_batch(args.batch_size, args.micro_batch_size, args.train_len)[1]
@@ -179,15 +182,13 @@ def main():
     args.model = args.model or ("smollm2-135m" if args.device == "cuda" else "tiny")
 
     model, wanted, files = weights.check(weights.resolve(args.model))  # on the meta device: no memory is taken yet
-    window = model.config.max_position_embeddings
-    complete(args, window)
+    original = model.config
+    complete(args, original.max_position_embeddings)
     record = {key: value for key, value in vars(args).items() if key not in UNRECORDED} | as_given
+    record["model_sha256"] = weights.fingerprint(original, files)  # the same paths may hold something else another day
     settings = {key: getattr(args, key) for key in ("factor", "beta_fast") if getattr(args, key) is not None}
-    earlier = model.config.rope_scaling
-    base = weights.fingerprint(model.config, files)
-    model.config = config = weights.extend(model.config, args.rope, args.target_len, **settings)
-    tokenizer = weights.load_tokenizer(args.model, config)
-    record["model_sha256"] = base  # the same paths may hold something else another day
+    model.config = weights.extend(original, args.rope, args.target_len, **settings)
+    tokenizer = weights.load_tokenizer(args.model, original)
     batches = validation = None
     if args.steps:
         documents = data.prepare(args.data, tokenizer, weights.cache_dir())
@@ -196,16 +197,9 @@ def main():
         sampling = {key: getattr(args, key) for key in ("method", "train_len", "target_len", "chunks", "offset")}
         batches = data.Batches(documents, args.seed, tokenizer.bos_id, **sampling)
 
-    if args.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard: not installed here; pip install tensorboard") from None
-
     device = fsdp.start(args.device)
-    rank, world = dist.get_rank(), dist.get_world_size()
     check_agreement(record)
-    if rank == 0 and not args.resume:
+    if dist.get_rank() == 0 and not args.resume:
         args.out.mkdir(parents=True, exist_ok=True)
         aside = args.out / "args.json.tmp"
         aside.write_text(json.dumps(record, indent=2) + "\n")
@@ -215,42 +209,28 @@ def main():
     weights.fill(model, wanted, files)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-
-    def say(line):
-        if rank == 0:
-            tqdm.write(line, file=sys.stderr)
-
     checkpoints = fsdp.Checkpoints(args.out / "checkpoints", {k: v for k, v in record.items() if k not in FREE}, args.keep)
     first = checkpoints.load(model, optimizer, say) if args.resume else 0
-    if args.resume and not first:
-        say(f"--resume: {args.out} holds no checkpoint yet; starting with the first step")
-    tokens_per_step = args.batch_size * args.train_len
-    say(f"{args.model}: window {window:,} -> {args.target_len:,}, {args.method}, {args.rope}" + (f", going on after step {first}" if first else ""))
-    if earlier:
-        more = f"{args.rope} by {args.factor:g} comes on top, {config.rope_scaling['factor']:g} in all" if args.factor else "that stays"
-        say(f"the model is scaled already ({earlier['rope_type']} by {earlier['factor']:g}); {more}")
-    if batches:
-        say(
-            f"{args.steps} steps of {args.batch_size} x {args.train_len:,} tokens on {world} process(es); {len(documents.tokens):,} tokens in "
-            f"{len(documents) - batches.skipped} document(s), {batches.skipped} too short and left out"
-        )
-    log = open_log(args.out / "metrics.jsonl", first) if rank == 0 else None
-    board = SummaryWriter(args.out / "tensorboard", purge_step=first + 1) if args.tensorboard and rank == 0 else None
-    peak_flops = fsdp.peak_flops(device)
+    announce(args, original, model.config, batches, first)
+
+    interrupted = catch_signals()
+    train(args, model, optimizer, batches, validation, checkpoints, first, device, interrupted)
+    weights.save(model, tokenizer, args.out / "model")
+    if signal.SIGINT in interrupted:
+        sys.exit(130)  # so that a shell does not go on to the next command
+    say(f"wrote {args.out / 'model'}; next: python eval.py --task passkey --model {args.out / 'model'}")
+
+
+def train(args, model, optimizer, batches, validation, checkpoints, first, device, interrupted):
+    """Steps first + 1 … args.steps on batches of data.Batches. A signal in the list `interrupted` of any process ends it early, with a
+    checkpoint. UserError after MAX_SKIPPED updates in a row that were not finite."""
+    rank, world = dist.get_rank(), dist.get_world_size()
     share = args.batch_size // world
     mine = range(rank * share, (rank + 1) * share)  # this process's examples of every global batch
-
+    tokens_per_step = args.batch_size * args.train_len
+    peak_flops = fsdp.peak_flops(device)
+    log, board = open_logs(args, first) if rank == 0 else (None, None)
     skipped = 0  # updates in a row that were left out
-    interrupted = []
-
-    def interrupt(number, frame):
-        interrupted.append(number)
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats what a cluster sends to all, and kills after a while itself
-            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
-
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None if rank == 0 else True)
     began = time.perf_counter()
     for step, batch in zip(bar, data.prefetched(batches, first, mine, device)):
@@ -259,25 +239,22 @@ def main():
         loss, grad_norm = fsdp.update(model, optimizer, batch, args.micro_batch_size, tokens_per_step)
         stop = torch.tensor(float(bool(interrupted)), device=device)  # any process that was told to stop stops all
         dist.all_reduce(stop)
-        loss, grad_norm = loss.item(), grad_norm.item()
+        done, loss, grad_norm = step + 1, loss.item(), grad_norm.item()
+        stop = stop.item() and done < args.steps
+        speed = tokens_per_step / (time.perf_counter() - began)
+        mfu = speed / world * model.config.flops_per_token(args.train_len) / peak_flops if peak_flops else None
         finite = math.isfinite(loss) and math.isfinite(grad_norm)  # the same on every process
         skipped = 0 if finite else skipped + 1
-        done = step + 1
-        seconds = time.perf_counter() - began
-        speed = tokens_per_step / seconds
         validated = {}
         if validation and (done % args.eval_every == 0 or done == args.steps):
             validated = {"validation": validation(model, device)}
             say(f"step {done}: validation loss " + ", ".join(f"{nats:.3f} at {n:,}" for n, nats in validated["validation"].items()))
-        mfu = speed / world * config.flops_per_token(args.train_len) / peak_flops if peak_flops else None
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
         if rank == 0:
             line = {"step": done, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed, "mfu": mfu}
-            write_metrics(log, board, line | {"peak_memory_gib": memory / 2**30} | ({} if finite else {"skipped": True}) | validated)
-            shown = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}", "MFU": f"{mfu:.0%}" if mfu else "-", "GiB": f"{memory / 2**30:.1f}"}
-            bar.set_postfix(shown, refresh=False)
-            if bar.disable and done % max(1, args.steps // 20) == 0:  # no terminal: a line now and then
-                say(f"step {done}: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
+            line |= {"peak_memory_gib": memory / 2**30} | ({} if finite else {"skipped": True}) | validated
+            write_metrics(log, board, line)
+            show_progress(bar, line)
         checkpoints.finish(wait=False)
         if skipped == MAX_SKIPPED:
             checkpoints.finish()
@@ -285,19 +262,50 @@ def main():
                 f"step {done}: loss or gradient was not finite {skipped} times in a row, these updates were left out; "
                 "look at the texts, or start again with a lower --lr and another --out"
             )
-        if (stop and done < args.steps) or (args.save_every and done % args.save_every == 0):
+        if stop or (args.save_every and done % args.save_every == 0):
             checkpoints.save(model, optimizer, done)
-        if stop and done < args.steps:
+        if stop:
             bar.close()
             say(f"stopped after step {done} of {args.steps}; what is done is saved, add --resume to go on")
             break
         began = time.perf_counter()  # the wait for a batch counts, validation and checkpoints do not
-
     checkpoints.finish()
-    weights.save(model, tokenizer, args.out / "model")
-    if signal.SIGINT in interrupted:
-        sys.exit(130)  # so that a shell does not go on to the next command
-    say(f"wrote {args.out / 'model'}; next: python eval.py --task passkey --model {args.out / 'model'}")
+
+
+def say(line):
+    if dist.get_rank() == 0:
+        tqdm.write(line, file=sys.stderr)
+
+
+def announce(args, original, config, batches, first):
+    """Say what will be done. original, config: of the model before and after its window was stretched."""
+    if args.resume and not first:
+        say(f"--resume: {args.out} holds no checkpoint yet; starting with the first step")
+    windows = f"window {original.max_position_embeddings:,} -> {args.target_len:,}"
+    say(f"{args.model}: {windows}, {args.method}, {args.rope}" + (f", going on after step {first}" if first else ""))
+    if earlier := original.rope_scaling:
+        more = f"{args.rope} by {args.factor:g} comes on top, {config.rope_scaling['factor']:g} in all" if args.factor else "that stays"
+        say(f"the model is scaled already ({earlier['rope_type']} by {earlier['factor']:g}); {more}")
+    if batches:
+        used = len(batches.documents) - batches.skipped
+        say(
+            f"{args.steps} steps of {args.batch_size} x {args.train_len:,} tokens on {dist.get_world_size()} process(es); "
+            f"{len(batches.documents.tokens):,} tokens in {used} document(s), {batches.skipped} too short and left out"
+        )
+
+
+def catch_signals():
+    """-> a list, to which each SIGINT or SIGTERM adds its number from now on instead of ending the process."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats what a cluster sends to all, and kills after a while itself
+            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
+    return caught
 
 
 def check_agreement(record):
@@ -338,6 +346,20 @@ class Validation:
         return result
 
 
+def open_logs(args, first):
+    """metrics.jsonl, cut back to the first `first` lines: the steps after them will be done again; and TensorBoard's writer if asked for."""
+    log = open(args.out / "metrics.jsonl", "a+b", buffering=0)  # a line a step reaches the disk at once
+    log.seek(0)
+    kept = sum(len(log.readline()) for _ in range(first))
+    if log.seek(0, os.SEEK_END) > kept:
+        log.truncate(kept)
+    if not args.tensorboard:
+        return log, None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return log, SummaryWriter(args.out / "tensorboard", purge_step=first + 1)
+
+
 def write_metrics(log, board, line):
     """A line of metrics.jsonl, and TensorBoard events if asked for. JSON knows no NaN: null."""
     line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
@@ -349,14 +371,13 @@ def write_metrics(log, board, line):
         board.flush()
 
 
-def open_log(path, first):
-    """metrics.jsonl, cut back to the first `first` lines: the steps after them will be done again."""
-    log = open(path, "a+b", buffering=0)  # a line a step reaches the disk at once
-    log.seek(0)
-    kept = sum(len(log.readline()) for _ in range(first))
-    if log.seek(0, os.SEEK_END) > kept:
-        log.truncate(kept)
-    return log
+def show_progress(bar, line):
+    """The figures of a line of metrics.jsonl beside the bar; where there is no terminal, a line of text now and then."""
+    mfu = f"{line['mfu']:.0%}" if line["mfu"] else "-"
+    shown = {"loss": f"{line['loss']:.3f}", "tok/s": f"{line['tokens_per_second']:,.0f}", "MFU": mfu, "GiB": f"{line['peak_memory_gib']:.1f}"}
+    bar.set_postfix(shown, refresh=False)
+    if bar.disable and line["step"] % max(1, bar.total // 20) == 0:
+        say(f"step {line['step']}: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
 
 
 if __name__ == "__main__":
