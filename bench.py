@@ -159,7 +159,7 @@ def our_step(config, args, sampling, device):
     dtypes = torch.bfloat16 if gpu else torch.float32, getattr(torch, args.param_dtype)
     fsdp.shard(model, device, *dtypes, args.activation_checkpointing, args.cpu_offload, compile=gpu)
     randomise(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+    optimizer = fsdp.adamw(model, 1e-5)
     batches = random_batches(config, args, sampling, device)
 
     def step():
@@ -310,7 +310,8 @@ def prefill(config, args, device):
         tokens = torch.randint(config.vocab_size, (1, length), device=device)
         work = {"ours": partial(read, model, tokens), "kernels alone": kernels(model, length)}
         if other:
-            work["transformers"] = partial(other.generate, tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
+            everything = torch.ones_like(tokens)  # without it a random token that is the pad token would make a mask
+            work["transformers"] = partial(other.generate, tokens, attention_mask=everything, max_new_tokens=8, do_sample=False, pad_token_id=0)
         entry = {"length": length}
         for name, run in work.items():
             clock = Clock(device)

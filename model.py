@@ -85,17 +85,17 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """In the dtype of x, as Linear."""
+    """In the dtype of its weight, and rounded then: a master weight near 1 would lose most of its small updates to bfloat16."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
-    """In the dtype of x, as Linear."""
+    """As RMSNorm."""
 
     def forward(self, x):
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class Attention(nn.Module):

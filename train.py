@@ -208,7 +208,7 @@ def main():
     fsdp.shard(model, device, *dtypes, args.activation_checkpointing, args.cpu_offload, args.compile)
     weights.fill(model, wanted, files)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    optimizer = fsdp.adamw(model, args.lr)
     checkpoints = fsdp.Checkpoints(args.out / "checkpoints", {k: v for k, v in record.items() if k not in FREE}, args.keep)
     first = checkpoints.load(model, optimizer, say) if args.resume else 0
     announce(args, original, model.config, batches, first)

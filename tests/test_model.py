@@ -140,18 +140,28 @@ def test_a_long_text_in_rows_equals_one_piece(make_llama, monkeypatch, family):
 
 @pytest.mark.parametrize("family", ["Llama", "Phi"])
 def test_float32_master_weights_compute_what_their_roundings_do(make_llama, family):
-    """A single process trains so. Every weight is rounded where it is used, so nothing differs from a bfloat16 model; gradients arrive in float32."""
+    """A single process trains so. Every matrix is rounded where it is used, so nothing differs from a bfloat16 model; gradients arrive in
+    float32. A norm's weight is not: an update far below bfloat16's step near 1 shows."""
     folder, _ = make_llama(family=family)
     master, rounded = (weights.load(folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    with torch.no_grad():
+        for p, q in zip(master.parameters(), rounded.parameters()):
+            p.copy_(q if p.dim() == 1 else p)
     master.compute_dtype = torch.bfloat16
     tokens, positions = torch.randint(0, 320, (2, 50)), pose_positions(50, 1000, 2)
-    assert torch.equal(master(tokens, positions), rounded(tokens, positions))
-    assert torch.equal(master.generate(tokens, 5), rounded.generate(tokens, 5))
+    before = master(tokens, positions)
+    if family == "Llama":  # PyTorch's LayerNorm rounds otherwise in bfloat16
+        assert torch.equal(before, rounded(tokens, positions))
+        assert torch.equal(master.generate(tokens, 5), rounded.generate(tokens, 5))
+    assert (before - rounded(tokens, positions)).norm() < 1e-2 * before.norm()
     for model in (master, rounded):
         (model(tokens[:, :-1], targets=tokens[:, 1:]) / 98).backward()
     for (name, p), q in zip(master.named_parameters(), rounded.parameters()):
         assert p.grad.dtype == torch.float32
-        assert (p.grad - q.grad).norm() < 1e-2 * p.grad.norm(), name
+        assert (p.grad - q.grad).norm() < 3e-2 * p.grad.norm(), name
+    with torch.no_grad():
+        master.norm.weight *= 1 + 2**-11
+    assert not torch.equal(master(tokens, positions), before)
 
 
 def test_flops_count_every_matrix_product(make_llama):
