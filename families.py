@@ -6,6 +6,7 @@ Notable choices:
 - Inside the model rotary pairs are half-split. GPT-J publishes them interleaved; q and k are permuted once, when they are read.
 - Stock GPT-J knows no RoPE scaling, and Baichuan is code of its own. So GPT-J is written as Phi (the same computation, half-split, with
   biases on attention, which are zero then) and Baichuan as LLaMA (q, k and v apart, Baichuan2's head already normalised).
+- A LLaMA or Mistral whose queries are scaled is written as Ministral 3, the same with that scale.
 - Interpolation is written in Hugging Face's own terms, and a mode that stock loaders lack in one they have, so that
   transformers and vLLM compute the same logits as this code.
 """
@@ -65,6 +66,7 @@ class Family:
 FAMILIES = {  # model_type ->
     "llama": Family("LlamaForCausalLM"),
     "mistral": Family("MistralForCausalLM"),
+    "ministral3": Family("Ministral3ForCausalLM"),
     "qwen2": Family("Qwen2ForCausalLM"),
     "phi": Family(
         "PhiForCausalLM",
@@ -164,6 +166,8 @@ def read_config(folder):
     partial = scaling.pop("partial_rotary_factor", None) or parameters.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1
     if partial != 1 and kind != "phi":
         refuse(f"partial_rotary_factor {partial} is not known for {kind}")
+    if rope.has_query_scale(scaling) != (kind == "ministral3"):
+        refuse(f"llama_4_scaling_beta {scaling.get('llama_4_scaling_beta')!r} is not known for {kind}")
     try:
         if mode == "longrope" and scaling["original_max_position_embeddings"]:  # as stock loaders
             scaling.setdefault("factor", sizes["max_position_embeddings"] / scaling["original_max_position_embeddings"])
@@ -174,7 +178,7 @@ def read_config(folder):
             **sizes,
             norm_eps=float(c[family.norm_eps]),
             rope_theta=float(theta),
-            rope_scaling=None if mode == "default" else scaling,
+            rope_scaling=scaling if mode != "default" or rope.has_query_scale(scaling) else None,
             tie_embeddings=c.get("tie_word_embeddings", False),
             bos_token_id=c.get("bos_token_id"),
             eos_token_id=c.get("eos_token_id"),
@@ -193,8 +197,8 @@ def read_config(folder):
 
 def _slides(c):
     """Does the model of this config.json look back less far than its window?"""
-    if c["model_type"] == "mistral":  # absent means 4,096 to stock loaders
-        reach = c.get("sliding_window", 4096)
+    if c["model_type"] in ("mistral", "ministral3"):
+        reach = c.get("sliding_window", 4096 if c["model_type"] == "mistral" else None)  # what an absent one means to stock loaders
         return reach is not None and reach < c.get("max_position_embeddings", 0)
     return bool(c.get("use_sliding_window")) or "sliding_attention" in str(c.get("layer_types"))
 
@@ -208,10 +212,13 @@ def hf_config(config):
     if scaling:  # the first window beside it: transformers before 5 (longrope) and llama.cpp's converter (llama3) look nowhere else
         original = {"original_max_position_embeddings": config.original_window}
         scaling = scaling | original
-        if scaling["rope_type"] in ("linear", "dynamic"):  # stock loaders do not know it there
+        if scaling["rope_type"] in ("linear", "dynamic") and not rope.has_query_scale(scaling):  # stock loaders do not know it there
             del scaling["original_max_position_embeddings"]
         if scaling["rope_type"] == "dynamic":
             window = config.original_window  # where stock dynamic scaling begins
+    vllms = {}  # its own name for the scale of the queries
+    if rope.has_query_scale(scaling):
+        vllms = {"llama_4_scaling": {"beta": scaling["llama_4_scaling_beta"]} | original}
     partial = {"partial_rotary_factor": config.rotary_dim / config.head_dim} if config.model_type == "phi" else {}
     return {
         "architectures": [family.architecture],
@@ -223,10 +230,11 @@ def hf_config(config):
         "rope_scaling": scaling and scaling | {"type": scaling["rope_type"]},  # older readers want `type`
         "rope_parameters": (scaling or {"rope_type": "default"}) | {"rope_theta": theta} | partial,
         **original,
+        **vllms,
         **partial,
         "tie_word_embeddings": config.tie_embeddings,
         **family.fixed,
-        **({"sliding_window": None} if config.model_type in ("mistral", "qwen2") else {}),
+        **({"sliding_window": None} if config.model_type in ("mistral", "ministral3", "qwen2") else {}),
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "dtype": config.dtype,
@@ -275,7 +283,8 @@ def half_split(w, head_dim, rotary_dim):
 
 def as_written(config):
     """The Config of the same model in the family that it is written as."""
-    return dataclasses.replace(config, model_type=FAMILIES[config.model_type].written_as or config.model_type, normalised_head=False)
+    kind = "ministral3" if rope.has_query_scale(config.rope_scaling) else FAMILIES[config.model_type].written_as or config.model_type
+    return dataclasses.replace(config, model_type=kind, normalised_head=False)
 
 
 def tokenizer_files(config, files):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
-from rope import apply_rope, by_length, rope_cos_sin, rope_frequencies
+from rope import apply_rope, by_length, query_scale, rope_cos_sin, rope_frequencies
 
 ROWS = 65536  # tokens of a long text that go through a block's matrix products together when no gradient is wanted
 
@@ -110,17 +110,19 @@ class Attention(nn.Module):
         self.v = Linear(C, config.n_kv_heads * D, bias=config.qkv_bias)
         self.o = Linear(config.n_heads * D, C, bias=config.o_bias)
 
-    def qkv(self, x, cos, sin):
+    def qkv(self, x, cos, sin, scale=None):
         """x (B, T, C) -> queries (B, T, H, D), keys and values (B, T, K, D), queries and keys turned to their positions."""
         h = self.attn_norm(x)
         q, k, v = (w(h).unflatten(-1, (-1, self.head_dim)) for w in (self.q, self.k, self.v))
-        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+        q = apply_rope(q, cos, sin) if scale is None else apply_rope(q, cos * scale, sin * scale)
+        return q, apply_rope(k, cos, sin), v
 
-    def forward(self, x, cos, sin, cache=None, start=0):
-        """x (B, T, C) -> (B, T, C). cache: None or (keys, values), each (B, S, K, D), whose first `start` places are filled."""
+    def forward(self, x, cos, sin, scale=None, cache=None, start=0):
+        """x (B, T, C) -> (B, T, C). cos, sin: see rope_cos_sin; scale: of the queries, None or (1, T, 1, 1).
+        cache: None or (keys, values), each (B, S, K, D), whose first `start` places are filled."""
         if cache is None and x.shape[1] > ROWS and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return self.forward_in_rows(x, cos, sin)
-        q, k, v = self.qkv(x, cos, sin)
+            return self.forward_in_rows(x, cos, sin, scale)
+        q, k, v = self.qkv(x, cos, sin, scale)
         if cache is not None:
             end = start + x.shape[1]
             for new, whole in zip((k, v), cache):
@@ -128,11 +130,11 @@ class Attention(nn.Module):
             k, v = (whole[:, :end] for whole in cache)
         return self.rest(x, attention(q, k, v))
 
-    def forward_in_rows(self, x, cos, sin):
+    def forward_in_rows(self, x, cos, sin, scale):
         """forward without gradients, in x itself: all but attention for ROWS tokens at a time, so that little more is in memory than
         x, queries, keys and values."""
         parts = [slice(i, i + ROWS) for i in range(0, x.shape[1], ROWS)]
-        pieces = zip(*(self.qkv(x[:, part], cos[:, part], sin[:, part]) for part in parts))
+        pieces = zip(*(self.qkv(x[:, part], *(None if a is None else a[:, part] for a in (cos, sin, scale))) for part in parts))
         attended = attention(*(torch.cat(piece, dim=1) for piece in pieces))
         for part in parts:
             x[:, part] = self.rest(x[:, part], attended[:, part])
@@ -236,9 +238,10 @@ class Transformer(nn.Module):
         else:
             inv_freq, attention_factor = rope_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling, seq_len)
         cos, sin = rope_cos_sin(positions, inv_freq, attention_factor)
+        scale = query_scale(config.rope_scaling, start, start + tokens.shape[1], tokens.device)
         x = self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)  # (B, T, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin) if cache is None else block(x, cos, sin, cache[i], start)
+            x = block(x, cos, sin, scale) if cache is None else block(x, cos, sin, scale, cache[i], start)
         return self.norm(x)
 
     @torch.no_grad()

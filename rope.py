@@ -114,6 +114,10 @@ def _yarn_attention_factor(s, scaling):
     return mscale(1.0)
 
 
+def has_query_scale(scaling):
+    return bool((scaling or {}).get("llama_4_scaling_beta"))
+
+
 def by_length(scaling):
     """Do the angles of this rope_scaling depend on the length of the sequence? LongRoPE's do not where both its lists are the same."""
     scaling = scaling or {}
@@ -139,10 +143,11 @@ def stock_terms(dim, theta, scaling):
     """(theta, rope_scaling or None) that give the same angles in terms that stock loaders have: static NTK as another base, NTK-by-parts as
     YaRN without its factor on cos and sin, revised YaRN as LongRoPE's factor for each pair."""
     mode = (scaling or {}).get("rope_type", "default")
-    if mode == "default":
-        return theta, None
+    scale_of_queries = {k: scaling[k] for k in ("llama_4_scaling_beta", "original_max_position_embeddings")} if has_query_scale(scaling) else {}
     if mode == "ntk":
-        return theta * scaling["factor"] ** (dim / (dim - 2)), None
+        theta, mode = theta * scaling["factor"] ** (dim / (dim - 2)), "default"
+    if mode == "default":
+        return theta, {"rope_type": mode} | scale_of_queries if scale_of_queries else None
     if mode == "ntk_by_parts":
         return theta, scaling | {"rope_type": "yarn", "attention_factor": 1.0}
     inv_freq, attention_factor = rope_frequencies(dim, theta, scaling)
@@ -150,7 +155,7 @@ def stock_terms(dim, theta, scaling):
         scaling = _as_longrope(dim, theta, inv_freq, attention_factor, scaling["factor"], scaling["original_max_position_embeddings"])
     if scaling["rope_type"] == "longrope":  # spelled out: loaders derive it from the windows in different ways, and vLLM has its own names
         scaling = scaling | dict.fromkeys(("attention_factor", "short_mscale", "long_mscale"), attention_factor)
-    return theta, scaling
+    return theta, scaling | scale_of_queries
 
 
 def _as_longrope(dim, theta, inv_freq, attention_factor, factor, original):
@@ -166,6 +171,19 @@ def rope_cos_sin(positions, inv_freq, attention_factor=1.0):
     ready for (B, T, H, D)."""
     angles = positions[:, :, None, None].double() * inv_freq.to(positions.device).view(-1, 1, 1, inv_freq.shape[-1])  # (B, T, 1, dim/2)
     return (angles.cos() * attention_factor).float(), (angles.sin() * attention_factor).float()
+
+
+def query_scale(scaling, start, end, device=None):
+    """Factor on the queries of tokens start … end-1 of a sequence: 1 + beta ln(1 + floor(i / L)) for token i, beta `llama_4_scaling_beta` in
+    `scaling`, L its original window (Llama 4, Ministral 3). float32 (1, end - start, 1, 1), ready for (B, T, H, D); None where all are 1.
+
+    A softmax over n keys leaves the one that matters less weight the larger n is, and sharper queries give it back. What counts is how many
+    keys a token sees, so i is its index in the sequence and not its position, which PoSE's skips inflate in training."""
+    original = (scaling or {}).get("original_max_position_embeddings")
+    if not has_query_scale(scaling) or end <= original:
+        return None
+    windows = torch.arange(start, end, device=device) // original
+    return (1 + scaling["llama_4_scaling_beta"] * (1 + windows).double().log()).float().view(1, -1, 1, 1)
 
 
 def apply_rope(x, cos, sin):

@@ -49,6 +49,10 @@ def parse_arguments():
     p.add_argument("--method", choices=pose.METHODS, default="pose", help="full, pi and randpos are the paper's baselines (default: pose)")
     p.add_argument("--rope", choices=weights.EXTENSIONS, help="interpolation (default: yarn; smollm2-135m ntk)")
     p.add_argument("--factor", type=float, help="of the interpolation (default: target_len / window, dynamic 1; the built-in models twice that)")
+    p.add_argument(
+        "--llama_4_scaling_beta", type=float, default=0.0, metavar="BETA",
+        help="multiply the queries of token i by 1 + BETA ln(1 + floor(i / window)) (default: 0, not at all; Llama 4 has 0.1)",
+    )  # fmt: skip
     p.add_argument("--beta_fast", type=float, help="yarn leaves pairs alone that turn so often in the window (default: 32; tiny 8)")
     p.add_argument("--chunks", type=int, default=2, help="chunks per example (default: 2)")
     p.add_argument("--offset", choices=pose.OFFSETS, default="uniform", help="a later chunk's text, the paper's Table 4 (default: uniform)")
@@ -112,8 +116,9 @@ def complete(args, window):
     for key in ("train_len", "chunks", "batch_size", "keep"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
-    if not 0 <= args.lr < math.inf:
-        raise UserError(f"--lr {args.lr:g}: must be a number that is not negative")
+    for key in ("lr", "llama_4_scaling_beta"):
+        if not 0 <= getattr(args, key) < math.inf:
+            raise UserError(f"--{key} {getattr(args, key):g}: must be a number that is not negative")
     if args.target_len > 2**31:
         raise UserError(f"--target_len {args.target_len}: at most {2**31}")
     for key in ("steps", "warmup_steps", "save_every", "eval_every", "seed"):
@@ -187,7 +192,7 @@ def main():
     record = {key: value for key, value in vars(args).items() if key not in UNRECORDED} | as_given
     record["model_sha256"] = weights.fingerprint(original, files)  # the same paths may hold something else another day
     settings = {key: getattr(args, key) for key in ("factor", "beta_fast") if getattr(args, key) is not None}
-    model.config = weights.extend(original, args.rope, args.target_len, **settings)
+    model.config = weights.extend(original, args.rope, args.target_len, args.llama_4_scaling_beta, **settings)
     tokenizer = weights.load_tokenizer(args.model, original)
     batches = validation = None
     if args.steps:
@@ -283,7 +288,8 @@ def announce(args, original, config, batches, first):
         say(f"--resume: {args.out} holds no checkpoint yet; starting with the first step")
     windows = f"window {original.max_position_embeddings:,} -> {args.target_len:,}"
     say(f"{args.model}: {windows}, {args.method}, {args.rope}" + (f", going on after step {first}" if first else ""))
-    if earlier := original.rope_scaling:
+    earlier = original.rope_scaling or {}
+    if "factor" in earlier:
         more = f"{args.rope} by {args.factor:g} comes on top, {config.rope_scaling['factor']:g} in all" if args.factor else "that stays"
         say(f"the model is scaled already ({earlier['rope_type']} by {earlier['factor']:g}); {more}")
     if batches:

@@ -300,21 +300,28 @@ def save_tensors(tensors, path):
 EXTENSIONS = ("default", "linear", "ntk", "dynamic", "ntk_by_parts", "yarn", "yarn_revised", "llama3")  # modes that need no more than a factor
 
 
-def extend(config, mode, target_len, **settings):
+def extend(config, mode, target_len, llama_4_scaling_beta=0.0, **settings):
     """The Config of the same weights with their window stretched to target_len by a mode of rope.py. settings: what else rope_scaling
     shall hold, such as `factor` (default: the ratio of the windows; 1 for dynamic, which takes that of the current length) or `beta_fast`.
-    A model that is scaled already (Llama 3.1, or one of ours) keeps that: the factors multiply. UserError where they cannot."""
-    window = config.max_position_embeddings
+    llama_4_scaling_beta: of rope.query_scale. A model that is scaled already (Llama 3.1, or one of ours) keeps that: the factors multiply.
+    UserError where they cannot."""
+    window, earlier = config.max_position_embeddings, dict(config.rope_scaling or {})
+    beta = llama_4_scaling_beta or earlier.pop("llama_4_scaling_beta", 0.0)
     scaling = {"rope_type": mode, "factor": 1.0 if mode == "dynamic" else target_len / window, "original_max_position_embeddings": window} | settings
     if mode == "llama3":
         scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | scaling  # Llama 3.1's own
     if mode == "default":
         scaling = config.rope_scaling
-    elif config.rope_scaling:
+    elif earlier:
         try:
-            scaling = rope.compose(config.rotary_dim, config.rope_theta, config.rope_scaling, scaling)
+            scaling = rope.compose(config.rotary_dim, config.rope_theta, earlier, scaling)
         except ValueError as error:
             raise UserError(str(error)) from None
+    if beta:
+        if families.as_written(config).model_type not in ("llama", "mistral", "ministral3"):
+            kinds = f"stock loaders have it for LLaMA and Mistral, not for {config.model_type}"
+            raise UserError(f"--llama_4_scaling_beta {beta:g}: {kinds}; leave it out")
+        scaling = (scaling or {"rope_type": "default", "original_max_position_embeddings": window}) | {"llama_4_scaling_beta": beta}
     return dataclasses.replace(config, max_position_embeddings=target_len, rope_scaling=scaling)
 
 

@@ -435,6 +435,9 @@ REFUSED = [
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
     ("qwen2", {"mlp_bias": True}, "mlp_bias"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta 0.1 is not known for llama"),
+    ("llama", {"model_type": "ministral3"}, "llama_4_scaling_beta None is not known for ministral3"),
+    ("llama", {"model_type": "ministral3", "sliding_window": 32}, "sliding_window 32 in use"),
 ]
 
 
@@ -446,6 +449,13 @@ def test_what_is_refused(make, family, change, says):
     with pytest.raises(UserError, match=says) as refusal:
         weights.load(folder)
     assert "\n" not in str(refusal.value) and str(folder / "config.json") in str(refusal.value)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi", "gptj"])
+def test_scaled_queries_that_no_stock_loader_has(make, family):
+    config = weights.load(make(family)[0]).config
+    with pytest.raises(UserError, match=f"LLaMA and Mistral, not for {family}; leave it out"):
+        weights.extend(config, "yarn", 512, llama_4_scaling_beta=0.1)
 
 
 BROKEN = {

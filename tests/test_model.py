@@ -1,7 +1,10 @@
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import hf_logits, scaling_of
+from transformers.models.ministral3 import modeling_ministral3 as ministral3
 
 import model as decoder
 import pose
@@ -42,6 +45,44 @@ def test_logits_and_gradients_equal_transformers(make_llama, shape):
         for name, p in ours.named_parameters():
             expected_grad = grads[weights.hf_name(name)].grad
             torch.testing.assert_close(p.grad, expected_grad, rtol=1e-3, atol=1e-3 * expected_grad.abs().max().item())
+
+
+SCALED = {"rope_theta": 10000.0, "rope_type": "default", "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.3}
+
+
+def test_scaled_queries_equal_transformers(make_llama, monkeypatch):
+    """Ministral 3 in three windows of 16: logits, gradients and greedy decoding. It scales by position, as any loader may that never skips;
+    with skips ours is still by the number of keys, which it gets from its own function given the indices."""
+    folder, theirs = make_llama(family="Ministral3", rope_parameters=SCALED)
+    ours = weights.load(folder)
+    tokens, near, far = torch.randint(0, 320, (2, 48)), torch.arange(48).expand(2, -1), pose_positions(48, 2048, 2)
+    scale = ministral3.get_llama_4_attn_scale
+    for positions in (near, far):
+        monkeypatch.setattr(ministral3, "get_llama_4_attn_scale", lambda _, *settings: scale(near, *settings))
+        expected = hf_logits(theirs, tokens, positions)
+        torch.testing.assert_close(ours(tokens, positions), expected, rtol=0, atol=1e-4)
+        ours.zero_grad()
+        theirs.zero_grad()
+        ours(tokens[:, :-1], positions[:, :-1], tokens[:, 1:]).backward()
+        F.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+        grads = dict(theirs.named_parameters())
+        for name, p in ours.named_parameters():
+            expected_grad = grads[weights.hf_name(name)].grad
+            torch.testing.assert_close(p.grad, expected_grad, rtol=1e-3, atol=1e-3 * expected_grad.abs().max().item())
+    monkeypatch.undo()
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = theirs.generate(tokens[:, :37], attention_mask=torch.ones_like(tokens[:, :37]), **settings)[:, 37:]
+    for prefill_chunk in (1, 7, 16, 2048):
+        assert torch.equal(ours.generate(tokens[:, :37], 12, prefill_chunk=prefill_chunk), expected)
+
+
+def test_queries_are_scaled_beyond_the_first_window_only(make_llama):
+    """So training in the original window, whatever the skips, is untouched by the scale."""
+    ours, plain = (weights.load(make_llama("plain")[0]) for _ in range(2))
+    ours.config = dataclasses.replace(ours.config, rope_scaling=SCALED)
+    tokens, positions = torch.randint(0, 320, (2, 17)), pose_positions(17, 2048, 2)
+    assert torch.equal(ours(tokens[:, :16], positions[:, :16]), plain(tokens[:, :16], positions[:, :16]))
+    assert not torch.equal(ours(tokens, positions)[:, 16], plain(tokens, positions)[:, 16])
 
 
 @pytest.mark.parametrize("mode", ["linear", "dynamic", "yarn", "llama3", "longrope"])
@@ -126,10 +167,10 @@ def test_cached_attention_lines_up_with_the_last_key():
     torch.testing.assert_close(decoder.attention(q, k, v), expected.transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("family", ["Llama", "Phi"])
+@pytest.mark.parametrize("family", [{"family": "Llama"}, {"family": "Phi"}, {"family": "Ministral3", "rope_parameters": SCALED}], ids=str)
 def test_a_long_text_in_rows_equals_one_piece(make_llama, monkeypatch, family):
     """Without gradients each block takes ROWS tokens at a time; the hidden states are those of the whole."""
-    ours = weights.load(make_llama(family=family)[0])
+    ours = weights.load(make_llama(**family)[0])
     tokens, positions = torch.randint(0, 320, (2, 50)), pose_positions(50, 1000, 2)
     whole = ours.hidden(tokens, positions)
     assert whole.requires_grad

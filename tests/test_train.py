@@ -90,7 +90,9 @@ def untrained(run, out, *arguments):
 def test_the_untrained_model_needs_no_texts(run, tmp_path):
     """Neither those that are named, which are not there, nor the standard library's, which would be tokenised into the cache."""
     untrained(run, tmp_path / "run", "--model", "tiny", "--data", "absent.txt", "--eval_every", 1, "--eval_data", "absent.txt")
-    untrained(lambda *arguments: run(*arguments, env={"POSE_CACHE": tmp_path / "cache"}), tmp_path / "default", "--model", "tiny")
+    scale = ("--llama_4_scaling_beta", 0.25)
+    untrained(lambda *arguments: run(*arguments, env={"POSE_CACHE": tmp_path / "cache"}), tmp_path / "default", "--model", "tiny", *scale)
+    assert weights.read_config(tmp_path / "default" / "model").rope_scaling["llama_4_scaling_beta"] == 0.25
     assert not list((tmp_path / "cache").glob("tokens*"))
     for name in ("run", "default"):
         ours, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / name / "model", weights.resolve("tiny")))

@@ -182,6 +182,50 @@ def test_every_family_is_written_as_itself(make_llama, tiny_tokenizer, tmp_path,
     assert weights.read_config(tmp_path / "out").qkv_bias == (family["family"] == "Qwen2")
 
 
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+@pytest.mark.parametrize("mode", weights.EXTENSIONS)
+def test_scaled_queries_are_written_as_ministral(make_llama, tiny_tokenizer, tmp_path, mode, family):
+    """In five windows of 64; our own reader agrees, and writes the same bytes again."""
+    folder, base = make_llama(family=family, **({"sliding_window": None} if family == "Mistral" else {}))
+    model = weights.load(folder)
+    model.config = weights.extend(model.config, mode, 512, llama_4_scaling_beta=0.3)
+    weights.save(model, tiny_tokenizer, tmp_path / "out")
+    tokens, positions = torch.randint(0, 320, (1, 300)), torch.arange(300).expand(1, -1)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    again = weights.load(tmp_path / "out")
+    with torch.no_grad():
+        expected = hf_logits(theirs, tokens, positions)
+        assert_same(model(tokens), expected)
+        assert_same(again(tokens), expected)
+        model.config.rope_scaling = {**model.config.rope_scaling, "llama_4_scaling_beta": 0.0}
+        plain = model(tokens)
+        assert_same(plain[:, :64], expected[:, :64])
+        assert (plain - expected)[:, 64:].abs().max() > 0.1
+    weights.save(again, tokenizer.load(tmp_path / "out"), tmp_path / "again")
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "again")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["architectures"] == ["Ministral3ForCausalLM"]
+    assert written["llama_4_scaling"] == {"beta": 0.3, "original_max_position_embeddings": 64}  # where vLLM looks
+
+
+def test_scaled_queries_stay_when_a_model_is_stretched_further(make_llama, tiny_tokenizer, tmp_path):
+    """NTK by another base, then YaRN on top: the queries count windows of the first 64 tokens, YaRN asks of turns in the 512 in between."""
+    config = weights.load(make_llama()[0]).config
+    ntk = weights.extend(config, "ntk", 512)
+    first = dataclasses.replace(ntk, rope_theta=10000.0 * 8 ** (16 / 14), rope_scaling=None)
+    without = weights.extend(first, "yarn", 2048)
+    model = weights.load(make_llama()[0])
+    model.config = weights.extend(config, "ntk", 512, llama_4_scaling_beta=0.3)
+    weights.save(model, tiny_tokenizer, tmp_path / "ntk")
+    model = weights.load(tmp_path / "ntk")
+    model.config = weights.extend(model.config, "yarn", 2048)
+    assert model.config.rope_scaling["llama_4_scaling_beta"] == 0.3 and model.config.original_window == 64
+    ours = rope.rope_frequencies(16, model.config.rope_theta, model.config.rope_scaling)
+    expected = rope.rope_frequencies(16, without.rope_theta, without.rope_scaling)
+    torch.testing.assert_close(ours[0], expected[0], rtol=1e-12, atol=0)
+    assert ours[1] == pytest.approx(expected[1])
+
+
 LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
