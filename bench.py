@@ -158,7 +158,7 @@ def our_step(config, args, sampling, device):
     gpu = device.type == "cuda"
     dtypes = torch.bfloat16 if gpu else torch.float32, getattr(torch, args.param_dtype)
     fsdp.shard(model, device, *dtypes, args.activation_checkpointing, args.cpu_offload, compile=gpu)
-    randomise(model)
+    randomise(model, device)
     optimizer = fsdp.adamw(model, 1e-5)
     batches = random_batches(config, args, sampling, device)
 
@@ -173,10 +173,10 @@ def our_step(config, args, sampling, device):
 
 
 @torch.no_grad()
-def randomise(model):
-    """The same random weights, whatever the number of processes."""
+def randomise(model, device):
+    """The same random weights, whatever the number of processes and wherever the weights are."""
     for seed, p in enumerate(model.parameters()):
-        whole = torch.randn(p.shape, generator=torch.Generator(p.device).manual_seed(seed), device=p.device) * 0.02 + (p.dim() == 1)
+        whole = torch.randn(p.shape, generator=torch.Generator(device).manual_seed(seed), device=device) * 0.02 + (p.dim() == 1)
         if isinstance(p, DTensor):
             p.to_local().copy_(whole[families.own_rows(p)])
         else:
@@ -303,7 +303,7 @@ def prefill(config, args, device):
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
     model.to_empty(device=device)
-    randomise(model)
+    randomise(model, device)
     other = peer(config).to(dtype).to(device).eval() if args.compare else None
     results = []
     for length in args.lengths:

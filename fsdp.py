@@ -115,7 +115,8 @@ def shard(model, device, compute_dtype, param_dtype=torch.float32, activation_ch
     if cpu_offload:
         for vector in split_parameters(model)[1]:
             vector.data = vector.data.to(device)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # AdamW's; torchrun gives each process one
+        # AdamW works on the CPU then, and torchrun leaves each process one thread.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if model.config.tie_embeddings:
         model.head.weight = model.embed.weight  # to_empty takes plain ones apart
 
