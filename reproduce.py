@@ -1,0 +1,126 @@
+"""The paper's tables on a small real model, one command each: train every arm on the same number of tokens, measure all of them on other texts.
+
+    python reproduce.py table1 --data texts/ --dev books.jsonl.gz latex.jsonl.gz
+    python reproduce.py table5 --data texts/ --dev books.jsonl.gz --seeds 3
+    python reproduce.py table3 --data texts/ --dev benchmarks/
+
+Every arm is a call of train.py, every measure one of eval.py with all arms, printed before it runs; what is there already is not done again.
+OUT/TABLE gets the arms and the JSON files, the table at the end has the mean over seeds and, of several, the smallest and largest value.
+"""
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import errors
+import weights
+from errors import UserError
+
+TOKENS = 2**23  # that each arm is trained on
+WINDOWS = 16  # of the model, in a step
+
+
+def methods(target):
+    """Table 1's rows: the paper interpolates linearly there."""
+    return {f"{method} {target}x": f"--method {method} --target {target} --rope linear" for method in ("full", "randpos", "pi", "pose")}
+
+
+# Table -> {arm: its options}; lengths to measure. Targets and lengths are in windows of the model.
+TABLES = {
+    "table1": (methods(2) | methods(4), (0.5, 1, 2, 4)),
+    "figure4": ({rope: f"--target 4 --rope {rope}" for rope in ("linear", "ntk", "yarn", "yarn_revised", "llama3")}, (0.5, 1, 2, 4)),
+    "table2": ({f"{rope} {t}x": f"--target {t} --rope {rope}" for rope in ("linear", "ntk", "yarn") for t in (12, 16)}, (4, 8, 12, 16)),
+    "table3": ({"full 2x": "--method full --target 2", "pose 2x": "--target 2", "pose 16x": "--target 16"}, ()),
+    "table4": ({offset: f"--target 4 --offset {offset}" for offset in ("uniform", "zero", "skip")}, (0.5, 1, 2, 4)),
+    "table5": ({f"{n} chunks": f"--target 4 --chunks {n}" for n in (1, 2, 3, 8)} | {"randpos": "--target 4 --method randpos"}, (0.5, 1, 2, 4)),
+}
+
+
+def parse_arguments():
+    p = errors.ArgumentParser(description="Train and measure the arms of one of the paper's tables.")
+    p.add_argument("table", choices=TABLES)
+    p.add_argument("--model", default="smollm2-135m", help="a folder or built-in name (default: smollm2-135m)")
+    p.add_argument("--data", nargs="+", default=[], metavar="FILE", help="texts to train on (default: Python's standard library)")
+    p.add_argument("--dev", nargs="+", required=True, metavar="FILE", help="texts to measure on, one file a kind; table3: the folder of benchmarks")
+    p.add_argument("--seeds", type=int, default=1, help="runs of each arm (default: 1)")
+    p.add_argument("--tokens", type=int, default=TOKENS, help=f"that each arm is trained on (default: {TOKENS:,})")
+    p.add_argument("--trials", type=int, default=100, help="passkeys a length (default: 100)")
+    p.add_argument("--limit", type=int, help="table3: items of each benchmark (default: all)")
+    p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+    return p.parse_args()
+
+
+def training(options, window, tokens):
+    """An arm's options for train.py: the target in tokens, and as many tokens a step and in all as any other arm's."""
+    words = options.split()
+    at = words.index("--target")
+    target = int(words[at + 1]) * window
+    share = target // window if "full" in words else 1
+    batch = max(1, WINDOWS // share)
+    words[at : at + 2] = ["--target_len", str(target)]
+    return [*words, "--batch_size", str(batch), "--steps", str(max(1, tokens // (WINDOWS * window)))]
+
+
+def run(script, *arguments):
+    """Call a script of this repository; what goes wrong there ends this one too."""
+    command = [script, *map(str, arguments)]
+    print("python", shlex.join(command), flush=True)
+    done = subprocess.run([sys.executable, Path(__file__).parent / script, *command[1:]])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def spread(values, digits):
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def print_markdown(title, path, names, figure, digits):
+    """The results in a --json file of eval.py, a row an arm and a column a length. names: {model: arm}; figure(result) -> a number or None."""
+    written = json.loads(path.read_text())
+    rows = {}
+    for report in (*written.get("compared", []), {key: written[key] for key in ("model", "results")}):
+        for result in report["results"]:
+            unit = result.get("length") or result["benchmark"]
+            rows.setdefault(names[report["model"]], {}).setdefault(unit, []).append(figure(result))
+    units = list(next(iter(rows.values())))
+    print(f"\n| {title} | " + " | ".join(f"{u:,}" if isinstance(u, int) else u for u in units) + " |\n|---" + "|---" * len(units) + "|")
+    for arm in dict.fromkeys(names.values()):
+        cells = ([v for v in rows[arm].get(unit, []) if v is not None] for unit in units)
+        print(f"| {arm} | " + " | ".join(spread(cell, digits) if cell else "" for cell in cells) + " |")
+
+
+def main():
+    args = parse_arguments()
+    for key in ("seeds", "tokens", "trials"):
+        if getattr(args, key) < 1:
+            raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    arms, in_windows = TABLES[args.table]
+    window = weights.read_config(weights.resolve(args.model)).max_position_embeddings
+    folder = args.out / args.table
+    names = {args.model: "none"}
+    for arm, options in arms.items():
+        for seed in range(args.seeds):
+            out = folder / f"{arm.replace(' ', '-')}-{seed}"
+            names[str(out / "model")] = arm
+            if not (out / "model").exists():
+                texts = ("--data", *args.data) if args.data else ()
+                run("train.py", "--model", args.model, *texts, *training(options, window, args.tokens), "--seed", seed, "--out", out)
+    models = ("--model", *names)
+    if args.table == "table3":
+        path = folder / "benchmarks.json"
+        run("eval.py", "--task", "benchmarks", *models, "--data", *args.dev, "--json", path, *(("--limit", args.limit) if args.limit else ()))
+        return print_markdown("score, %", path, names, lambda r: 100 * r["score"], 1)
+    lengths = ("--lengths", ",".join(str(int(x * window)) for x in in_windows))
+    run("eval.py", "--task", "passkey", *models, *lengths, "--trials", args.trials, "--json", folder / "passkey.json")
+    print_markdown("passkey, %", folder / "passkey.json", names, lambda r: 100 * r["accuracy"], 0)
+    for file in args.dev:
+        for way, options in (("sliding", ()), ("tail", ("--tail", window // 8))):
+            path = folder / f"{Path(file).name.split('.')[0]}_{way}.json"
+            run("eval.py", "--task", "ppl", *models, *lengths, "--data", file, "--documents", 4, *options, "--json", path)
+            print_markdown(f"perplexity, {path.stem}", path, names, lambda r: r["ppl"], 2)
+
+
+if __name__ == "__main__":
+    errors.run(main)
