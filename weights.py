@@ -306,7 +306,8 @@ def extend(config, mode, target_len, llama_4_scaling_beta=0.0, **settings):
     llama_4_scaling_beta: of rope.query_scale. A model that is scaled already (Llama 3.1, or one of ours) keeps that: the factors multiply.
     UserError where they cannot."""
     window, earlier = config.max_position_embeddings, dict(config.rope_scaling or {})
-    beta = llama_4_scaling_beta or earlier.pop("llama_4_scaling_beta", 0.0)
+    beta = earlier.pop("llama_4_scaling_beta", 0.0)
+    beta = llama_4_scaling_beta or beta
     scaling = {"rope_type": mode, "factor": 1.0 if mode == "dynamic" else target_len / window, "original_max_position_embeddings": window} | settings
     if mode == "llama3":
         scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | scaling  # Llama 3.1's own
