@@ -364,7 +364,7 @@ def say(line):
 def main():
     args = parse_arguments()
     gpu = torch.cuda.is_available()
-    args.model = args.model or ("smollm2-135m" if gpu else "tiny")
+    args.model = args.model or weights.default("cuda" if gpu else "cpu")
     config = shape(args.model)
     check(args, config)
     device = fsdp.start("cuda" if gpu else "cpu")

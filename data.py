@@ -40,6 +40,15 @@ def find_files(paths):
     return files
 
 
+def fingerprint(files):
+    """16 digits of the SHA-256 of what the files hold."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
 def read_documents(path):
     """Yield the texts of one file: a .jsonl line is a document, any other file is one. Empty ones are passed over."""
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -134,7 +143,7 @@ class Batches:
     """Batch number n of a run. Documents too short for one window are left out; `skipped` counts them."""
 
     def __init__(self, documents, seed, bos_id=None, **sampling):
-        """sampling: the arguments of pose.sample after text_len. bos_id: put in front of every window if not None."""
+        """sampling: the arguments of pose.sample after text_len. bos_id: stands in the place of each window's first token if not None."""
         self.documents, self.seed, self.bos_id, self.sampling = documents, seed, bos_id, sampling
         train_len = sampling["train_len"]
         self.span = 1 + max(SPAN * train_len, sampling["target_len"] if sampling.get("offset") == "skip" else 0)

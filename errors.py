@@ -64,11 +64,13 @@ def run(main):
             message = f"{error.filename}: {error.strerror}; check the path and its permissions"
         else:
             raise
-    except MemoryError as error:
-        caught, message = error, "this machine's memory is full: lower the lengths or the batch, or take a larger machine"
     except torch.OutOfMemoryError as error:
         caught = error
         message = "the GPU's memory is full: training, lower --micro_batch_size or add --activation_checkpointing full; evaluating, lower --lengths"
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):  # PyTorch's word for it
+            raise
+        caught, message = error, "this machine's memory is full: lower the lengths or the batch, or take a larger machine"
     else:
         return
     everywhere = isinstance(caught, UserError)  # under torchrun every process meets the same mistake: say it once a machine

@@ -8,9 +8,10 @@
 Notable choices:
 - One forward pass a prompt: greedy decoding gives the answer exactly when every token of the answer is the argmax given the
   ones before it, and the token after it is no further digit. No KV cache; only the scored rows meet the vocabulary.
-- A length is exact: so many tokens are in the prompt with its answer, or in the window with its BOS.
+- A length is exact: so many tokens are in the prompt with its answer (see prompts.py), or in the window with its BOS.
 - Perplexity is weighted by token. A document is cut to the longest length asked for, so that every length that it is long enough for
-  scores the same text; a shorter document is left out of the lengths that it does not fill. With `--tail` all lengths score the same tokens.
+  scores the same text; a shorter document is left out of the lengths that it does not fill, which are not compared in words then. With
+  `--tail` all lengths score the same tokens.
 - Every figure has its uncertainty beside it: Wilson's 95% interval of a share, one standard error over documents of a perplexity.
 """
 import functools
@@ -218,6 +219,8 @@ def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, 
                 count[i] += np.diff(np.clip(edges, first, len(ids)))
                 bar.update(len(ids) - first)
             bar.set_postfix(ppl=f"{math.exp(min(nats.sum() / count.sum(), 700)):.2f}")
+    if not np.isfinite(nats).all():
+        raise UserError(f"--lengths {length}: the loss is not finite; look at the weights of this model")
     ppl, error = report.over_documents(nats.sum(1), count.sum(1)) if long_enough else (None, None)
     result = {"length": length, "tail": tail, "documents": len(long_enough), "left_out": len(documents) - len(long_enough)}
     result |= {"tokens": int(count.sum()), "ppl": ppl, "standard_error": error}
@@ -252,14 +255,14 @@ def log_likelihoods(model, pairs):
 # ---------------------------------------------------------------- the command
 
 
-def default_models():
-    """The run in out/ and the model it started from; without one, the built-in model for this machine."""
+def default_models(device):
+    """The run in out/ and the model it started from; without one, the built-in model for this device."""
     if Path("out/model/config.json").is_file() and Path("out/args.json").is_file():
         try:
             return [json.loads(Path("out/args.json").read_text())["model"], "out/model"]
         except (ValueError, KeyError, TypeError):
             raise UserError("out/args.json: not readable; name the models with --model") from None
-    return ["smollm2-135m" if torch.cuda.is_available() else "tiny"]
+    return [weights.default(device)]
 
 
 def default_lengths(configs):
@@ -288,8 +291,7 @@ def settings(args, names, checked, lengths):
     if args.task == "ppl":
         shared["lengths"] = lengths
     if args.task != "passkey":
-        files = data.find_files(args.data)
-        shared["bytes of data"] = sum(path.stat().st_size for path in files)
+        shared["sha256 of data"] = data.fingerprint(data.find_files(args.data))
     return shared
 
 
@@ -317,7 +319,7 @@ def evaluator(args, model, tokenizer, units):
 def main():
     args = parse_arguments()
     check(args)
-    names = args.model or default_models()
+    names = args.model or default_models(args.device)
     checked = [weights.check(weights.resolve(name)) for name in names]  # the last of them too, before hours with the first
     configs = [model.config for model, *_ in checked]
     by = "benchmark" if args.task == "benchmarks" else "length"

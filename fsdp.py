@@ -117,8 +117,6 @@ def shard(model, device, compute_dtype, param_dtype=torch.float32, activation_ch
             vector.data = vector.data.to(device)
         # AdamW works on the CPU then, and torchrun leaves each process one thread.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if model.config.tie_embeddings:
-        model.head.weight = model.embed.weight  # to_empty takes plain ones apart
 
 
 def split_parameters(model):
@@ -155,7 +153,8 @@ def update(model, optimizer, batch, micro_batch_size, tokens_per_step):
     grad_norm = torch.stack([norm.to(loss.device) for norm in norms]).norm()
     for group in groups:
         torch.nn.utils.clip_grads_with_norm_(group, 1.0, grad_norm)
-    optimizer.found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()  # as torch.amp.GradScaler tells the fused kernel to skip a step
+    # As torch.amp.GradScaler tells the fused kernel to skip a step; beside offloaded weights now, the kernel would not wait for the copy.
+    optimizer.found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float().to(groups[0][0].device)
     optimizer.step()
     optimizer.zero_grad()
     return loss, grad_norm

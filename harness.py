@@ -82,6 +82,8 @@ def find_files(paths):
 
 
 def read(path, convert):
+    """The items of a JSON Lines file as the harness wants them, a datasets.Dataset. convert: one of the functions above, a line's object -> item.
+    UserError if a line is none."""
     import datasets
 
     items, n = [], 0
@@ -148,6 +150,7 @@ def evaluate(name, files, lm, limit=None):
     task, metric, shots, _ = BENCHMARKS[name]
     group = {"group": "local", "task": [task_config(name, files)]}  # in a group a registered task takes other settings and stays that task
     found = lm_eval.simple_evaluate(lm, tasks=[group], task_manager=task_manager(), limit=limit, log_samples=False)
-    score, error = (float(found["results"][task][f"{key},none"]) for key in (metric, f"{metric}_stderr"))
+    score, error = (found["results"][task][f"{key},none"] for key in (metric, f"{metric}_stderr"))
+    error = None if error == "N/A" else float(error)  # of a single item
     items = found["n-samples"][task]["effective"]
-    return {"benchmark": name, "metric": metric, "shots": shots, "items": items, "score": score, "standard_error": error}
+    return {"benchmark": name, "metric": metric, "shots": shots, "items": items, "score": float(score), "standard_error": error}

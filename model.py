@@ -134,8 +134,11 @@ class Attention(nn.Module):
         """forward without gradients, in x itself: all but attention for ROWS tokens at a time, so that little more is in memory than
         x, queries, keys and values."""
         parts = [slice(i, i + ROWS) for i in range(0, x.shape[1], ROWS)]
-        pieces = zip(*(self.qkv(x[:, part], *(None if a is None else a[:, part] for a in (cos, sin, scale))) for part in parts))
-        attended = attention(*(torch.cat(piece, dim=1) for piece in pieces))
+        pieces = [self.qkv(x[:, part], *(None if a is None else a[:, part] for a in (cos, sin, scale))) for part in parts]
+        q, k, v = (torch.cat(piece, dim=1) for piece in zip(*pieces))
+        del pieces
+        attended = attention(q, k, v)
+        del q, k, v
         for part in parts:
             x[:, part] = self.rest(x[:, part], attended[:, part])
         return x
@@ -213,6 +216,13 @@ class Transformer(nn.Module):
         self.compute_dtype = None  # of the hidden states, where it is not that of the weights
         self.cross_entropy = cross_entropy_and_gradient  # fsdp.py puts a compiled one here
 
+    def to_empty(self, **device):
+        """As of any module, but a tied head stays tied."""
+        super().to_empty(**device)
+        if self.config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        return self
+
     def forward(self, tokens, positions=None, targets=None):
         """tokens int64 (B, T), positions int64 (B, T), default 0 … T-1 -> logits (B, T, V).
         With targets int64 (B, T): the summed cross-entropy in nats, a float32 scalar, without ever holding all logits."""
@@ -247,17 +257,18 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, prefill_chunk=2048):
         """Greedy continuation of tokens int64 (B, T) -> (B, max_new_tokens). The prompt is read `prefill_chunk` tokens at a time.
-        Angles that depend on the length (`dynamic`, `longrope`) are those of the final one from the first token on, as in one forward pass."""
+        Angles that depend on the length (`dynamic`, `longrope`) are from the first token on those of one forward pass over all but the last
+        new token, which is never read."""
         config, (B, T) = self.config, tokens.shape
-        shape = (B, T + max_new_tokens, config.n_kv_heads, config.head_dim)
+        seq_len = T + max_new_tokens - 1
+        shape = (B, seq_len, config.n_kv_heads, config.head_dim)
         dtype = self.compute_dtype or self.embed.weight.dtype
         cache = [tuple(torch.empty(shape, dtype=dtype, device=tokens.device) for _ in range(2)) for _ in self.blocks]
-        end = T + max_new_tokens
         for start in range(0, T, prefill_chunk):
-            h = self.hidden(tokens[:, start : start + prefill_chunk], cache=cache, start=start, seq_len=end)
+            h = self.hidden(tokens[:, start : start + prefill_chunk], cache=cache, start=start, seq_len=seq_len)
         new = [self.head(h[:, -1:]).argmax(-1)]  # each (B, 1)
-        for start in range(T, end - 1):
-            new.append(self.head(self.hidden(new[-1], cache=cache, start=start, seq_len=end)).argmax(-1))
+        for start in range(T, seq_len):
+            new.append(self.head(self.hidden(new[-1], cache=cache, start=start, seq_len=seq_len)).argmax(-1))
         return torch.cat(new, dim=1)
 
 

@@ -8,6 +8,8 @@ the model meets every distance of a `target_len` window at the price of a short 
 
 Everything here is index arithmetic in numpy. Attention stays causal by token order: a skip is no document boundary.
 """
+from pathlib import Path
+
 import numpy as np
 
 METHODS = ("pose", "full", "pi", "randpos")
@@ -74,15 +76,18 @@ def coverage(method, rng, train_len, target_len, chunks=2, examples=1000):
 
 
 def main():
-    from errors import ArgumentParser
+    import errors  # not above: the samplers need numpy alone
 
-    p = ArgumentParser(description="Plot how often a training example holds each relative distance (the paper's Figure 5).")
+    p = errors.ArgumentParser(description="Plot how often a training example holds each relative distance (the paper's Figure 5).")
     p.add_argument("--train_len", type=int, default=2048, help="default: 2048")
     p.add_argument("--target_len", type=int, default=16384, help="default: 16384")
     p.add_argument("--chunks", default="1,2,3", help="numbers of chunks, comma-separated (default: 1,2,3)")
     p.add_argument("--examples", type=int, default=1000, help="default: 1000")
-    p.add_argument("--plot", default="coverage.png", metavar="FILE.png", help="default: coverage.png")
+    p.add_argument("--plot", type=Path, default=Path("coverage.png"), metavar="FILE.png", help="default: coverage.png")
     args = p.parse_args()
+    errors.check_outputs(None, args.plot)
+    if args.examples < 1:
+        p.error(f"--examples {args.examples}: must be at least 1")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -99,7 +104,7 @@ def main():
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(args.plot, dpi=150)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         p.error(error)
     print(f"wrote {args.plot}")
 

@@ -1,6 +1,6 @@
 """What the retrieval tests hide and ask for: the paper's passkey prompt, and door codes in real text. Tokens only, no model.
 
-A length is exact: the prompt with its answer has so many tokens.
+A length is exact: the prompt with its answer has so many tokens (the passkey prompt a few less if a tokenizer has no filling that fits).
 """
 import functools
 

@@ -121,24 +121,27 @@ def print_table(reports, task):
 def conclude(results, task):
     """What the results of one model say, in sentences that go on after its name."""
 
-    def reach(holds):  # the longest length up to which every one holds
+    def reach(results, holds):  # the longest length up to which every one holds
         return next((results[i - 1] for i, r in enumerate(results) if not holds(r)), results[-1])["length"]
 
     if task in ("passkey", "needle"):
         if results[0]["accuracy"] < WORKS:
             yield f"is below {WORKS:.0%} already at {results[0]['length']:,} tokens"
         else:
-            yield f"works to {reach(lambda r: r['accuracy'] >= WORKS):,} tokens ({WORKS:.0%} or more at every length)"
+            yield f"works to {reach(results, lambda r: r['accuracy'] >= WORKS):,} tokens ({WORKS:.0%} or more at every length)"
         if trials := [t for r in results for t in r["by_trial"] if "agrees" in t]:
             yield f"decoded greedily gives the verdict of one-pass scoring on {sum(t['agrees'] for t in trials)} of {len(trials)} prompts"
     elif task == "ppl":
-        results = [r for r in results if r["documents"]]
-        if len(results) > 1 and not results[0]["tail"]:  # with a tail the change and its error say more
-            held = reach(lambda r: r["ppl"] <= HOLDS * results[0]["ppl"])
-            yield f"holds its perplexity to {held:,} tokens (at no length more than {HOLDS - 1:.0%} above that at {results[0]['length']:,})"
-        if bins := results[-1].get("by_position"):
+        filled = [r for r in results if r["documents"]]
+        same = [r for r in filled if r["documents"] == filled[0]["documents"]]  # that of other texts is not comparable
+        if len(same) > 1 and not same[0]["tail"]:  # with a tail the change and its error say more
+            held = reach(same, lambda r: r["ppl"] <= HOLDS * same[0]["ppl"])
+            others = "" if len(same) == len(filled) else "; other lengths have other documents"
+            yield f"holds its perplexity to {held:,} tokens (at no length more than {HOLDS - 1:.0%} above that at {same[0]['length']:,}{others})"
+        longest = filled[-1]
+        if bins := longest.get("by_position"):
             ranges = ", ".join(f"{b['from']:,}-{b['to'] - 1:,}: {b['loss']:.3f}" for b in bins)
-            yield f"has this loss by position in windows of {results[-1]['length']:,}: {ranges} (nats a token)"
+            yield f"has this loss by position in windows of {longest['length']:,}: {ranges} (nats a token)"
     else:
         yield f"scores {np.mean([r['score'] for r in results]):.1%} on average of {len(results)} benchmarks"
 
@@ -181,7 +184,7 @@ def draw_grid(a, report):
 def draw_bars(a, reports):
     width = 0.8 / len(reports)
     for i, report in enumerate(reports):
-        scores, errors = ([100 * r[key] for r in report["results"]] for key in ("score", "standard_error"))
+        scores, errors = ([100 * (r[key] or 0) for r in report["results"]] for key in ("score", "standard_error"))
         a.bar(np.arange(len(scores)) + (i + 0.5) * width - 0.4, scores, width, yerr=errors, label=report["model"])
     a.set_xticks(range(len(scores)), [r["benchmark"] for r in report["results"]], rotation=20)
     a.set(ylabel="score, % (± standard error)", ylim=(0, 100))

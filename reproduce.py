@@ -26,11 +26,12 @@ def methods(target):
     return {f"{method} {target}x": f"--method {method} --target {target} --rope linear" for method in ("full", "randpos", "pi", "pose")}
 
 
-# Table -> {arm: its options}; lengths to measure. Targets and lengths are in windows of the model.
+# Table -> {arm: its options}; lengths to measure. Targets and lengths are in windows of the model. Where modes are compared the factor is the
+# paper's, target / window, in all of them; tables 3 to 5 take the model's own recipe.
 TABLES = {
     "table1": (methods(2) | methods(4), (0.5, 1, 2, 4)),
-    "figure4": ({rope: f"--target 4 --rope {rope}" for rope in ("linear", "ntk", "yarn", "yarn_revised", "llama3")}, (0.5, 1, 2, 4)),
-    "table2": ({f"{rope} {t}x": f"--target {t} --rope {rope}" for rope in ("linear", "ntk", "yarn") for t in (12, 16)}, (4, 8, 12, 16)),
+    "figure4": ({rope: f"--target 4 --factor 4 --rope {rope}" for rope in ("linear", "ntk", "yarn", "yarn_revised", "llama3")}, (0.5, 1, 2, 4)),
+    "table2": ({f"{rope} {t}x": f"--target {t} --factor {t} --rope {rope}" for rope in ("linear", "ntk", "yarn") for t in (12, 16)}, (4, 8, 12, 16)),
     "table3": ({"full 2x": "--method full --target 2", "pose 2x": "--target 2", "pose 16x": "--target 16"}, ()),
     "table4": ({offset: f"--target 4 --offset {offset}" for offset in ("uniform", "zero", "skip")}, (0.5, 1, 2, 4)),
     "table5": ({f"{n} chunks": f"--target 4 --chunks {n}" for n in (1, 2, 3, 8)} | {"randpos": "--target 4 --method randpos"}, (0.5, 1, 2, 4)),
@@ -52,7 +53,7 @@ def parse_arguments():
 
 
 def training(options, window, tokens):
-    """An arm's options for train.py: the target in tokens, and as many tokens a step and in all as any other arm's."""
+    """train.py's options, a list of words, from an arm's: the target in tokens, and as many tokens a step and in all as any other arm's."""
     words = options.split()
     at = words.index("--target")
     target = int(words[at + 1]) * window
@@ -66,9 +67,34 @@ def run(script, *arguments):
     """Call a script of this repository; what goes wrong there ends this one too."""
     command = [script, *map(str, arguments)]
     print("python", shlex.join(command), flush=True)
-    done = subprocess.run([sys.executable, Path(__file__).parent / script, *command[1:]])
-    if done.returncode:
-        sys.exit(done.returncode)
+    called = subprocess.Popen([sys.executable, Path(__file__).parent / script, *command[1:]])
+    try:
+        code = called.wait()
+    except KeyboardInterrupt:  # the script has it too, and saves what is done
+        code = called.wait() or 130
+    if code:
+        sys.exit(code)
+
+
+def finished(out):
+    """Did train.py make all the steps of the run in this folder?"""
+    if not (out / "model").exists():
+        return False
+    return len((out / "metrics.jsonl").read_text().splitlines()) >= json.loads((out / "args.json").read_text())["steps"]
+
+
+def kind(file):
+    """A dev file's name without endings."""
+    return Path(file).name.split(".")[0]
+
+
+def check_record(path, record):
+    """Keep what the arms in a folder are trained with. UserError if arms of other settings are there."""
+    theirs = json.loads(path.read_text()) if path.exists() else record
+    if changed := [f"{key} was {theirs[key]}, now {record[key]}" for key in record if theirs[key] != record[key]]:
+        raise UserError(f"{path.parent}: holds arms of other settings ({'; '.join(changed)}); name another --out or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def spread(values, digits):
@@ -93,20 +119,26 @@ def print_markdown(title, path, names, figure, digits):
 
 def main():
     args = parse_arguments()
-    for key in ("seeds", "tokens", "trials"):
-        if getattr(args, key) < 1:
+    for key in ("seeds", "tokens", "trials", "limit"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
     arms, in_windows = TABLES[args.table]
     window = weights.read_config(weights.resolve(args.model)).max_position_embeddings
+    if len({kind(file) for file in args.dev}) < len(args.dev):
+        raise UserError(f"--dev {' '.join(args.dev)}: two files of one name, by which the results are kept; rename one")
+    if absent := next((path for path in (*args.data, *args.dev) if not Path(path).exists()), None):
+        raise UserError(f"{absent}: no such file or folder")
     folder = args.out / args.table
+    check_record(folder / "arms.json", {"model": args.model, "data": args.data, "tokens": args.tokens})
     names = {args.model: "none"}
     for arm, options in arms.items():
         for seed in range(args.seeds):
             out = folder / f"{arm.replace(' ', '-')}-{seed}"
             names[str(out / "model")] = arm
-            if not (out / "model").exists():
+            if not finished(out):
                 texts = ("--data", *args.data) if args.data else ()
-                run("train.py", "--model", args.model, *texts, *training(options, window, args.tokens), "--seed", seed, "--out", out)
+                resume = ("--resume",) if (out / "args.json").exists() else ()
+                run("train.py", "--model", args.model, *texts, *training(options, window, args.tokens), "--seed", seed, "--out", out, *resume)
     models = ("--model", *names)
     if args.table == "table3":
         path = folder / "benchmarks.json"
@@ -115,10 +147,11 @@ def main():
     lengths = ("--lengths", ",".join(str(int(x * window)) for x in in_windows))
     run("eval.py", "--task", "passkey", *models, *lengths, "--trials", args.trials, "--json", folder / "passkey.json")
     print_markdown("passkey, %", folder / "passkey.json", names, lambda r: 100 * r["accuracy"], 0)
+    documents = max(4, 2**17 // int(in_windows[-1] * window))  # enough text where windows are short
     for file in args.dev:
         for way, options in (("sliding", ()), ("tail", ("--tail", window // 8))):
-            path = folder / f"{Path(file).name.split('.')[0]}_{way}.json"
-            run("eval.py", "--task", "ppl", *models, *lengths, "--data", file, "--documents", 4, *options, "--json", path)
+            path = folder / f"{kind(file)}_{way}.json"
+            run("eval.py", "--task", "ppl", *models, *lengths, "--data", file, "--documents", documents, *options, "--json", path)
             print_markdown(f"perplexity, {path.stem}", path, names, lambda r: r["ppl"], 2)
 
 

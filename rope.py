@@ -115,6 +115,7 @@ def _yarn_attention_factor(s, scaling):
 
 
 def has_query_scale(scaling):
+    """Does this rope_scaling (or None) ask for query_scale?"""
     return bool((scaling or {}).get("llama_4_scaling_beta"))
 
 

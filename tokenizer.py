@@ -43,7 +43,7 @@ def load(folder):
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     except Exception as error:  # both libraries raise bare RuntimeError or Exception for a broken file
-        raise UserError(f"{folder / name}: not readable ({str(error).strip().splitlines()[0]}); copy it again") from None
+        raise UserError(f"{folder / name}: not readable ({_first_line(error)}); copy it again") from None
 
 
 class SentencePiece:
@@ -82,6 +82,10 @@ class TokenizerJson:
 
     def decode(self, ids):
         return self._model.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _settings(files):
@@ -160,7 +164,7 @@ def from_gguf(metadata):
     except Exception as error:  # both libraries raise bare RuntimeError or Exception for what they cannot use
         if isinstance(error, UserError):
             raise
-        raise UserError(f"GGUF tokenizer: not usable ({str(error).strip().splitlines()[0]}); convert the model to GGUF again") from None
+        raise UserError(f"GGUF tokenizer: not usable ({_first_line(error)}); convert the model to GGUF again") from None
 
 
 def _bpe_from_gguf(meta, family):

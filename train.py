@@ -98,6 +98,8 @@ def complete(args, window):
         args.target_len = recipe["windows"] * window
     args.rope = args.rope or recipe["rope"]
     stretch = recipe if args.rope == recipe["rope"] else PAPER
+    if args.eval_lengths and not args.eval_every:
+        raise UserError("--eval_lengths belongs to --eval_every and --eval_data; leave it out or add them")
     if bool(args.eval_every) != bool(args.eval_data):
         raise UserError("--eval_every and --eval_data belong together: how often, and on which texts")
     if args.beta_fast is not None and args.rope not in ("yarn", "yarn_revised", "ntk_by_parts"):
@@ -108,6 +110,8 @@ def complete(args, window):
         args.beta_fast = stretch.get("beta_fast")
     if args.factor is None and args.rope not in ("default", "dynamic"):  # dynamic: the ratio of the current length
         args.factor = stretch["headroom"] * args.target_len / window
+    if args.method != "pose" and (args.chunks != 2 or args.offset != "uniform"):
+        raise UserError(f"--chunks and --offset belong to --method pose; leave them out with {args.method}")
     if args.train_len is None:
         args.train_len = args.target_len if args.method == "full" else window
     gpu = args.device == "cuda"
@@ -184,7 +188,7 @@ def main():
     args = parse_arguments()
     as_given = {key: getattr(args, key) for key in FREE}  # their defaults are those of a machine
     args.device = errors.device(args.device)
-    args.model = args.model or ("smollm2-135m" if args.device == "cuda" else "tiny")
+    args.model = args.model or weights.default(args.device)
 
     model, wanted, files = weights.check(weights.resolve(args.model))  # on the meta device: no memory is taken yet
     original = model.config
@@ -221,6 +225,7 @@ def main():
     interrupted = catch_signals()
     train(args, model, optimizer, batches, validation, checkpoints, first, device, interrupted)
     weights.save(model, tokenizer, args.out / "model")
+    dist.barrier()  # torchrun ends all processes soon after the first one that leaves with another code than 0
     if signal.SIGINT in interrupted:
         sys.exit(130)  # so that a shell does not go on to the next command
     say(f"wrote {args.out / 'model'}; next: python eval.py --task passkey --model {args.out / 'model'}")

@@ -44,6 +44,11 @@ def cache_dir():
 # ---------------------------------------------------------------- reading
 
 
+def default(device):
+    """The built-in model to take on a device, "cuda" or "cpu", where the user names none."""
+    return "smollm2-135m" if device == "cuda" else "tiny"
+
+
 def resolve(name):
     """The folder of a model: a built-in name (fetched once) or a path."""
     if name == "tiny":
@@ -66,8 +71,6 @@ def load(name, device="cpu", dtype=None):
     Raises UserError if anything about the folder is wrong: a file, the architecture, a name or a shape."""
     model, wanted, files = check(resolve(name))
     model.to(dtype or getattr(torch, model.config.dtype)).to_empty(device=device)
-    if model.config.tie_embeddings:
-        model.head.weight = model.embed.weight  # to_empty took them apart
     fill(model, wanted, files)
     return model.eval()
 

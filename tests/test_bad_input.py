@@ -111,6 +111,7 @@ TRAIN = ("--data", "text.txt", "--steps", 1, "--batch_size", 2, "--target_len", 
         ("eval", ["--model", "tiny"], ["required", "--task"]),
         ("bench", ["--task", "sprint"], ["--task", "'sprint'", "prefill"]),
         ("pose", ["--chunks", "two"], ["'two'"]),
+        ("pose", ["--examples", 0], ["--examples 0"]),
     ],
     ids=str,
 )
@@ -319,6 +320,9 @@ def test_no_tokenizer(refused, model):
         (["--rope", "default", "--factor", 4], ["--factor", "--rope default"]),
         (["--rope", "ntk", "--beta_fast", 8], ["--beta_fast", "--rope ntk"]),
         (["--beta_fast", 0], ["--beta_fast 0", "at least 1"]),
+        (["--method", "pi", "--chunks", 3], ["--chunks", "pi"]),
+        (["--method", "randpos", "--offset", "zero"], ["--offset", "randpos"]),
+        (["--eval_lengths", 64], ["--eval_lengths", "--eval_every"]),
     ],
     ids=lambda v: " ".join(map(str, v)),
 )
@@ -501,6 +505,33 @@ def test_json_of_another_evaluation(refused, model, monkeypatch):
     refused("eval", *call, 1, "--model", model, "tiny", says=["r.json", f"model was ['{model}'], now ['{model}', 'tiny']"])
     change_tensors(lambda t: t.update({UP: t[UP] + 0.01}))(model)  # trained further into the same folder
     refused("eval", *call, 1, says=["r.json", f"weights of {model} was "])
+
+
+def test_json_of_other_texts(refused, model, monkeypatch):
+    """Of the same name and size as those that the results are of."""
+    call = ["--task", "ppl", "--model", str(model), "--data", "text.txt", "--json", "r.json", "--lengths", "64"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *call, "--device", "cpu"])
+    importlib.import_module("eval").main()
+    Path("text.txt").write_text(Path("text.txt").read_text().replace("cat", "dog"))
+    refused("eval", *call, says=["r.json", "data was "])
+
+
+def test_weights_that_give_no_number(refused, model):
+    change_tensors(lambda t: t.update({UP: t[UP] * float("nan")}))(model)
+    refused("eval", "--task", "ppl", "--model", model, "--data", "text.txt", "--lengths", 64, "--json", "r.json", says=["not finite"])
+
+
+def test_plot_without_an_ending(call):
+    check_refusal(*call("pose", "--plot", "noext"), ["--plot noext", ".png"])
+
+
+# ---------------------------------------------------------------- full memory
+
+
+def test_memory_that_is_full(monkeypatch, capfd):
+    with pytest.raises(SystemExit) as stop:
+        errors.run(lambda: torch.empty(2**52))
+    check_refusal(stop.value.code, capfd.readouterr().err, ["memory is full", "lower"])
 
 
 # ---------------------------------------------------------------- a full disk

@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -332,6 +333,20 @@ def test_several_models_stand_in_one_table_and_plot(monkeypatch, capsys, tmp_pat
     assert "loss against 64" in out
     out = evaluate(monkeypatch, capsys, "--task", "ppl", *both, tmp_path / "by.json", "--data", text, "--lengths", "64,128", "--by_position")
     assert "by position in windows of 128: 0-15: " in out
+
+
+def test_perplexities_of_other_documents_are_not_compared(monkeypatch, capsys, tmp_path):
+    """At the longer length only an easy text is left, so its low perplexity says nothing of the length."""
+    hard, rng = tmp_path / "hard.jsonl", random.Random(0)
+    lines = ["".join(rng.choice("abcdefghijklmnopqrstuvwxyz ") for _ in range(600)) for _ in range(3)]
+    lines += ["The cat sat on the mat. " * 300]
+    hard.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    written = tmp_path / "r.json"
+    arguments = ("--task", "ppl", "--model", "tiny", "--data", hard, "--json", written, "--device", "cpu", "--lengths")
+    out = evaluate(monkeypatch, capsys, *arguments, "64,128,512")
+    assert [r["documents"] for r in json.loads(written.read_text())["results"]] == [4, 4, 1]
+    assert json.loads(written.read_text())["results"][2]["ppl"] < json.loads(written.read_text())["results"][0]["ppl"] / 2
+    assert "tiny holds its perplexity to 128 tokens" in out and "other lengths have other documents" in out
 
 
 def test_a_killed_evaluation_goes_on(run, tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 import eval as evaluation
 import harness
 import prompts
+import report
 import weights
 from errors import UserError
 
@@ -156,6 +157,12 @@ def test_the_right_answer_is_what_the_file_says(tmp_path):
             return [(0.0 if r.args[1] == " Right." else -50.0, False) for r in requests]
 
     assert harness.evaluate("arc_challenge", harness.find_files([tmp_path])["arc_challenge"], Knows())["score"] == 15 / 16
+
+
+def test_a_single_item_has_no_error(folder, tmp_path):
+    result = harness.evaluate("piqa", harness.find_files([folder])["piqa"], Recorder(), limit=1)
+    assert result["items"] == 1 and result["standard_error"] is None
+    assert report.figure(result)[1] == "-"
 
 
 def test_the_command(run, folder, tmp_path):

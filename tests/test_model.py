@@ -1,4 +1,5 @@
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -138,22 +139,23 @@ def test_generation_equals_transformers_whatever_the_prefill(make_llama, scaling
         assert torch.equal(ours.generate(prompt, 12, prefill_chunk=prefill_chunk), expected)
 
 
-@pytest.mark.parametrize("mode", ["dynamic", "longrope"])
-def test_generation_with_angles_that_depend_on_the_length(make_llama, mode):
-    """The frequencies of the final length hold from the first token on: those of a model that has them at every length."""
+@pytest.mark.parametrize("mode, n", [("dynamic", 200), ("longrope", 200), ("longrope", 64), ("longrope", 65)])
+def test_generation_with_angles_that_depend_on_the_length(make_llama, mode, n):
+    """The frequencies of the n tokens that are read in all (the last new one is not) hold from the first token on: those of a model that has
+    them at every length."""
     folder, _ = make_llama()
     ours = weights.load(folder)
-    n, L, d = 200, 64, 16  # tokens in the end, the original window, rotated dimensions
+    L, d = 64, 16  # the original window, rotated dimensions
     scaling = {"rope_type": mode, "original_max_position_embeddings": L}
     if mode == "dynamic":
         ours.config.rope_scaling = scaling | {"factor": 2.0}
         _, same = make_llama("same", rope_parameters={"rope_theta": 10000.0 * (2 * n / L - 1) ** (d / (d - 2))})
     else:
         ours.config.rope_scaling = scaling | {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "attention_factor": 1.0}
-        _, same = make_llama("same", rope_parameters={"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0})
-    prompt = torch.randint(0, 320, (2, n - 12))
+        _, same = make_llama("same", rope_parameters={"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0 if n > L else 1.0})
+    prompt = torch.randint(0, 320, (2, n - 11))
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = same.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[:, n - 12 :]
+    expected = same.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[:, n - 11 :]
     for prefill_chunk in (50, 2048):
         assert torch.equal(ours.generate(prompt, 12, prefill_chunk=prefill_chunk), expected)
 
@@ -165,6 +167,25 @@ def test_cached_attention_lines_up_with_the_last_key():
     allowed = torch.tensor([[key <= query + 7 for key in range(10)] for query in range(3)])
     expected = scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ next(full)
     torch.testing.assert_close(decoder.attention(q, k, v), expected.transpose(1, 2).flatten(2))
+
+
+def test_a_long_text_in_rows_holds_nothing_twice(make_llama, monkeypatch):
+    """While attention runs, the pieces that its queries, keys and values were put together from are gone."""
+    ours = weights.load(make_llama()[0])
+    monkeypatch.setattr(decoder, "ROWS", 16)
+    pieces, alive = [], []
+    qkv, attention = decoder.Block.qkv, decoder.attention
+
+    def noted(self, *arguments):
+        made = qkv(self, *arguments)
+        pieces.extend(weakref.ref(t) for t in made)
+        return made
+
+    monkeypatch.setattr(decoder.Block, "qkv", noted)
+    monkeypatch.setattr(decoder, "attention", lambda *qkv: alive.append(sum(p() is not None for p in pieces)) or attention(*qkv))
+    with torch.no_grad():
+        ours.hidden(torch.randint(0, 320, (1, 50)))
+    assert len(pieces) == 2 * 4 * 3 and alive == [0, 0]
 
 
 @pytest.mark.parametrize("family", [{"family": "Llama"}, {"family": "Phi"}, {"family": "Ministral3", "rope_parameters": SCALED}], ids=str)

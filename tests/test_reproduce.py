@@ -1,5 +1,11 @@
 """reproduce.py: fair arms, every one of them measured, and the table is what the JSON files say."""
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +17,7 @@ import weights
 @pytest.mark.parametrize("table", reproduce.TABLES)
 def test_every_arm_sees_the_same_number_of_tokens(table):
     """In each step and in all, at full length too; and asks for what train.py has."""
-    arms, lengths = reproduce.TABLES[table]
+    arms, _ = reproduce.TABLES[table]
     seen = set()
     for options in arms.values():
         words = reproduce.training(options, 8192, reproduce.TOKENS)
@@ -19,10 +25,61 @@ def test_every_arm_sees_the_same_number_of_tokens(table):
         assert given.get("--method", "pose") in pose.METHODS and given.get("--offset", "uniform") in pose.OFFSETS
         assert given.get("--rope", "ntk") in weights.EXTENSIONS
         target = int(given["--target_len"])
-        assert all(8192 * length <= target for length in lengths) or table == "table1" and target == 2 * 8192 or table == "table2"
         window = target if given.get("--method") == "full" else 8192
         seen.add((window * int(given["--batch_size"]), window * int(given["--batch_size"]) * int(given["--steps"])))
     assert seen == {(2**17, reproduce.TOKENS)}
+
+
+@pytest.mark.parametrize("table", ["figure4", "table2"])
+def test_interpolations_are_compared_at_the_same_factor(table):
+    """The ratio of the windows, not what a model's recipe adds to one of them."""
+    settings = {}
+    for options in reproduce.TABLES[table][0].values():
+        words = reproduce.training(options, 8192, reproduce.TOKENS)
+        given = dict(zip(words[::2], words[1::2]))
+        assert float(given["--factor"]) == int(given["--target_len"]) / 8192
+        settings.setdefault(given["--target_len"], []).append(given)
+    for arms in settings.values():
+        modes = [given.pop("--rope") for given in arms]
+        assert len(set(modes)) == len(arms) > 1 and all(given == arms[0] for given in arms)
+
+
+def test_a_half_trained_arm_is_not_an_arm(tmp_path, monkeypatch):
+    """Interrupted by SIGTERM, train.py leaves a model and exits with 0. The next call goes on; with other settings it is refused."""
+    (tmp_path / "novel.txt").write_text("The cat sat on the mat, and the dog looked on. " * 400)
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, str(Path(reproduce.__file__)), "table4", "--model", "tiny", "--data", "novel.txt", "--trials", "1"]
+    command += ["--dev", "novel.txt", "--tokens", str(12 * 16 * 256)]
+    arm = Path("results/table4/uniform-0")
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as called:
+        while not (arm / "metrics.jsonl").exists() or len((arm / "metrics.jsonl").read_text().splitlines()) < 2:
+            assert called.poll() is None
+            time.sleep(0.02)
+        os.killpg(called.pid, signal.SIGTERM)
+        called.communicate(timeout=60)
+    until = time.time() + 60
+    while not (arm / "model" / "config.json").exists() and time.time() < until:
+        time.sleep(0.1)
+    assert 2 <= len((arm / "metrics.jsonl").read_text().splitlines()) < 12
+    other = subprocess.run([*command[:-1], "4096"], capture_output=True, text=True)
+    assert other.returncode == 2 and "tokens was 49152, now 4096" in other.stderr
+    calls = []
+    monkeypatch.setattr(reproduce, "run", lambda *words: calls.append(words))
+    monkeypatch.setattr(reproduce, "print_markdown", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", command[1:])
+    reproduce.main()
+    trained = [words for words in calls if words[0] == "train.py"]
+    assert ["--resume" in words for words in trained] == [True, False, False]
+    assert subprocess.run([sys.executable, Path(reproduce.__file__).parent / "train.py", *map(str, trained[0][1:])]).returncode == 0
+    assert len((arm / "metrics.jsonl").read_text().splitlines()) == 12 and reproduce.finished(arm)
+
+
+def test_dev_files_of_one_name_are_refused(run, tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.txt").write_text("text")
+    done = run("reproduce.py", "table1", "--model", "tiny", "--dev", "a/test.txt", "b/test.txt", cwd=tmp_path)
+    assert done.returncode == 2 and "rename one" in done.stderr and not (tmp_path / "results").exists()
 
 
 def test_a_table_from_its_command(run, tmp_path):
