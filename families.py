@@ -110,47 +110,87 @@ def read_config(folder):
         c = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not readable ({error}); copy it again") from None
+    try:
+        return _config(c)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{path}: {error}; this code extends RoPE models of {', '.join(FAMILIES)}") from None
 
-    def refuse(why):
-        raise UserError(f"{path}: {why}; this code extends RoPE models of {', '.join(FAMILIES)}")
 
-    if not isinstance(c, dict):
-        refuse("not a JSON object")
-    kind = c.get("model_type")
-    if c.get("position_embedding_type") == "alibi" or c.get("alibi") or kind in ("bloom", "mpt"):
-        refuse(f"{kind!r} uses ALiBi, not RoPE")
-    if kind == "baichuan" and ("max_position_embeddings" not in c or c.get("hidden_size") == 5120):
-        refuse("Baichuan 13B uses ALiBi, not RoPE; the 7B models do")
-    if kind in ("gpt2", "opt", "gpt_bigcode", "gpt_neo", "bert"):
-        refuse(f"{kind!r} uses learned positions, not RoPE")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        refuse(f"model_type {kind!r} is not known")
-    if experts := next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if c.get(key)), None):
-        refuse(f"a mixture of experts ({experts} {c[experts]}) is not known")
-    if c.get("quantization_config"):
-        refuse("quantised weights are not known; take the model they were made of")
-    family = FAMILIES[kind]
+def _config(c):
+    """The content of a config.json -> Config. ValueError says why not."""
+    _check_kind(c)
+    kind, family = c["model_type"], FAMILIES[c["model_type"]]
     c = family.defaults | c
     for key, value in family.fixed.items():
         if (c.get(key) or value) != value:
-            refuse(f"{key} {c[key]!r} is not known for {kind}")
-    for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(c.get(key) or {}, dict):
-            refuse(f"{key} {c[key]!r} is not a JSON object")
+            raise ValueError(f"{key} {c[key]!r} is not known for {kind}")
+    sizes = _sizes(c, family)
+    if _slides(c):
+        reach = c.get("sliding_window", 4096)
+        raise ValueError(f"{kind} with sliding_window {reach} in use: it never looks further back, so longer positions gain nothing")
+    theta, scaling, partial = _rope(c, sizes["max_position_embeddings"])
+    rotary, head_dim = sizes.setdefault("rotary_dim", int(sizes["head_dim"] * partial)), sizes["head_dim"]
+    if rotary % 2 or not 0 < rotary <= head_dim or int(head_dim * (rotary / head_dim)) != rotary:  # the last: as Phi is written
+        raise ValueError(f"{rotary} rotary dimensions in a head of {head_dim} are not known")
+    config = Config(
+        **sizes,
+        norm_eps=float(c[family.norm_eps]),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_embeddings=c.get("tie_word_embeddings", False),
+        bos_token_id=c.get("bos_token_id"),
+        eos_token_id=c.get("eos_token_id"),
+        dtype=c.get("dtype") or c.get("torch_dtype") or "float32",
+        model_type=kind,
+        normalised_head=kind == "baichuan" and ("z_loss_weight" in c or c["vocab_size"] == 125696),  # version 2
+    )
+    for seq_len in (1, 2**62):  # longrope has a list for short and one for long sequences
+        rope.rope_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling, seq_len)
+    if config.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"weights of dtype {config.dtype!r} are not known")
+    return config
 
+
+def _check_kind(c):
+    """ValueError for what is not a RoPE model of one of FAMILIES."""
+    if not isinstance(c, dict):
+        raise ValueError("not a JSON object")
+    kind = c.get("model_type")
+    if c.get("position_embedding_type") == "alibi" or c.get("alibi") or kind in ("bloom", "mpt"):
+        raise ValueError(f"{kind!r} uses ALiBi, not RoPE")
+    if kind == "baichuan" and ("max_position_embeddings" not in c or c.get("hidden_size") == 5120):
+        raise ValueError("Baichuan 13B uses ALiBi, not RoPE; the 7B models do")
+    if kind in ("gpt2", "opt", "gpt_bigcode", "gpt_neo", "bert"):
+        raise ValueError(f"{kind!r} uses learned positions, not RoPE")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(f"model_type {kind!r} is not known")
+    if experts := next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if c.get(key)), None):
+        raise ValueError(f"a mixture of experts ({experts} {c[experts]}) is not known")
+    if c.get("quantization_config"):
+        raise ValueError("quantised weights are not known; take the model they were made of")
+
+
+def _sizes(c, family):
+    """The whole numbers of a Config."""
     for key in (*family.keys.values(), *family.optional):
         if c.get(key) is None and key in family.optional:
             continue
         if key not in c:
-            raise UserError(f"{path}: {key!r} is missing; is this a config.json of a {kind} model?")
+            raise ValueError(f"{key!r} is missing; is this a config.json of a {c['model_type']} model?")
         if type(c[key]) is not int or c[key] < 1:
-            refuse(f"{key} is {c[key]!r}, not a positive whole number")
+            raise ValueError(f"{key} is {c[key]!r}, not a positive whole number")
     sizes = {field: c[key] for field, key in family.keys.items() if c.get(key) is not None}
     hidden, heads = sizes["hidden_dim"], sizes["n_heads"]
-    sizes = {"intermediate_dim": 4 * hidden, "n_kv_heads": heads, "head_dim": hidden // heads} | sizes
-    if _slides(c):
-        refuse(f"{kind} with sliding_window {c.get('sliding_window', 4096)} in use: it never looks further back, so longer positions gain nothing")
-    # Both spellings: rope_scaling beside rope_theta (before transformers 5), rope_parameters that holds both (since).
+    return {"intermediate_dim": 4 * hidden, "n_kv_heads": heads, "head_dim": hidden // heads} | sizes
+
+
+def _rope(c, window):
+    """-> rope_theta, rope_scaling in the form that rope.py reads or None, and the share of each head that is turned.
+    Both spellings: rope_scaling beside rope_theta (before transformers 5), rope_parameters that holds both (since)."""
+    kind = c["model_type"]
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(c.get(key) or {}, dict):
+            raise ValueError(f"{key} {c[key]!r} is not a JSON object")
     parameters = dict(c.get("rope_parameters") or {})
     scaling = dict(c.get("rope_scaling") or parameters)
     theta = parameters.pop("rope_theta", None) or scaling.get("rope_theta") or c.get("rope_theta") or 10000.0
@@ -158,41 +198,19 @@ def read_config(folder):
     scaling = {k: v for k, v in scaling.items() if k not in ("type", "rope_theta")} | {"rope_type": mode}
     original = c.get("original_max_position_embeddings")  # above the one inside, as in stock loaders
     if mode == "dynamic":
-        scaling["original_max_position_embeddings"] = sizes["max_position_embeddings"]  # all that those look at
+        scaling["original_max_position_embeddings"] = window  # all that those look at
     elif original:
         scaling["original_max_position_embeddings"] = original
     elif mode != "linear":
-        scaling.setdefault("original_max_position_embeddings", sizes["max_position_embeddings"])
+        scaling.setdefault("original_max_position_embeddings", window)
+    if mode == "longrope" and scaling["original_max_position_embeddings"]:  # as stock loaders
+        scaling.setdefault("factor", window / scaling["original_max_position_embeddings"])
     partial = scaling.pop("partial_rotary_factor", None) or parameters.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1
     if partial != 1 and kind != "phi":
-        refuse(f"partial_rotary_factor {partial} is not known for {kind}")
+        raise ValueError(f"partial_rotary_factor {partial} is not known for {kind}")
     if rope.has_query_scale(scaling) != (kind == "ministral3"):
-        refuse(f"llama_4_scaling_beta {scaling.get('llama_4_scaling_beta')!r} is not known for {kind}")
-    try:
-        if mode == "longrope" and scaling["original_max_position_embeddings"]:  # as stock loaders
-            scaling.setdefault("factor", sizes["max_position_embeddings"] / scaling["original_max_position_embeddings"])
-        rotary, head_dim = sizes.setdefault("rotary_dim", int(sizes["head_dim"] * partial)), sizes["head_dim"]
-        if rotary % 2 or not 0 < rotary <= head_dim or int(head_dim * (rotary / head_dim)) != rotary:  # the last: as Phi is written
-            refuse(f"{rotary} rotary dimensions in a head of {head_dim} are not known")
-        config = Config(
-            **sizes,
-            norm_eps=float(c[family.norm_eps]),
-            rope_theta=float(theta),
-            rope_scaling=scaling if mode != "default" or rope.has_query_scale(scaling) else None,
-            tie_embeddings=c.get("tie_word_embeddings", False),
-            bos_token_id=c.get("bos_token_id"),
-            eos_token_id=c.get("eos_token_id"),
-            dtype=c.get("dtype") or c.get("torch_dtype") or "float32",
-            model_type=kind,
-            normalised_head=kind == "baichuan" and ("z_loss_weight" in c or c["vocab_size"] == 125696),  # version 2
-        )
-        for seq_len in (1, 2**62):  # longrope has a list for short and one for long sequences
-            rope.rope_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling, seq_len)
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"{path}: {error}") from None
-    if config.dtype not in ("float32", "bfloat16", "float16"):
-        refuse(f"weights of dtype {config.dtype!r} are not known")
-    return config
+        raise ValueError(f"llama_4_scaling_beta {scaling.get('llama_4_scaling_beta')!r} is not known for {kind}")
+    return float(theta), scaling if mode != "default" or rope.has_query_scale(scaling) else None, partial
 
 
 def _slides(c):
