@@ -47,18 +47,20 @@ TURNS = 2  # of each side
 
 def parse_arguments():
     p = errors.ArgumentParser(description="Speed and memory, with random weights.")
-    p.add_argument("--task", choices=("train", "efficiency", "prefill"), required=True)
+    p.add_argument(
+        "--task", choices=("train", "efficiency", "prefill"), required=True, help="a training step; PoSE's beside a full-length one; a long prompt"
+    )
     p.add_argument("--model", help=f"{', '.join(SHAPES)}, NAME:LAYERS, tiny, or a folder (default: smollm2-135m with a GPU, else tiny)")
     p.add_argument("--lengths", help="efficiency: targets, prefill: prompts, in tokens (default: doubling from two windows to 131,072)")
     p.add_argument("--train_len", type=int, help="train, efficiency: tokens in a training example (default: the model's window)")
     p.add_argument("--micro_batch_size", type=int, help="train, efficiency: examples a process takes at once (default: 32,768 tokens; efficiency 1)")
     p.add_argument("--batch_size", type=int, help="train, efficiency: examples in a step, over all processes (default: one micro-batch each)")
     p.add_argument("--steps", type=int, default=10, help="timed steps or prompts, in two turns (default: 10)")
-    p.add_argument("--activation_checkpointing", choices=("none", "selective", "full"), default="none")
-    p.add_argument("--cpu_offload", action="store_true")
-    p.add_argument("--param_dtype", choices=("float32", "bfloat16"), default="float32")
+    p.add_argument("--activation_checkpointing", choices=("none", "selective", "full"), default="none", help="as train.py's")
+    p.add_argument("--cpu_offload", action="store_true", help="as train.py's")
+    p.add_argument("--param_dtype", choices=("float32", "bfloat16"), default="float32", help="as train.py's")
     p.add_argument("--compare", choices=("transformers",), help="train, prefill: the same work there, in turns")
-    p.add_argument("--json", type=Path, metavar="FILE")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="efficiency: time and memory by target")
     return p.parse_args()
 
@@ -91,6 +93,8 @@ def check(args, config):
 def shape(name):
     """The Config of a shape's name."""
     name, _, layers = name.partition(":")
+    if name not in (*SHAPES, *weights.BUILT_IN) and not Path(name).is_dir():
+        raise UserError(f"--model {name}: neither a folder nor a shape; those are {', '.join(SHAPES)} and tiny")
     config = SHAPES.get(name) or families.read_config(weights.resolve(name))
     if layers and not (layers.isdigit() and 1 <= int(layers) <= config.n_layers):
         raise UserError(f"--model {name}:{layers}: give a number of layers after the colon, at most {config.n_layers}")
@@ -184,19 +188,20 @@ def randomise(model, device):
 
 
 def their_step(config, args, sampling, device):
-    """The same of transformers: the whole model compiled, bfloat16 autocast, float32 weights and AdamW."""
+    """The same of transformers: on a GPU the whole model compiled and bfloat16 autocast; float32 weights and AdamW."""
     torch.set_float32_matmul_precision("high")
     model = peer(config, use_cache=False).to(device).train()
     if args.activation_checkpointing != "none":  # it has one kind
         model.gradient_checkpointing_enable()
-    compiled = torch.compile(model)
+    gpu = device.type == "cuda"
+    compiled = torch.compile(model) if gpu else model  # as ours
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     batches = random_batches(config, args, sampling, device)
 
     def step():
         tokens, _, _ = next(batches)
         for piece in tokens.split(args.micro_batch_size):
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
                 loss = compiled(input_ids=piece, labels=piece).loss
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

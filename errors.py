@@ -53,6 +53,7 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         sys.exit(130)
     except UserError as error:
         caught, message = error, str(error)

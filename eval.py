@@ -42,8 +42,11 @@ SETTINGS = {  # the options that a result depends on
 
 def parse_arguments():
     p = errors.ArgumentParser(description="Retrieval, perplexity by length, and ordinary tasks.")
-    p.add_argument("--task", choices=("passkey", "needle", "ppl", "benchmarks"), required=True)
-    p.add_argument("--model", nargs="+", help="folders or built-in names (default: the base and the result of the run in out/, else the built-in)")
+    p.add_argument("--task", choices=("passkey", "needle", "ppl", "benchmarks"), required=True, help="the README's table says what each tells")
+    p.add_argument(
+        "--model", nargs="+", action="extend",
+        help="folders or built-in names (default: the base and the result of the run in out/, else the built-in)",
+    )  # fmt: skip
     p.add_argument("--lengths", help="tokens, comma-separated (default: from the shortest original window, doubling, to the longest window)")
     p.add_argument("--trials", type=int, default=50, help="passkey, needle: prompts per length (default: 50)")
     p.add_argument("--seed", type=int, default=0, help="passkey, needle: of the keys and their places (default: 0)")
@@ -319,7 +322,7 @@ def evaluator(args, model, tokenizer, units):
 def main():
     args = parse_arguments()
     check(args)
-    names = args.model or default_models(args.device)
+    names = [*dict.fromkeys(args.model or default_models(args.device))]
     checked = [weights.check(weights.resolve(name)) for name in names]  # the last of them too, before hours with the first
     configs = [model.config for model, *_ in checked]
     by = "benchmark" if args.task == "benchmarks" else "length"

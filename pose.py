@@ -93,14 +93,19 @@ def main():
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    try:
+        numbers = [int(n) for n in args.chunks.split(",")]
+    except ValueError:
+        p.error(f"--chunks {args.chunks}: give whole numbers, comma-separated, such as 1,2,3")
     rng = np.random.default_rng(0)
     figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
     try:
-        curves = {f"PoSE, {n} chunk{'s' * (n != '1')}": ("pose", int(n)) for n in args.chunks.split(",")} | {"RandPos": ("randpos", 1)}
+        curves = {f"PoSE, {n} chunk{'s' * (n != 1)}": ("pose", n) for n in numbers} | {"RandPos": ("randpos", 1)}
         for name, (method, chunks) in curves.items():
             axes.plot(coverage(method, rng, args.train_len, args.target_len, chunks, args.examples), label=name)
         axes.set_xlabel("relative distance, tokens")
         axes.set_ylabel("share of examples that hold it")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(args.plot, dpi=150)

@@ -128,7 +128,9 @@ def conclude(results, task):
         if results[0]["accuracy"] < WORKS:
             yield f"is below {WORKS:.0%} already at {results[0]['length']:,} tokens"
         else:
-            yield f"works to {reach(results, lambda r: r['accuracy'] >= WORKS):,} tokens ({WORKS:.0%} or more at every length)"
+            works = reach(results, lambda r: r["accuracy"] >= WORKS)
+            longest = ", the longest asked for" if works == results[-1]["length"] else ""
+            yield f"works to {works:,} tokens ({WORKS:.0%} or more at every length){longest}"
         if trials := [t for r in results for t in r["by_trial"] if "agrees" in t]:
             yield f"decoded greedily gives the verdict of one-pass scoring on {sum(t['agrees'] for t in trials)} of {len(trials)} prompts"
     elif task == "ppl":
@@ -177,7 +179,8 @@ def draw_grid(a, report):
     image = a.imshow(cells, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
     a.set_xticks(range(len(results)), [f"{r['length']:,}" + "*" * r["beyond_window"] for r in results], rotation=30)
     a.set_yticks(np.arange(GRID + 1) - 0.5, [f"{100 * i // GRID}%" for i in range(GRID + 1)])
-    a.set(title=report["model"], xlabel="length, tokens (* beyond the window)", ylabel="depth of the answer in the text")
+    a.set_title(f"{report['model']}, {results[0]['trials']} prompts a length")
+    a.set(xlabel="length, tokens (* beyond the window)", ylabel="depth of the answer in the text")
     return image
 
 
@@ -206,7 +209,9 @@ def draw_curves(a, reports, task):
     if task == "passkey":
         a.set(ylabel="passkey accuracy, % (95% interval)", ylim=(-5, 105))
     else:
-        a.set(ylabel="perplexity (± standard error)", yscale="log")
+        tail = reports[0]["results"][0]["tail"]
+        scored = f" of the last {tail:,} tokens" if tail else ""
+        a.set(ylabel=f"perplexity{scored} (± standard error)", yscale="log")
         a.yaxis.set_major_formatter(LogFormatter())
         a.yaxis.set_minor_formatter(LogFormatter())
     a.grid(alpha=0.3)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import errors
+import harness
 import weights
 from errors import UserError
 
@@ -43,7 +44,10 @@ def parse_arguments():
     p.add_argument("table", choices=TABLES)
     p.add_argument("--model", default="smollm2-135m", help="a folder or built-in name (default: smollm2-135m)")
     p.add_argument("--data", nargs="+", default=[], metavar="FILE", help="texts to train on (default: Python's standard library)")
-    p.add_argument("--dev", nargs="+", required=True, metavar="FILE", help="texts to measure on, one file a kind; table3: the folder of benchmarks")
+    p.add_argument(
+        "--dev", nargs="+", required=True, metavar="FILE",
+        help="texts to measure on, one file for each kind of text, with documents as long as the longest length; table3: the folder of benchmarks",
+    )  # fmt: skip
     p.add_argument("--seeds", type=int, default=1, help="runs of each arm (default: 1)")
     p.add_argument("--tokens", type=int, default=TOKENS, help=f"that each arm is trained on (default: {TOKENS:,})")
     p.add_argument("--trials", type=int, default=100, help="passkeys a length (default: 100)")
@@ -60,7 +64,7 @@ def training(options, window, tokens):
     share = target // window if "full" in words else 1
     batch = max(1, WINDOWS // share)
     words[at : at + 2] = ["--target_len", str(target)]
-    return [*words, "--batch_size", str(batch), "--steps", str(max(1, tokens // (WINDOWS * window)))]
+    return [*words, "--batch_size", str(batch), "--steps", str(tokens // (WINDOWS * window))]
 
 
 def run(script, *arguments):
@@ -128,6 +132,10 @@ def main():
         raise UserError(f"--dev {' '.join(args.dev)}: two files of one name, by which the results are kept; rename one")
     if absent := next((path for path in (*args.data, *args.dev) if not Path(path).exists()), None):
         raise UserError(f"{absent}: no such file or folder")
+    if args.tokens < WINDOWS * window:
+        raise UserError(f"--tokens {args.tokens}: at least {WINDOWS * window:,}, one step of {WINDOWS} windows")
+    if args.table == "table3":
+        harness.find_files(args.dev)
     folder = args.out / args.table
     check_record(folder / "arms.json", {"model": args.model, "data": args.data, "tokens": args.tokens})
     names = {args.model: "none"}

@@ -44,47 +44,65 @@ MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 def parse_arguments():
     p = errors.ArgumentParser(description="Extend a model's context window with PoSE.")
     p.add_argument("--model", help=f"a Hugging Face folder, or {' or '.join(weights.BUILT_IN)} (default: smollm2-135m with a GPU, else tiny)")
-    p.add_argument("--target_len", type=int, help="tokens in the new window (default: 16 times the model's window; tiny: 8)")
-    p.add_argument("--train_len", type=int, help="tokens in a training example (default: the model's window; target_len for full)")
-    p.add_argument("--method", choices=pose.METHODS, default="pose", help="full, pi and randpos are the paper's baselines (default: pose)")
-    p.add_argument("--rope", choices=weights.EXTENSIONS, help="interpolation (default: yarn; smollm2-135m ntk)")
-    p.add_argument("--factor", type=float, help="of the interpolation (default: target_len / window, dynamic 1; the built-in models twice that)")
-    p.add_argument(
-        "--llama_4_scaling_beta", type=float, default=0.0, metavar="BETA",
-        help="multiply the queries of token i by 1 + BETA ln(1 + floor(i / window)) (default: 0, not at all; Llama 4 has 0.1)",
-    )  # fmt: skip
-    p.add_argument("--beta_fast", type=float, help="yarn leaves pairs alone that turn so often in the window (default: 32; tiny 8)")
-    p.add_argument("--chunks", type=int, default=2, help="chunks per example (default: 2)")
-    p.add_argument("--offset", choices=pose.OFFSETS, default="uniform", help="a later chunk's text, the paper's Table 4 (default: uniform)")
     p.add_argument(
         "--data", nargs="+", action="extend", default=[], metavar="FILE", help=".txt, .jsonl, .jsonl.gz, folders (default: Python's standard library)"
     )
-    p.add_argument("--steps", type=int, help="optimizer steps; 0: the untrained model, interpolated (default: 1000; tiny 150, smollm2-135m 200)")
-    p.add_argument("--batch_size", type=int, help="examples in a step, over all processes (default: 64; tiny 32, smollm2-135m 16)")
-    p.add_argument("--micro_batch_size", type=int, help="examples in one forward pass of a process (default: about 32,768 tokens)")
-    p.add_argument("--lr", type=float, help="peak of AdamW's learning rate (default: 2e-5; tiny 2e-4, smollm2-135m 5e-5)")
-    p.add_argument("--warmup_steps", type=int, help="linear warm-up; then linear decay to 0 (default: 10)")
-    p.add_argument("--seed", type=int, default=0, help="default: 0")
     p.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="a new folder for this run (default: out)")
-    p.add_argument("--save_every", type=int, default=0, metavar="N", help="checkpoint every N steps (default: only when interrupted)")
-    p.add_argument("--keep", type=int, default=2, metavar="N", help="checkpoints that stay, the newest (default: 2)")
-    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out; what is not given stays as it was")
-    p.add_argument("--activation_checkpointing", choices=("none", "selective", "full"), default="none", help="less memory for more time")
-    p.add_argument("--cpu_offload", action=argparse.BooleanOptionalAction, default=False, help="keep weights and optimizer in host memory")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block (default: on a GPU)")
-    p.add_argument("--eval_every", type=int, default=0, metavar="N", help="validation loss every N steps (default: never)")
-    p.add_argument("--eval_data", nargs="+", action="extend", default=[], metavar="FILE", help="texts for it, as for --data")
-    p.add_argument("--eval_lengths", metavar="TOKENS,…", help="contiguous windows to score (default: train_len)")
-    p.add_argument(
+    p.add_argument("--target_len", type=int, help="tokens in the new window (default: 16 times the model's window; tiny: 8)")
+
+    g = p.add_argument_group("the method")
+    g.add_argument(
+        "--method", choices=pose.METHODS, default="pose",
+        help="what an example is: pose, chunks of a short window with skips between their positions; full, a window of target_len; pi, a plain short "
+        "window; randpos, a short text at random positions (default: pose)",
+    )  # fmt: skip
+    g.add_argument("--train_len", type=int, help="tokens in an example (default: the model's window; target_len for full)")
+    g.add_argument("--chunks", type=int, default=2, help="pose: chunks in an example (default: 2)")
+    g.add_argument(
+        "--offset", choices=pose.OFFSETS, default="uniform",
+        help="pose: where a chunk's text is taken from: anywhere behind the one before, right behind it (zero), or as far behind as its "
+        "positions say (skip) (default: uniform)",
+    )  # fmt: skip
+    g.add_argument("--rope", choices=weights.EXTENSIONS, help="interpolation (default: yarn; smollm2-135m ntk)")
+    g.add_argument("--factor", type=float, help="of the interpolation (default: target_len / window, dynamic 1; the built-in models twice that)")
+    g.add_argument("--beta_fast", type=float, help="yarn leaves pairs alone that turn so often in the window (default: 32; tiny 8)")
+    g.add_argument(
+        "--llama_4_scaling_beta", type=float, default=0.0, metavar="BETA",
+        help="multiply the queries of token i by 1 + BETA ln(1 + floor(i / window)) (default: 0, not at all; Llama 4 has 0.1)",
+    )  # fmt: skip
+
+    g = p.add_argument_group("training")
+    g.add_argument("--steps", type=int, help="optimizer steps; 0: the untrained model, interpolated (default: 1000; tiny 150, smollm2-135m 200)")
+    g.add_argument("--batch_size", type=int, help="examples in a step, over all processes (default: 64; tiny 32, smollm2-135m 16)")
+    g.add_argument("--lr", type=float, help="peak of AdamW's learning rate (default: 2e-5; tiny 2e-4, smollm2-135m 5e-5)")
+    g.add_argument("--warmup_steps", type=int, help="linear warm-up; then linear decay to 0 (default: 10)")
+    g.add_argument("--seed", type=int, default=0, help="default: 0")
+
+    g = p.add_argument_group("interruptions")
+    g.add_argument("--save_every", type=int, default=0, metavar="N", help="checkpoint every N steps (default: only when interrupted)")
+    g.add_argument("--keep", type=int, default=2, metavar="N", help="checkpoints that stay, the newest (default: 2)")
+    g.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out; what is not given stays as it was")
+
+    g = p.add_argument_group("watching")
+    g.add_argument("--eval_every", type=int, default=0, metavar="N", help="validation loss every N steps (default: never)")
+    g.add_argument("--eval_data", nargs="+", action="extend", default=[], metavar="FILE", help="texts for it, as for --data")
+    g.add_argument("--eval_lengths", metavar="TOKENS,…", help="contiguous windows to score (default: train_len)")
+    g.add_argument(
         "--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="the metrics as TensorBoard events too, in OUT/tensorboard"
     )
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation (default: bfloat16 on a GPU)")
-    p.add_argument(
+
+    g = p.add_argument_group("speed and memory")
+    g.add_argument("--micro_batch_size", type=int, help="examples in one forward pass of a process (default: about 32,768 tokens)")
+    g.add_argument("--activation_checkpointing", choices=("none", "selective", "full"), default="none", help="less memory for more time")
+    g.add_argument("--cpu_offload", action=argparse.BooleanOptionalAction, default=False, help="keep weights and optimizer in host memory")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block (default: on a GPU)")
+    g.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation (default: bfloat16 on a GPU)")
+    g.add_argument(
         "--param_dtype", choices=("float32", "bfloat16"), default="float32",
         help="of master weights, gradients and optimizer state; bfloat16 halves their memory, but rounds each update to 3 digits of the weight: "
         "small ones are lost (default: float32)",
     )  # fmt: skip
-    p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+    g.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     return check_out(p.parse_args(), p)
 
 

@@ -100,7 +100,7 @@ def test_efficiency_draws_both_methods_by_target(bench, tmp_path):
         (["--task", "prefill", "--lengths", "128,abc"], "--lengths 128,abc"),
         (["--task", "prefill", "--lengths", "0"], "--lengths 0"),
         (["--task", "efficiency", "--lengths", "128"], "--lengths 128: a target is at least the window of 256"),
-        (["--task", "train", "--model", "nothing-here"], "nothing-here: no model here"),
+        (["--task", "train", "--model", "nothing-here"], "--model nothing-here: neither a folder nor a shape"),
         (["--task", "train", "--model", "tiny:two"], "--model tiny:two"),
         (["--task", "train", "--steps", 0], "--steps 0"),
         (["--task", "train", "--batch_size", 3, "--micro_batch_size", 2], "--micro_batch_size 2 does not divide the 3 examples"),
