@@ -5,7 +5,7 @@
     python reproduce.py table3 --data texts/ --dev benchmarks/
 
 Every arm is a call of train.py, every measure one of eval.py with all arms, printed before it runs; what is there already is not done again.
-OUT/TABLE gets the arms and the JSON files, the table at the end has the mean over seeds and, of several, the smallest and largest value.
+OUT/TABLE gets the arms, the JSON files and tables.md, which has the mean over seeds and, of several, the smallest and largest value.
 """
 import json
 import shlex
@@ -106,8 +106,9 @@ def spread(values, digits):
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def print_markdown(title, path, names, figure, digits):
-    """The results in a --json file of eval.py, a row an arm and a column a length. names: {model: arm}; figure(result) -> a number or None."""
+def markdown(title, path, names, figure, digits):
+    """A table of the results in a --json file of eval.py, a row an arm and a column a length. names: {model: arm}; figure(result) -> a number
+    or None."""
     written = json.loads(path.read_text())
     rows = {}
     for report in (*written.get("compared", []), {key: written[key] for key in ("model", "results")}):
@@ -115,31 +116,32 @@ def print_markdown(title, path, names, figure, digits):
             unit = result.get("length") or result["benchmark"]
             rows.setdefault(names[report["model"]], {}).setdefault(unit, []).append(figure(result))
     units = list(next(iter(rows.values())))
-    print(f"\n| {title} | " + " | ".join(f"{u:,}" if isinstance(u, int) else u for u in units) + " |\n|---" + "|---" * len(units) + "|")
+    table = [[title, *(f"{u:,}" if isinstance(u, int) else u for u in units)], ["---"] * (1 + len(units))]
     for arm in dict.fromkeys(names.values()):
         cells = ([v for v in rows[arm].get(unit, []) if v is not None] for unit in units)
-        print(f"| {arm} | " + " | ".join(spread(cell, digits) if cell else "" for cell in cells) + " |")
+        table.append([arm, *(spread(cell, digits) if cell else "" for cell in cells)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in table)
 
 
-def main():
-    args = parse_arguments()
-    for key in ("seeds", "tokens", "trials", "limit"):
+def check(args, window):
+    """Refuse what would fail after hours of training."""
+    for key in ("seeds", "trials", "limit"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
-    arms, in_windows = TABLES[args.table]
-    window = weights.read_config(weights.resolve(args.model)).max_position_embeddings
-    if len({kind(file) for file in args.dev}) < len(args.dev):
-        raise UserError(f"--dev {' '.join(args.dev)}: two files of one name, by which the results are kept; rename one")
-    if absent := next((path for path in (*args.data, *args.dev) if not Path(path).exists()), None):
-        raise UserError(f"{absent}: no such file or folder")
     if args.tokens < WINDOWS * window:
         raise UserError(f"--tokens {args.tokens}: at least {WINDOWS * window:,}, one step of {WINDOWS} windows")
+    if absent := next((path for path in (*args.data, *args.dev) if not Path(path).exists()), None):
+        raise UserError(f"{absent}: no such file or folder")
+    if len({kind(file) for file in args.dev}) < len(args.dev):
+        raise UserError(f"--dev {' '.join(args.dev)}: two files of one name, by which the results are kept; rename one")
     if args.table == "table3":
         harness.find_files(args.dev)
-    folder = args.out / args.table
-    check_record(folder / "arms.json", {"model": args.model, "data": args.data, "tokens": args.tokens})
+
+
+def train(args, folder, window):
+    """Train the arms that are not there yet -> {model: arm}, the untouched model first."""
     names = {args.model: "none"}
-    for arm, options in arms.items():
+    for arm, options in TABLES[args.table][0].items():
         for seed in range(args.seeds):
             out = folder / f"{arm.replace(' ', '-')}-{seed}"
             names[str(out / "model")] = arm
@@ -147,20 +149,39 @@ def main():
                 texts = ("--data", *args.data) if args.data else ()
                 resume = ("--resume",) if (out / "args.json").exists() else ()
                 run("train.py", "--model", args.model, *texts, *training(options, window, args.tokens), "--seed", seed, "--out", out, *resume)
+    return names
+
+
+def measure(args, folder, window, names):
+    """-> the tables, in Markdown."""
     models = ("--model", *names)
     if args.table == "table3":
         path = folder / "benchmarks.json"
         run("eval.py", "--task", "benchmarks", *models, "--data", *args.dev, "--json", path, *(("--limit", args.limit) if args.limit else ()))
-        return print_markdown("score, %", path, names, lambda r: 100 * r["score"], 1)
-    lengths = ("--lengths", ",".join(str(int(x * window)) for x in in_windows))
-    run("eval.py", "--task", "passkey", *models, *lengths, "--trials", args.trials, "--json", folder / "passkey.json")
-    print_markdown("passkey, %", folder / "passkey.json", names, lambda r: 100 * r["accuracy"], 0)
-    documents = max(4, 2**17 // int(in_windows[-1] * window))  # enough text where windows are short
+        return [markdown("score, %", path, names, lambda r: 100 * r["score"], 1)]
+    lengths = [int(x * window) for x in TABLES[args.table][1]]
+    common = (*models, "--lengths", ",".join(map(str, lengths)))
+    path = folder / "passkey.json"
+    run("eval.py", "--task", "passkey", *common, "--trials", args.trials, "--json", path)
+    tables = [markdown("passkey, %", path, names, lambda r: 100 * r["accuracy"], 0)]
+    documents = max(4, 2**17 // lengths[-1])  # enough text where windows are short
     for file in args.dev:
         for way, options in (("sliding", ()), ("tail", ("--tail", window // 8))):
             path = folder / f"{kind(file)}_{way}.json"
-            run("eval.py", "--task", "ppl", *models, *lengths, "--data", file, "--documents", documents, *options, "--json", path)
-            print_markdown(f"perplexity, {path.stem}", path, names, lambda r: r["ppl"], 2)
+            run("eval.py", "--task", "ppl", *common, "--data", file, "--documents", documents, *options, "--json", path)
+            tables.append(markdown(f"perplexity, {path.stem}", path, names, lambda r: r["ppl"], 2))
+    return tables
+
+
+def main():
+    args = parse_arguments()
+    window = weights.read_config(weights.resolve(args.model)).max_position_embeddings
+    check(args, window)
+    folder = args.out / args.table
+    check_record(folder / "arms.json", {"model": args.model, "data": args.data, "tokens": args.tokens})
+    tables = measure(args, folder, window, train(args, folder, window))
+    print("\n" + "\n".join(tables))
+    (folder / "tables.md").write_text("\n".join(tables))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_a_half_trained_arm_is_not_an_arm(tmp_path, monkeypatch):
     assert other.returncode == 2 and "tokens was 49152, now 4096" in other.stderr
     calls = []
     monkeypatch.setattr(reproduce, "run", lambda *words: calls.append(words))
-    monkeypatch.setattr(reproduce, "print_markdown", lambda *_: None)
+    monkeypatch.setattr(reproduce, "markdown", lambda *_: "")
     monkeypatch.setattr(sys, "argv", command[1:])
     reproduce.main()
     trained = [words for words in calls if words[0] == "train.py"]
@@ -99,6 +99,7 @@ def test_a_table_from_its_command(run, tmp_path):
         for arm, report in zip(("none", *pose.OFFSETS), reports):
             assert [r["length"] for r in report["results"]] == [128, 256, 512, 1024]
             assert f"| {arm} | " + " | ".join(map(figure, report["results"])) + " |" in done.stdout
+    assert done.stdout.endswith((folder / "tables.md").read_text() + "\n")
     again = run(*command, cwd=tmp_path)
     assert "python train.py" in done.stdout and "python train.py" not in again.stdout
     rows = [[line for line in out.stdout.splitlines() if line.startswith("| ")] for out in (done, again)]
