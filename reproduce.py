@@ -35,7 +35,10 @@ TABLES = {
     "table2": ({f"{rope} {t}x": f"--target {t} --factor {t} --rope {rope}" for rope in ("linear", "ntk", "yarn") for t in (12, 16)}, (4, 8, 12, 16)),
     "table3": ({"full 2x": "--method full --target 2", "pose 2x": "--target 2", "pose 16x": "--target 16"}, ()),
     "table4": ({offset: f"--target 4 --offset {offset}" for offset in ("uniform", "zero", "skip")}, (0.5, 1, 2, 4)),
-    "table5": ({f"{n} chunks": f"--target 4 --chunks {n}" for n in (1, 2, 3, 8)} | {"randpos": "--target 4 --method randpos"}, (0.5, 1, 2, 4)),
+    "table5": (
+        {f"{n} chunk{'s' * (n > 1)}": f"--target 4 --chunks {n}" for n in (1, 2, 3, 8)} | {"randpos": "--target 4 --method randpos"},
+        (0.5, 1, 2, 4),
+    ),
 }
 
 
