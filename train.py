@@ -115,19 +115,20 @@ def complete(args, window):
     if args.target_len is None:
         args.target_len = recipe["windows"] * window
     args.rope = args.rope or recipe["rope"]
-    stretch = recipe if args.rope == recipe["rope"] else PAPER
     if args.eval_lengths and not args.eval_every:
         raise UserError("--eval_lengths belongs to --eval_every and --eval_data; leave it out or add them")
     if bool(args.eval_every) != bool(args.eval_data):
         raise UserError("--eval_every and --eval_data belong together: how often, and on which texts")
-    if args.beta_fast is not None and args.rope not in ("yarn", "yarn_revised", "ntk_by_parts"):
+    has_beta_fast = args.rope in ("yarn", "yarn_revised", "ntk_by_parts")
+    if args.beta_fast is not None and not has_beta_fast:
         raise UserError(f"--beta_fast: --rope {args.rope} does not have it; leave it out or choose yarn")
     if args.factor is not None and args.rope == "default":
         raise UserError("--factor: --rope default interpolates nothing; leave it out or choose a mode")
-    if args.beta_fast is None:
-        args.beta_fast = stretch.get("beta_fast")
+    if args.beta_fast is None and has_beta_fast:
+        args.beta_fast = recipe.get("beta_fast")
     if args.factor is None and args.rope not in ("default", "dynamic"):  # dynamic: the ratio of the current length
-        args.factor = stretch["headroom"] * args.target_len / window
+        headroom = recipe["headroom"] if args.rope == recipe["rope"] else 1
+        args.factor = headroom * args.target_len / window
     if args.method != "pose" and (args.chunks != 2 or args.offset != "uniform"):
         raise UserError(f"--chunks and --offset belong to --method pose; leave them out with {args.method}")
     if args.train_len is None:
