@@ -100,7 +100,3 @@ def test_a_table_from_its_command(run, tmp_path):
             assert [r["length"] for r in report["results"]] == [128, 256, 512, 1024]
             assert f"| {arm} | " + " | ".join(map(figure, report["results"])) + " |" in done.stdout
     assert done.stdout.endswith((folder / "tables.md").read_text() + "\n")
-    again = run(*command, cwd=tmp_path)
-    assert "python train.py" in done.stdout and "python train.py" not in again.stdout
-    rows = [[line for line in out.stdout.splitlines() if line.startswith("| ")] for out in (done, again)]
-    assert rows[0] == rows[1]
