@@ -30,6 +30,11 @@ def token_counts(option, text, least=1):
     return lengths
 
 
+def changes(earlier, now):
+    """Where two records {setting: value} differ, in words; "" where they do not. What `now` does not have is not compared."""
+    return "; ".join(f"{key} was {earlier.get(key)}, now {value}" for key, value in now.items() if earlier.get(key) != value)
+
+
 def device(named):
     """The device that --device names, "cuda" or "cpu"; without one (None) cuda if there is one."""
     if named == "cuda" and not torch.cuda.is_available():

@@ -243,9 +243,8 @@ class Checkpoints:
             if damaged := MANIFEST if manifest is None else self._damaged(folder, manifest["crc32"]):
                 say(f"{folder} is damaged ({damaged} is missing or not what was written); going on from the one before")
                 continue
-            theirs = manifest["run"]
-            if changed := [f"{k} was {theirs.get(k)}, now {v}" for k, v in self.record.items() if theirs.get(k) != v]:
-                raise UserError(f"{folder} is of another run: {'; '.join(changed)}; start again with another --out")
+            if changed := errors.changes(manifest["run"], self.record):
+                raise UserError(f"{folder} is of another run: {changed}; start again with another --out")
             weights, moments = get_state_dict(model, optimizer)
             dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
             set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)

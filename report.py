@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 
-from errors import UserError
+from errors import UserError, changes
 
 DEPTHS, GRID = 5, 10  # rows of depth in the table, in the heat map
 WORKS = 0.95  # right answers
@@ -58,8 +58,8 @@ def read(path, settings):
         reports = [*written.get("compared", []), last]
     except (ValueError, TypeError, KeyError):
         raise UserError(f"--json {path}: holds no results to go on from; remove it or name another file") from None
-    if changed := [f"{key} was {earlier.get(key)}, now {settings[key]}" for key in settings if earlier.get(key) != settings[key]]:
-        raise UserError(f"--json {path}: holds results of another evaluation ({'; '.join(changed)}); remove it or name another file")
+    if changed := changes(earlier, settings):
+        raise UserError(f"--json {path}: holds results of another evaluation ({changed}); remove it or name another file")
     return reports
 
 

@@ -17,6 +17,7 @@ import errors
 import harness
 import weights
 from errors import UserError
+from train import finished
 
 TOKENS = 2**23  # that each arm is trained on
 WINDOWS = 16  # of the model, in a step
@@ -59,6 +60,11 @@ def parse_arguments():
     return p.parse_args()
 
 
+def steps(window, tokens):
+    """Of every arm, at WINDOWS windows of the model each."""
+    return tokens // (WINDOWS * window)
+
+
 def training(options, window, tokens):
     """train.py's options, a list of words, from an arm's: the target in tokens, and as many tokens a step and in all as any other arm's."""
     words = options.split()
@@ -67,7 +73,7 @@ def training(options, window, tokens):
     share = target // window if "full" in words else 1
     batch = max(1, WINDOWS // share)
     words[at : at + 2] = ["--target_len", str(target)]
-    return [*words, "--batch_size", str(batch), "--steps", str(tokens // (WINDOWS * window))]
+    return [*words, "--batch_size", str(batch), "--steps", str(steps(window, tokens))]
 
 
 def run(script, *arguments):
@@ -83,13 +89,6 @@ def run(script, *arguments):
         sys.exit(code)
 
 
-def finished(out):
-    """Did train.py make all the steps of the run in this folder?"""
-    if not (out / "model").exists():
-        return False
-    return len((out / "metrics.jsonl").read_text().splitlines()) >= json.loads((out / "args.json").read_text())["steps"]
-
-
 def kind(file):
     """A dev file's name without endings."""
     return Path(file).name.split(".")[0]
@@ -97,11 +96,11 @@ def kind(file):
 
 def check_record(path, record):
     """Keep what the arms in a folder are trained with. UserError if arms of other settings are there."""
-    theirs = json.loads(path.read_text()) if path.exists() else record
-    if changed := [f"{key} was {theirs[key]}, now {record[key]}" for key in record if theirs[key] != record[key]]:
-        raise UserError(f"{path.parent}: holds arms of other settings ({'; '.join(changed)}); name another --out or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=2) + "\n")
+    elif changed := errors.changes(json.loads(path.read_text()), record):
+        raise UserError(f"{path.parent}: holds arms of other settings ({changed}); name another --out or remove it")
 
 
 def spread(values, digits):
@@ -131,7 +130,7 @@ def check(args, window):
     for key in ("seeds", "trials", "limit"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
-    if args.tokens < WINDOWS * window:
+    if steps(window, args.tokens) < 1:
         raise UserError(f"--tokens {args.tokens}: at least {WINDOWS * window:,}, one step of {WINDOWS} windows")
     if absent := next((path for path in (*args.data, *args.dev) if not Path(path).exists()), None):
         raise UserError(f"{absent}: no such file or folder")
@@ -148,7 +147,7 @@ def train(args, folder, window):
         for seed in range(args.seeds):
             out = folder / f"{arm.replace(' ', '-')}-{seed}"
             names[str(out / "model")] = arm
-            if not finished(out):
+            if not finished(out, steps(window, args.tokens)):
                 texts = ("--data", *args.data) if args.data else ()
                 resume = ("--resume",) if (out / "args.json").exists() else ()
                 run("train.py", "--model", args.model, *texts, *training(options, window, args.tokens), "--seed", seed, "--out", out, *resume)

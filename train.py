@@ -87,9 +87,7 @@ def parse_arguments():
     g.add_argument("--eval_every", type=int, default=0, metavar="N", help="validation loss every N steps (default: never)")
     g.add_argument("--eval_data", nargs="+", action="extend", default=[], metavar="FILE", help="texts for it, as for --data")
     g.add_argument("--eval_lengths", metavar="TOKENS,…", help="contiguous windows to score (default: train_len)")
-    g.add_argument(
-        "--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="the metrics as TensorBoard events too, in OUT/tensorboard"
-    )
+    g.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="TensorBoard events too, in OUT/tensorboard")
 
     g = p.add_argument_group("speed and memory")
     g.add_argument("--micro_batch_size", type=int, help="examples in one forward pass of a process (default: about 32,768 tokens)")
@@ -189,11 +187,16 @@ def check_out(args, parser):
     # argparse leaves alone what stands in the namespace, unless it is given; but it would add to a list there.
     kept = {k: v for k, v in theirs.items() if k in vars(args) and not (isinstance(v, list) and getattr(args, k))}
     args = parser.parse_args(namespace=argparse.Namespace(**kept))
-    if changed := [f"{k} was {theirs.get(k)}, now {v}" for k, v in vars(args).items() if k not in UNRECORDED + FREE and theirs.get(k) != v]:
-        raise UserError(f"--resume: the run in {args.out} had other arguments: {'; '.join(changed)}")
-    if (args.out / "model").exists() and len((args.out / "metrics.jsonl").read_text().splitlines()) >= args.steps:
+    if changed := errors.changes(theirs, {k: v for k, v in vars(args).items() if k not in UNRECORDED + FREE}):
+        raise UserError(f"--resume: the run in {args.out} had other arguments: {changed}")
+    if finished(args.out, args.steps):
         raise UserError(f"--resume: the run in {args.out} is finished; its model is {args.out / 'model'}")
     return args
+
+
+def finished(out, steps):
+    """Did the run in this folder make all its steps? (An interrupted one has a model too.)"""
+    return (out / "model").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= steps
 
 
 def learning_rate(step, args):

@@ -528,7 +528,7 @@ def test_plot_without_an_ending(call):
 # ---------------------------------------------------------------- full memory
 
 
-def test_memory_that_is_full(monkeypatch, capfd):
+def test_memory_that_is_full(capfd):
     with pytest.raises(SystemExit) as stop:
         errors.run(lambda: torch.empty(2**52))
     check_refusal(stop.value.code, capfd.readouterr().err, ["memory is full", "lower"])

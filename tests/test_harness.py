@@ -159,7 +159,7 @@ def test_the_right_answer_is_what_the_file_says(tmp_path):
     assert harness.evaluate("arc_challenge", harness.find_files([tmp_path])["arc_challenge"], Knows())["score"] == 15 / 16
 
 
-def test_a_single_item_has_no_error(folder, tmp_path):
+def test_a_single_item_has_no_error(folder):
     result = harness.evaluate("piqa", harness.find_files([folder])["piqa"], Recorder(), limit=1)
     assert result["items"] == 1 and result["standard_error"] is None
     assert report.figure(result)[1] == "-"

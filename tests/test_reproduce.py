@@ -17,17 +17,19 @@ import weights
 @pytest.mark.parametrize("table", reproduce.TABLES)
 def test_every_arm_sees_the_same_number_of_tokens(table):
     """In each step and in all, at full length too; and asks for what train.py has."""
-    arms, _ = reproduce.TABLES[table]
-    seen = set()
+    arms, lengths = reproduce.TABLES[table]
+    seen, targets = set(), set()
     for options in arms.values():
         words = reproduce.training(options, 8192, reproduce.TOKENS)
         given = dict(zip(words[::2], words[1::2]))
         assert given.get("--method", "pose") in pose.METHODS and given.get("--offset", "uniform") in pose.OFFSETS
         assert given.get("--rope", "ntk") in weights.EXTENSIONS
         target = int(given["--target_len"])
+        targets.add(target)
         window = target if given.get("--method") == "full" else 8192
         seen.add((window * int(given["--batch_size"]), window * int(given["--batch_size"]) * int(given["--steps"])))
     assert seen == {(2**17, reproduce.TOKENS)}
+    assert not lengths or max(targets) == 8192 * lengths[-1]  # measured up to the longest window, and no further
 
 
 @pytest.mark.parametrize("table", ["figure4", "table2"])
@@ -71,7 +73,7 @@ def test_a_half_trained_arm_is_not_an_arm(tmp_path, monkeypatch):
     trained = [words for words in calls if words[0] == "train.py"]
     assert ["--resume" in words for words in trained] == [True, False, False]
     assert subprocess.run([sys.executable, Path(reproduce.__file__).parent / "train.py", *map(str, trained[0][1:])]).returncode == 0
-    assert len((arm / "metrics.jsonl").read_text().splitlines()) == 12 and reproduce.finished(arm)
+    assert len((arm / "metrics.jsonl").read_text().splitlines()) == 12 and reproduce.finished(arm, 12)
 
 
 def test_dev_files_of_one_name_are_refused(run, tmp_path):
@@ -82,7 +84,7 @@ def test_dev_files_of_one_name_are_refused(run, tmp_path):
     assert done.returncode == 2 and "rename one" in done.stderr and not (tmp_path / "results").exists()
 
 
-def test_a_table_from_its_command(run, tmp_path):
+def test_a_table_from_its_command(run, tmp_path, monkeypatch):
     (tmp_path / "novel.txt").write_text("The cat sat on the mat, and the dog looked on. " * 400)
     command = ("reproduce.py", "table4", "--model", "tiny", "--data", "novel.txt", "--dev", "novel.txt", "--tokens", 4096, "--trials", 2)
     done = run(*command, cwd=tmp_path)
@@ -99,4 +101,12 @@ def test_a_table_from_its_command(run, tmp_path):
         for arm, report in zip(("none", *pose.OFFSETS), reports):
             assert [r["length"] for r in report["results"]] == [128, 256, 512, 1024]
             assert f"| {arm} | " + " | ".join(map(figure, report["results"])) + " |" in done.stdout
-    assert done.stdout.endswith((folder / "tables.md").read_text() + "\n")
+    tables = (folder / "tables.md").read_text()
+    assert done.stdout.endswith(tables + "\n")
+    calls = []  # of a second run, which trains nothing and measures the same models: eval.py goes on from its --json
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "run", lambda *words: calls.append(" ".join(map(str, words))))
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    reproduce.main()
+    assert "python train.py" in done.stdout and calls and not any(call.startswith("train.py") for call in calls)
+    assert all(f"python {call}\n" in done.stdout for call in calls) and (folder / "tables.md").read_text() == tables
