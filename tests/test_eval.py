@@ -286,6 +286,19 @@ def evaluate(monkeypatch, capsys, *arguments):
     return capsys.readouterr().out
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_answers_as_the_cpu_does(tiny):
+    on_cpu, tokenizer = tiny
+    for dtype, error in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+        on_gpu = weights.load("tiny", "cuda", dtype)
+        assert evaluation.passkey(on_gpu, tokenizer, 256, 20, seed=0)["accuracy"] >= 0.95
+        documents = [np.arange(3, 2000) % 1500 + 3, np.arange(700, 2700) % 1900 + 3]
+        for length in (256, 1024):
+            expected = evaluation.perplexity(on_cpu, tokenizer, length, documents, 1024, length // 2)["ppl"]
+            got = evaluation.perplexity(on_gpu, tokenizer, length, documents, 1024, length // 2)["ppl"]
+            assert math.log(got) == pytest.approx(math.log(expected), rel=error)
+
+
 def test_the_command_writes_json_and_plot(run, tmp_path):
     written, picture = tmp_path / "r.json", tmp_path / "p.png"
     done = run("eval.py", "--task", "passkey", "--model", "tiny", "--lengths", "512,128", "--trials", 4, "--json", written, "--plot", picture)

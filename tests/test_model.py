@@ -48,6 +48,20 @@ def test_logits_and_gradients_equal_transformers(make_llama, shape):
             torch.testing.assert_close(p.grad, expected_grad, rtol=1e-3, atol=1e-3 * expected_grad.abs().max().item())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_logits_on_a_gpu_equal_transformers_on_the_cpu(make_llama, dtype, error):
+    """Windows of 4,096 tokens at positions up to 131,072, where bfloat16 positions or angles would be off by hundreds."""
+    folder, theirs = make_llama(head_dim=64)
+    ours = weights.load(folder, "cuda", dtype)
+    tokens, positions = torch.randint(0, 320, (2, 4096)), pose_positions(4096, 131072, 2)
+    with torch.no_grad():
+        expected = hf_logits(theirs, tokens, positions)
+        got = ours(tokens.cuda(), positions.cuda()).float().cpu()
+    assert expected.std() > 0.3
+    assert (got - expected).norm() < error * expected.norm()
+
+
 SCALED = {"rope_theta": 10000.0, "rope_type": "default", "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.3}
 
 
