@@ -31,12 +31,8 @@ def passkey_prompt(tokenizer, length, depth, key):
     one more as fills the length: from a word on, after blank lines if need be, else from inside a word. (If none is exact with this tokenizer,
     the longest.) Behind the garbage a broken sentence would meet the question, and cost small models answers.
     depth 0 … 1: where among the lines the key stands. Raises UserError if the prompt does not fit at all."""
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-
     def encode(before, after, cut=""):
-        first = " ".join([cut] + [GARBAGE] * before).strip(" ")
-        parts = [TASK, first, KEY.format(key=key), " ".join([GARBAGE] * after), f"{QUESTION} {key}"]
-        return bos + tokenizer.encode("\n".join(part for part in parts if part))
+        return passkey_ids(tokenizer, before, after, key, cut)
 
     line = len(encode(2, 3)) - len(encode(2, 2))
     lines = max(0, 5 + (length - len(encode(2, 2))) // line)
@@ -45,20 +41,37 @@ def passkey_prompt(tokenizer, length, depth, key):
         after = lines - before
         few = min(before, 2), min(after, 2)
         room = length - line * (lines - sum(few))  # for few lines and what is around them
-        if len(encode(*few)) <= room:
+        without = len(encode(*few))
+        if without <= room:
             break
         if lines == 0:
             raise UserError(f"--lengths {length}: too short for the passkey prompt, which needs {len(encode(0, 0))} tokens with this tokenizer")
         lines -= 1
 
-    inside = [GARBAGE[n:] for n in range(1, len(GARBAGE) + 1)]
-    words = [cut for cut, previous in zip(inside, GARBAGE) if previous == " " or not cut]
-    cuts = [blank + cut for cuts in (words, inside) for blank in ("", "\n", "\n\n") for cut in cuts]
-    fitting = {cut: n for cut in cuts if (n := len(encode(*few, cut))) <= room}
+    fitting = {cut: more for cut, more in fillings(tokenizer, *few).items() if without + more <= room}
     cut = max(fitting, key=fitting.get)  # the first of the longest
     tokens = repeat(lambda before, after: encode(before, after, cut), before, after)
     answer_len = len(tokenizer.encode(f"{QUESTION} {key}")) - len(tokenizer.encode(QUESTION))
     return tokens[:-answer_len], tokens[-answer_len:]
+
+
+def passkey_ids(tokenizer, before, after, key, cut=""):
+    """Token ids of the prompt and its answer: the key between so many lines of garbage, with `cut` in front of them."""
+    first = " ".join([cut] + [GARBAGE] * before).strip(" ")
+    parts = [TASK, first, KEY.format(key=key), " ".join([GARBAGE] * after), f"{QUESTION} {key}"]
+    ids = tokenizer.encode("\n".join(part for part in parts if part))
+    return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+
+
+@functools.cache
+def fillings(tokenizer, before, after):
+    """{beginning of the garbage, with blank lines before it or not: tokens that it adds to a prompt of so many lines}, the nicest first.
+    They do not touch the key, so that any key will do."""
+    inside = [GARBAGE[n:] for n in range(1, len(GARBAGE) + 1)]
+    words = [cut for cut, previous in zip(inside, GARBAGE) if previous == " " or not cut]
+    cuts = [blank + cut for cuts in (words, inside) for blank in ("", "\n", "\n\n") for cut in cuts]
+    none = len(passkey_ids(tokenizer, before, after, "12345"))
+    return {cut: len(passkey_ids(tokenizer, before, after, "12345", cut)) - none for cut in cuts}
 
 
 def repeat(encode, before, after):
