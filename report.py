@@ -205,15 +205,17 @@ def draw_curves(a, reports, task):
         else:
             errors = [r["standard_error"] or 0 for r in results]
         a.errorbar([r["length"] for r in results], values, errors, marker="o", capsize=3, label=report["model"])
-    length_axis(a, [r["length"] for r in reports[0]["results"]], "length, tokens")
+    length_axis(a, sorted({r["length"] for report in reports for r in report["results"]}), "length, tokens")
     if task == "passkey":
         a.set(ylabel="passkey accuracy, % (95% interval)", ylim=(-5, 105))
     else:
         tail = reports[0]["results"][0]["tail"]
-        scored = f" of the last {tail:,} tokens" if tail else ""
-        a.set(ylabel=f"perplexity{scored} (± standard error)", yscale="log")
-        a.yaxis.set_major_formatter(LogFormatter())
-        a.yaxis.set_minor_formatter(LogFormatter())
+        a.set_ylabel("perplexity" + f", last {tail:,} tokens" * bool(tail) + " (± 1 SE)")
+        drawn = [r["ppl"] for report in reports for r in report["results"] if r["ppl"]]
+        if max(drawn) > 3 * min(drawn):  # a model outside its window
+            a.set_yscale("log")
+            a.yaxis.set_major_formatter(LogFormatter())
+            a.yaxis.set_minor_formatter(LogFormatter())
     a.grid(alpha=0.3)
     a.legend()
 

@@ -26,16 +26,17 @@ from tqdm import tqdm
 import data
 import errors
 import fsdp
+import metrics
 import pose
 import weights
 from errors import UserError
 
 # The paper's settings (section 4.1). The built-in models have their own, for a laptop and for minutes on one GPU. windows: target_len in
 # windows of the model. headroom: the factor in units of target_len / window.
-PAPER = {"steps": 1000, "batch_size": 64, "lr": 2e-5, "warmup_steps": 10, "windows": 16, "rope": "yarn", "headroom": 1}
+PAPER = {"steps": 1000, "batch_size": 64, "lr": 2e-5, "warmup_steps": 10, "windows": 16, "rope": "yarn", "headroom": 1, "overshoot": 1.0}
 RECIPES = {
     "tiny": PAPER | {"steps": 150, "batch_size": 32, "lr": 2e-4, "windows": 8, "headroom": 2, "beta_fast": 8},
-    "smollm2-135m": PAPER | {"steps": 200, "batch_size": 16, "lr": 5e-5, "rope": "ntk", "headroom": 2},
+    "smollm2-135m": PAPER | {"steps": 200, "batch_size": 16, "lr": 5e-5, "rope": "ntk", "headroom": 4, "overshoot": 2.0, "llama_4_scaling_beta": 0.1},
 }
 MAX_SKIPPED = 10  # updates in a row that are not finite before a run gives up
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
@@ -63,12 +64,16 @@ def parse_arguments():
         help="pose: where a chunk's text is taken from: anywhere behind the one before, right behind it (zero), or as far behind as its "
         "positions say (skip) (default: uniform)",
     )  # fmt: skip
+    g.add_argument(
+        "--overshoot", type=float, metavar="X",
+        help="pose, randpos: draw positions from a window X times target_len, else its last stretch is met rarely (default: 1; smollm2-135m 2)",
+    )  # fmt: skip
     g.add_argument("--rope", choices=weights.EXTENSIONS, help="interpolation (default: yarn; smollm2-135m ntk)")
-    g.add_argument("--factor", type=float, help="of the interpolation (default: target_len / window, dynamic 1; the built-in models twice that)")
+    g.add_argument("--factor", type=float, help="of the interpolation (default: target_len / window, dynamic 1; tiny 2, smollm2-135m 4 times that)")
     g.add_argument("--beta_fast", type=float, help="yarn leaves pairs alone that turn so often in the window (default: 32; tiny 8)")
     g.add_argument(
-        "--llama_4_scaling_beta", type=float, default=0.0, metavar="BETA",
-        help="multiply the queries of token i by 1 + BETA ln(1 + floor(i / window)) (default: 0, not at all; Llama 4 has 0.1)",
+        "--llama_4_scaling_beta", type=float, metavar="BETA",
+        help="multiply the queries of token i by 1 + BETA ln(1 + floor(i / window)) (default: 0, not at all; smollm2-135m 0.1, as Llama 4)",
     )  # fmt: skip
 
     g = p.add_argument_group("training")
@@ -124,11 +129,18 @@ def complete(args, window):
         raise UserError("--factor: --rope default interpolates nothing; leave it out or choose a mode")
     if args.beta_fast is None and has_beta_fast:
         args.beta_fast = recipe.get("beta_fast")
+    fitted = recipe if args.rope == recipe["rope"] else PAPER  # what was found for one interpolation need not suit another
     if args.factor is None and args.rope not in ("default", "dynamic"):  # dynamic: the ratio of the current length
-        headroom = recipe["headroom"] if args.rope == recipe["rope"] else 1
-        args.factor = headroom * args.target_len / window
+        args.factor = fitted["headroom"] * args.target_len / window
+    if args.llama_4_scaling_beta is None:
+        args.llama_4_scaling_beta = fitted.get("llama_4_scaling_beta", 0.0)
     if args.method != "pose" and (args.chunks != 2 or args.offset != "uniform"):
         raise UserError(f"--chunks and --offset belong to --method pose; leave them out with {args.method}")
+    skips = args.method in ("pose", "randpos")
+    if args.overshoot is not None and not skips:
+        raise UserError(f"--overshoot belongs to --method pose and randpos; leave it out with {args.method}")
+    if args.overshoot is None:
+        args.overshoot = fitted["overshoot"] if skips else 1.0
     if args.train_len is None:
         args.train_len = args.target_len if args.method == "full" else window
     gpu = args.device == "cuda"
@@ -149,7 +161,7 @@ def complete(args, window):
         raise UserError(f"--target_len {args.target_len} is smaller than the train window of {args.train_len}; raise it or lower --train_len")
     if args.target_len < window:
         raise UserError(f"--target_len {args.target_len} is smaller than the model's window of {window}; raise it")
-    for key in ("factor", "beta_fast"):
+    for key in ("factor", "beta_fast", "overshoot"):
         if getattr(args, key) is not None and not 1 <= getattr(args, key) < math.inf:
             raise UserError(f"--{key} {getattr(args, key):g}: must be a number, at least 1")
     if args.method == "full" and args.train_len != args.target_len:
@@ -225,8 +237,8 @@ def main():
         documents = data.prepare(args.data, tokenizer, weights.cache_dir())
         record["data_sha256"] = documents.sha256
         validation = Validation(args, tokenizer) if args.eval_every else None
-        sampling = {key: getattr(args, key) for key in ("method", "train_len", "target_len", "chunks", "offset")}
-        batches = data.Batches(documents, args.seed, tokenizer.bos_id, **sampling)
+        sampling = {key: getattr(args, key) for key in ("method", "train_len", "chunks", "offset")}
+        batches = data.Batches(documents, args.seed, tokenizer.bos_id, target_len=round(args.overshoot * args.target_len), **sampling)
 
     device = fsdp.start(args.device)
     check_agreement(record)
@@ -261,7 +273,7 @@ def train(args, model, optimizer, batches, validation, checkpoints, first, devic
     mine = range(rank * share, (rank + 1) * share)  # this process's examples of every global batch
     tokens_per_step = args.batch_size * args.train_len
     peak_flops = fsdp.peak_flops(device)
-    log, board = open_logs(args, first) if rank == 0 else (None, None)
+    log = metrics.Log(args.out, first, args.tensorboard) if rank == 0 else None
     skipped = 0  # updates in a row that were left out
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None if rank == 0 else True)
     began = time.perf_counter()
@@ -285,8 +297,8 @@ def train(args, model, optimizer, batches, validation, checkpoints, first, devic
         if rank == 0:
             line = {"step": done, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed, "mfu": mfu}
             line |= {"peak_memory_gib": memory / 2**30} | ({} if finite else {"skipped": True}) | validated
-            write_metrics(log, board, line)
-            show_progress(bar, line)
+            log.write(line)
+            metrics.show_progress(bar, line)
         checkpoints.finish(wait=False)
         if skipped == MAX_SKIPPED:
             checkpoints.finish()
@@ -377,40 +389,6 @@ class Validation:
             dist.all_reduce(total)
             result[n] = (total[0] / total[1]).item()
         return result
-
-
-def open_logs(args, first):
-    """metrics.jsonl, cut back to the first `first` lines: the steps after them will be done again; and TensorBoard's writer if asked for."""
-    log = open(args.out / "metrics.jsonl", "a+b", buffering=0)  # a line a step reaches the disk at once
-    log.seek(0)
-    kept = sum(len(log.readline()) for _ in range(first))
-    if log.seek(0, os.SEEK_END) > kept:
-        log.truncate(kept)
-    if not args.tensorboard:
-        return log, None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return log, SummaryWriter(args.out / "tensorboard", purge_step=first + 1)
-
-
-def write_metrics(log, board, line):
-    """A line of metrics.jsonl, and TensorBoard events if asked for. JSON knows no NaN: null."""
-    line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-    log.write(json.dumps(line).encode() + b"\n")
-    if board:
-        for key, value in (line | {f"validation/{n}": v for n, v in line.get("validation", {}).items()}).items():
-            if type(value) in (int, float) and key != "step":
-                board.add_scalar(key, value, line["step"])
-        board.flush()
-
-
-def show_progress(bar, line):
-    """The figures of a line of metrics.jsonl beside the bar; where there is no terminal, a line of text now and then."""
-    mfu = f"{line['mfu']:.0%}" if line["mfu"] else "-"
-    shown = {"loss": f"{line['loss']:.3f}", "tok/s": f"{line['tokens_per_second']:,.0f}", "MFU": mfu, "GiB": f"{line['peak_memory_gib']:.1f}"}
-    bar.set_postfix(shown, refresh=False)
-    if bar.disable and line["step"] % max(1, bar.total // 20) == 0:
-        say(f"step {line['step']}: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
 
 
 if __name__ == "__main__":

@@ -315,6 +315,8 @@ def test_no_tokenizer(refused, model):
         (["--seed", -1], ["--seed -1"]),
         (["--lr", -1], ["--lr -1"]),
         (["--llama_4_scaling_beta", "nan"], ["--llama_4_scaling_beta nan"]),
+        (["--overshoot", 0.5], ["--overshoot 0.5", "at least 1"]),
+        (["--overshoot", 2, "--method", "pi"], ["--overshoot", "with pi"]),
         (["--factor", 0.5], ["--factor 0.5", "at least 1"]),
         (["--factor", "nan"], ["--factor nan"]),
         (["--rope", "default", "--factor", 4], ["--factor", "--rope default"]),
@@ -392,7 +394,7 @@ def finished(model):
     arguments = {
         "model": str(model), "target_len": 256, "train_len": 64, "method": "pose", "rope": "yarn", "chunks": 2, "offset": "uniform",
         "data": ["text.txt"], "steps": 1, "batch_size": 2, "micro_batch_size": 2, "lr": 2e-5, "factor": 4.0, "warmup_steps": 10, "seed": 0,
-        "llama_4_scaling_beta": 0.0,
+        "llama_4_scaling_beta": 0.0, "overshoot": 1.0,
         "activation_checkpointing": "none", "cpu_offload": False, "compile": False, "dtype": "float32", "device": "cpu",
     }  # fmt: skip
     Path("done/model").mkdir(parents=True)

@@ -13,6 +13,7 @@ import transformers
 from conftest import ROOT
 from safetensors.torch import load_file
 
+import train as trainer
 import weights
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -84,6 +85,21 @@ def test_the_factor_is_the_users(run, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "arguments, factor, overshoot, beta",
+    [
+        ([], 64, 2, 0.1), (["--rope", "yarn"], 16, 1, 0), (["--method", "full"], 64, 1, 0.1),
+        (["--factor", "20", "--overshoot", "1.5", "--llama_4_scaling_beta", "0"], 20, 1.5, 0),
+    ],
+)  # fmt: skip
+def test_a_recipe_is_for_its_own_interpolation(monkeypatch, arguments, factor, overshoot, beta):
+    """SmolLM2's, which nothing here can run, for 16 windows; with another interpolation the paper's settings are left."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "smollm2-135m", "--target_len", "131072", "--device", "cpu", *arguments])
+    args = trainer.parse_arguments()
+    trainer.complete(args, 8192)
+    assert (args.factor, args.overshoot, args.llama_4_scaling_beta) == (factor, overshoot, beta)
+
+
 def untrained(run, out, *arguments):
     done = run("train.py", "--steps", 0, "--device", "cpu", "--out", out, *arguments)
     assert done.returncode == 0, done.stderr
@@ -101,7 +117,7 @@ def test_the_untrained_model_needs_no_texts(run, tmp_path):
         assert ours.keys() == base.keys() and all(torch.equal(ours[key], base[key]) for key in base)
 
 
-def plain_loop(texts, lrs, skipped=()):
+def plain_loop(texts, lrs, skipped=(), reach=2048):
     """Yield loss and gradient norm by step of the same examples on a plain torch model and optimizer, no FSDP, no micro-batches."""
     import data
     import tokenizer
@@ -110,7 +126,7 @@ def plain_loop(texts, lrs, skipped=()):
     model.config = weights.extend(model.config, "yarn", 2048, beta_fast=8)
     tok = tokenizer.load(weights.resolve("tiny"))
     documents = data.prepare([texts], tok, weights.cache_dir())
-    batches = data.Batches(documents, 0, tok.bos_id, method="pose", train_len=64, target_len=2048, chunks=2, offset="uniform")
+    batches = data.Batches(documents, 0, tok.bos_id, method="pose", train_len=64, target_len=reach, chunks=2, offset="uniform")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     for step, lr in enumerate(lrs):
         tokens, positions, targets = map(torch.from_numpy, batches(step, range(4)))
@@ -125,9 +141,10 @@ def plain_loop(texts, lrs, skipped=()):
         yield loss.item(), norm.item()
 
 
-def test_the_first_losses_equal_a_plain_loop(train, texts):
-    lines = train("run", "--steps", 3)
-    for line, (loss, norm) in zip(lines, plain_loop(texts, [0.5e-3, 1e-3, 1e-3]), strict=True):
+@pytest.mark.parametrize("arguments, reach", [((), 2048), (("--overshoot", 1.5), 3072)])
+def test_the_first_losses_equal_a_plain_loop(train, texts, arguments, reach):
+    lines = train("run", "--steps", 3, *arguments)
+    for line, (loss, norm) in zip(lines, plain_loop(texts, [0.5e-3, 1e-3, 1e-3], reach=reach), strict=True):
         assert line["loss"] == pytest.approx(loss, rel=1e-4)
         assert line["grad_norm"] == pytest.approx(norm, rel=1e-3)
 
