@@ -210,7 +210,8 @@ def draw_curves(a, reports, task):
         a.set(ylabel="passkey accuracy, % (95% interval)", ylim=(-5, 105))
     else:
         tail = reports[0]["results"][0]["tail"]
-        a.set_ylabel("perplexity" + f", last {tail:,} tokens" * bool(tail) + " (± 1 SE)")
+        scored = f", last {tail:,} tokens" if tail else ""
+        a.set_ylabel(f"perplexity{scored} (± 1 SE)")
         drawn = [r["ppl"] for report in reports for r in report["results"] if r["ppl"]]
         if max(drawn) > 3 * min(drawn):  # a model outside its window
             a.set_yscale("log")
