@@ -12,11 +12,6 @@ ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # for models this small a second thread on a busy machine costs ten times what it saves
 
 
-def pytest_collection_modifyitems(items):
-    """The longest test first: with several workers (-n) the others need not wait for it at the end."""
-    items.sort(key=lambda item: "quick_start" not in item.name)
-
-
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
     """Tokenised texts of the tests do not land in the user's cache folder."""
