@@ -137,10 +137,10 @@ def complete(args, window):
     if args.method != "pose" and (args.chunks != 2 or args.offset != "uniform"):
         raise UserError(f"--chunks and --offset belong to --method pose; leave them out with {args.method}")
     skips = args.method in ("pose", "randpos")
-    if args.overshoot is not None and not skips:
-        raise UserError(f"--overshoot belongs to --method pose and randpos; leave it out with {args.method}")
     if args.overshoot is None:
         args.overshoot = fitted["overshoot"] if skips else 1.0
+    elif args.overshoot != 1 and not skips:  # 1 is what such a run records and --resume gives back
+        raise UserError(f"--overshoot belongs to --method pose and randpos; leave it out with {args.method}")
     if args.train_len is None:
         args.train_len = args.target_len if args.method == "full" else window
     gpu = args.device == "cuda"

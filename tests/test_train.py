@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import random
@@ -88,7 +89,7 @@ def test_the_factor_is_the_users(run, tmp_path):
 @pytest.mark.parametrize(
     "arguments, factor, overshoot, beta",
     [
-        ([], 64, 2, 0.1), (["--rope", "yarn"], 16, 1, 0), (["--method", "full"], 64, 1, 0.1),
+        ([], 64, 2, 0.1), (["--rope", "yarn"], 16, 1, 0), (["--method", "full"], 64, 1, 0.1), (["--method", "pi"], 64, 1, 0.1),
         (["--factor", "20", "--overshoot", "1.5", "--llama_4_scaling_beta", "0"], 20, 1.5, 0),
     ],
 )  # fmt: skip
@@ -98,6 +99,9 @@ def test_a_recipe_is_for_its_own_interpolation(monkeypatch, arguments, factor, o
     args = trainer.parse_arguments()
     trainer.complete(args, 8192)
     assert (args.factor, args.overshoot, args.llama_4_scaling_beta) == (factor, overshoot, beta)
+    recorded = copy.deepcopy(args)
+    trainer.complete(args, 8192)  # as --resume does with what the run recorded
+    assert args == recorded
 
 
 def untrained(run, out, *arguments):
