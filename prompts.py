@@ -31,11 +31,10 @@ def passkey_prompt(tokenizer, length, depth, key):
     one more as fills the length: from a word on, after blank lines if need be, else from inside a word. (If none is exact with this tokenizer,
     the longest.) Behind the garbage a broken sentence would meet the question, and cost small models answers.
     depth 0 … 1: where among the lines the key stands. Raises UserError if the prompt does not fit at all."""
-    def encode(before, after, cut=""):
-        return passkey_ids(tokenizer, before, after, key, cut)
-
-    line = len(encode(2, 3)) - len(encode(2, 2))
-    lines = max(0, 5 + (length - len(encode(2, 2))) // line)
+    encode = functools.partial(passkey_ids, tokenizer, key)
+    four = len(encode(2, 2))
+    line = len(encode(2, 3)) - four
+    lines = max(0, 5 + (length - four) // line)
     while True:
         before = round(depth * lines)
         after = lines - before
@@ -50,12 +49,12 @@ def passkey_prompt(tokenizer, length, depth, key):
 
     fitting = {cut: more for cut, more in fillings(tokenizer, *few).items() if without + more <= room}
     cut = max(fitting, key=fitting.get)  # the first of the longest
-    tokens = repeat(lambda before, after: encode(before, after, cut), before, after)
+    tokens = repeat(functools.partial(encode, cut=cut), before, after)
     answer_len = len(tokenizer.encode(f"{QUESTION} {key}")) - len(tokenizer.encode(QUESTION))
     return tokens[:-answer_len], tokens[-answer_len:]
 
 
-def passkey_ids(tokenizer, before, after, key, cut=""):
+def passkey_ids(tokenizer, key, before, after, cut=""):
     """Token ids of the prompt and its answer: the key between so many lines of garbage, with `cut` in front of them."""
     first = " ".join([cut] + [GARBAGE] * before).strip(" ")
     parts = [TASK, first, KEY.format(key=key), " ".join([GARBAGE] * after), f"{QUESTION} {key}"]
@@ -70,8 +69,8 @@ def fillings(tokenizer, before, after):
     inside = [GARBAGE[n:] for n in range(1, len(GARBAGE) + 1)]
     words = [cut for cut, previous in zip(inside, GARBAGE) if previous == " " or not cut]
     cuts = [blank + cut for cuts in (words, inside) for blank in ("", "\n", "\n\n") for cut in cuts]
-    none = len(passkey_ids(tokenizer, before, after, "12345"))
-    return {cut: len(passkey_ids(tokenizer, before, after, "12345", cut)) - none for cut in cuts}
+    lengths = {cut: len(passkey_ids(tokenizer, "12345", before, after, cut)) for cut in cuts}
+    return {cut: n - lengths[""] for cut, n in lengths.items()}
 
 
 def repeat(encode, before, after):

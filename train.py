@@ -33,7 +33,10 @@ from errors import UserError
 
 # The paper's settings (section 4.1). The built-in models have their own, for a laptop and for minutes on one GPU. windows: target_len in
 # windows of the model. headroom: the factor in units of target_len / window.
-PAPER = {"steps": 1000, "batch_size": 64, "lr": 2e-5, "warmup_steps": 10, "windows": 16, "rope": "yarn", "headroom": 1, "overshoot": 1.0}
+PAPER = {
+    "steps": 1000, "batch_size": 64, "lr": 2e-5, "warmup_steps": 10, "windows": 16, "rope": "yarn", "headroom": 1, "overshoot": 1.0,
+    "llama_4_scaling_beta": 0.0,
+}  # fmt: skip
 RECIPES = {
     "tiny": PAPER | {"steps": 150, "batch_size": 32, "lr": 2e-4, "windows": 8, "headroom": 2, "beta_fast": 8},
     "smollm2-135m": PAPER | {"steps": 200, "batch_size": 16, "lr": 5e-5, "rope": "ntk", "headroom": 4, "overshoot": 2.0, "llama_4_scaling_beta": 0.1},
@@ -133,7 +136,7 @@ def complete(args, window):
     if args.factor is None and args.rope not in ("default", "dynamic"):  # dynamic: the ratio of the current length
         args.factor = fitted["headroom"] * args.target_len / window
     if args.llama_4_scaling_beta is None:
-        args.llama_4_scaling_beta = fitted.get("llama_4_scaling_beta", 0.0)
+        args.llama_4_scaling_beta = fitted["llama_4_scaling_beta"]
     if args.method != "pose" and (args.chunks != 2 or args.offset != "uniform"):
         raise UserError(f"--chunks and --offset belong to --method pose; leave them out with {args.method}")
     skips = args.method in ("pose", "randpos")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from conftest import needs_gpu
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -286,7 +287,7 @@ def evaluate(monkeypatch, capsys, *arguments):
     return capsys.readouterr().out
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_a_gpu_answers_as_the_cpu_does(tiny):
     on_cpu, tokenizer = tiny
     for dtype, error in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):

@@ -4,7 +4,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import hf_logits, scaling_of
+from conftest import hf_logits, needs_gpu, scaling_of
 from transformers.models.ministral3 import modeling_ministral3 as ministral3
 
 import model as decoder
@@ -48,7 +48,7 @@ def test_logits_and_gradients_equal_transformers(make_llama, shape):
             torch.testing.assert_close(p.grad, expected_grad, rtol=1e-3, atol=1e-3 * expected_grad.abs().max().item())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 def test_logits_on_a_gpu_equal_transformers_on_the_cpu(make_llama, dtype, error):
     """Windows of 4,096 tokens at positions up to 131,072, where bfloat16 positions or angles would be off by hundreds."""

@@ -14,14 +14,18 @@ import reproduce
 import weights
 
 
+def options_given(options):
+    """{option: value} of an arm's call of train.py, for a window of 8,192."""
+    words = reproduce.training(options, 8192, reproduce.TOKENS)
+    return dict(zip(words[::2], words[1::2]))
+
+
 @pytest.mark.parametrize("table", reproduce.TABLES)
 def test_every_arm_sees_the_same_number_of_tokens(table):
     """In each step and in all, at full length too; and asks for what train.py has."""
     arms, lengths = reproduce.TABLES[table]
     seen, targets = set(), set()
-    for options in arms.values():
-        words = reproduce.training(options, 8192, reproduce.TOKENS)
-        given = dict(zip(words[::2], words[1::2]))
+    for given in map(options_given, arms.values()):
         assert given.get("--method", "pose") in pose.METHODS and given.get("--offset", "uniform") in pose.OFFSETS
         assert given.get("--rope", "ntk") in weights.EXTENSIONS
         target = int(given["--target_len"])
@@ -36,9 +40,7 @@ def test_every_arm_sees_the_same_number_of_tokens(table):
 def test_interpolations_are_compared_at_the_same_factor(table):
     """The ratio of the windows, not what a model's recipe adds to one of them."""
     settings = {}
-    for options in reproduce.TABLES[table][0].values():
-        words = reproduce.training(options, 8192, reproduce.TOKENS)
-        given = dict(zip(words[::2], words[1::2]))
+    for given in map(options_given, reproduce.TABLES[table][0].values()):
         assert float(given["--factor"]) == int(given["--target_len"]) / 8192
         settings.setdefault(given["--target_len"], []).append(given)
     for arms in settings.values():

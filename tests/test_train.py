@@ -11,13 +11,11 @@ import time
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, needs_gpu
 from safetensors.torch import load_file
 
 import train as trainer
 import weights
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(scope="module")
