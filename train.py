@@ -31,16 +31,18 @@ import pose
 import weights
 from errors import UserError
 
-# The paper's settings (section 4.1). The built-in models have their own, for a laptop and for minutes on one GPU. windows: target_len in
-# windows of the model. headroom: the factor in units of target_len / window.
+# The paper's settings (section 4.1). The built-in models have their own, for a laptop and for minutes on one GPU. windows, train_windows:
+# target_len and train_len in windows of the model. headroom: the factor in units of target_len / window.
 PAPER = {
-    "steps": 1000, "batch_size": 64, "lr": 2e-5, "warmup_steps": 10, "windows": 16, "rope": "yarn", "headroom": 1, "overshoot": 1.0,
-    "llama_4_scaling_beta": 0.0,
+    "steps": 1000, "batch_size": 64, "lr": 2e-5, "warmup_steps": 10, "windows": 16, "train_windows": 1, "rope": "yarn", "headroom": 1,
+    "overshoot": 1.0, "llama_4_scaling_beta": 0.0,
 }  # fmt: skip
 RECIPES = {
     "tiny": PAPER | {"steps": 150, "batch_size": 32, "lr": 2e-4, "windows": 8, "headroom": 2, "beta_fast": 8},
-    "smollm2-135m": PAPER | {"steps": 200, "batch_size": 16, "lr": 5e-5, "rope": "ntk", "headroom": 4, "overshoot": 2.0, "llama_4_scaling_beta": 0.1},
-}
+    "smollm2-135m": PAPER | {
+        "steps": 200, "batch_size": 16, "lr": 5e-5, "train_windows": 4, "rope": "ntk", "headroom": 4, "overshoot": 2.0, "llama_4_scaling_beta": 0.1,
+    },
+}  # fmt: skip
 MAX_SKIPPED = 10  # updates in a row that are not finite before a run gives up
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
@@ -60,7 +62,7 @@ def parse_arguments():
         help="what an example is: pose, chunks of a short window with skips between their positions; full, a window of target_len; pi, a plain short "
         "window; randpos, a short text at random positions (default: pose)",
     )  # fmt: skip
-    g.add_argument("--train_len", type=int, help="tokens in an example (default: the model's window; target_len for full)")
+    g.add_argument("--train_len", type=int, help="tokens in an example (default: the model's window; smollm2-135m with --data four; full target_len)")
     g.add_argument("--chunks", type=int, default=2, help="pose: chunks in an example (default: 2)")
     g.add_argument(
         "--offset", choices=pose.OFFSETS, default="uniform",
@@ -81,7 +83,7 @@ def parse_arguments():
 
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=int, help="optimizer steps; 0: the untrained model, interpolated (default: 1000; tiny 150, smollm2-135m 200)")
-    g.add_argument("--batch_size", type=int, help="examples in a step, over all processes (default: 64; tiny 32, smollm2-135m 16)")
+    g.add_argument("--batch_size", type=int, help="examples in a step (default: 64; tiny 32, smollm2-135m 16; fewer if longer than the window)")
     g.add_argument("--lr", type=float, help="peak of AdamW's learning rate (default: 2e-5; tiny 2e-4, smollm2-135m 5e-5)")
     g.add_argument("--warmup_steps", type=int, help="linear warm-up; then linear decay to 0 (default: 10)")
     g.add_argument("--seed", type=int, default=0, help="default: 0")
@@ -115,11 +117,17 @@ def parse_arguments():
 def complete(args, window):
     """Fill in the defaults that depend on the model and the machine, and refuse what cannot run."""
     recipe = RECIPES.get(args.model, PAPER)
-    for key in ("steps", "batch_size", "lr", "warmup_steps"):
+    for key in ("steps", "lr", "warmup_steps"):
         if getattr(args, key) is None:
             setattr(args, key, recipe[key])
     if args.target_len is None:
         args.target_len = recipe["windows"] * window
+    if args.train_len is None:
+        windows = recipe["train_windows"] if args.data else 1  # few files of the standard library are longer than one
+        args.train_len = args.target_len if args.method == "full" else min(windows * window, args.target_len)
+    if args.batch_size is None:  # as many tokens in longer windows
+        longer = 1 if args.method == "full" else max(1, args.train_len / window)
+        args.batch_size = max(1, int(recipe["batch_size"] / longer))
     args.rope = args.rope or recipe["rope"]
     if args.eval_lengths and not args.eval_every:
         raise UserError("--eval_lengths belongs to --eval_every and --eval_data; leave it out or add them")
@@ -144,8 +152,6 @@ def complete(args, window):
         args.overshoot = fitted["overshoot"] if skips else 1.0
     elif args.overshoot != 1 and not skips:  # 1 is what such a run records and --resume gives back
         raise UserError(f"--overshoot belongs to --method pose and randpos; leave it out with {args.method}")
-    if args.train_len is None:
-        args.train_len = args.target_len if args.method == "full" else window
     gpu = args.device == "cuda"
     args.compile = gpu if args.compile is None else args.compile
     args.dtype = args.dtype or ("bfloat16" if gpu else "float32")

@@ -102,6 +102,23 @@ def test_a_recipe_is_for_its_own_interpolation(monkeypatch, arguments, factor, o
     assert args == recorded
 
 
+@pytest.mark.parametrize(
+    "arguments, train_len, batch_size",
+    [
+        (["--data", "texts"], 32768, 4), ([], 8192, 16), (["--data", "texts", "--target_len", "16384"], 16384, 8),
+        (["--data", "texts", "--train_len", "8192"], 8192, 16), (["--train_len", "4096"], 4096, 16), (["--train_len", "24576"], 24576, 5),
+        (["--data", "texts", "--method", "full"], 131072, 16),
+        (["--data", "texts", "--batch_size", "6"], 32768, 6), (["--data", "texts", "--method", "pi"], 32768, 4),
+    ],
+)  # fmt: skip
+def test_smollm2_trains_on_windows_longer_than_its_own_where_there_are_texts(monkeypatch, arguments, train_len, batch_size):
+    """And on as many tokens in a step as 16 windows of the model have."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "smollm2-135m", "--device", "cpu", *arguments])
+    args = trainer.parse_arguments()
+    trainer.complete(args, 8192)
+    assert (args.train_len, args.batch_size) == (train_len, batch_size)
+
+
 def untrained(run, out, *arguments):
     done = run("train.py", "--steps", 0, "--device", "cpu", "--out", out, *arguments)
     assert done.returncode == 0, done.stderr
