@@ -62,7 +62,7 @@ def parse_arguments():
         help="what an example is: pose, chunks of a short window with skips between their positions; full, a window of target_len; pi, a plain short "
         "window; randpos, a short text at random positions (default: pose)",
     )  # fmt: skip
-    g.add_argument("--train_len", type=int, help="tokens in an example (default: the model's window; smollm2-135m with --data four; full target_len)")
+    g.add_argument("--train_len", type=int, help="tokens in an example (default: the model's window; smollm2-135m with --data 4; full target_len)")
     g.add_argument("--chunks", type=int, default=2, help="pose: chunks in an example (default: 2)")
     g.add_argument(
         "--offset", choices=pose.OFFSETS, default="uniform",
@@ -124,10 +124,11 @@ def complete(args, window):
         args.target_len = recipe["windows"] * window
     if args.train_len is None:
         windows = recipe["train_windows"] if args.data else 1  # few files of the standard library are longer than one
-        args.train_len = args.target_len if args.method == "full" else min(windows * window, args.target_len)
-    if args.batch_size is None:  # as many tokens in longer windows
+        longest = max(window, args.target_len // 4)  # leaves room for skips
+        args.train_len = args.target_len if args.method == "full" else min(windows * window, longest)
+    if args.batch_size is None:  # as many tokens in longer windows, but an example for each process
         longer = 1 if args.method == "full" else max(1, args.train_len / window)
-        args.batch_size = max(1, int(recipe["batch_size"] / longer))
+        args.batch_size = max(int(recipe["batch_size"] / longer), int(os.environ.get("WORLD_SIZE", 1)))
     args.rope = args.rope or recipe["rope"]
     if args.eval_lengths and not args.eval_every:
         raise UserError("--eval_lengths belongs to --eval_every and --eval_data; leave it out or add them")
