@@ -74,9 +74,7 @@ def check(args, config):
         raise UserError("--compare belongs to --task train or prefill; leave it out")
     if args.compare and importlib.util.find_spec(args.compare) is None:
         raise UserError(f"--compare {args.compare}: not installed here; pip install {args.compare}")
-    for key in ("steps", "train_len", "micro_batch_size", "batch_size"):
-        if getattr(args, key) is not None and getattr(args, key) < 1:
-            raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    errors.at_least(args, 1, "steps", "train_len", "micro_batch_size", "batch_size")
     args.train_len = args.train_len or config.max_position_embeddings
     if args.task == "efficiency":
         args.micro_batch_size = args.micro_batch_size or 1
@@ -278,14 +276,12 @@ def efficiency(config, args, device):
 
 
 def draw_efficiency(results, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     shown = {"step_seconds": "seconds a step", "peak_memory_gib": "peak memory, GiB"}
     shown = {key: label for key, label in shown.items() if any(r[key] for r in results)}  # memory: of a GPU alone
-    figure, panels = pyplot.subplots(1, len(shown), figsize=(4.5 * len(shown), 3.6), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(4.5 * len(shown), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False)
     for axes, (key, label) in zip(panels[0], shown.items()):
         for method, name in (("full", "full-length"), ("pose", "PoSE")):
             points = [(r["target_len"], r[key]) for r in results if r["method"] == method and r[key]]

@@ -35,6 +35,13 @@ def changes(earlier, now):
     return "; ".join(f"{key} was {earlier.get(key)}, now {value}" for key, value in now.items() if earlier.get(key) != value)
 
 
+def at_least(args, least, *keys):
+    """Refuse options whose number is given and smaller."""
+    for key in keys:
+        if getattr(args, key) is not None and getattr(args, key) < least:
+            raise UserError(f"--{key} {getattr(args, key)}: must be at least {least}")
+
+
 def device(named):
     """The device that --device names, "cuda" or "cpu"; without one (None) cuda if there is one."""
     if named == "cuda" and not torch.cuda.is_available():

@@ -73,11 +73,8 @@ def check(args):
     for key in ("generate", "keys", "stride", "tail", "by_position", "limit", "data"):
         if getattr(args, key) not in (None, False, []) and key not in SETTINGS[args.task]:
             raise UserError(f"--{key} belongs to --task {' or '.join(task for task in SETTINGS if key in SETTINGS[task])}; leave it out")
-    for key in ("trials", "documents", "stride", "tail", "keys", "limit"):
-        if getattr(args, key) is not None and getattr(args, key) < 1:
-            raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: must not be negative")
+    errors.at_least(args, 1, "trials", "documents", "stride", "tail", "keys", "limit")
+    errors.at_least(args, 0, "seed")
     args.keys = args.keys or 4
     if args.keys > len(CITIES):
         raise UserError(f"--keys {args.keys}: at most {len(CITIES)}")

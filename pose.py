@@ -88,17 +88,15 @@ def main():
     errors.check_outputs(None, args.plot)
     if args.examples < 1:
         p.error(f"--examples {args.examples}: must be at least 1")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     try:
         numbers = [int(n) for n in args.chunks.split(",")]
     except ValueError:
         p.error(f"--chunks {args.chunks}: give whole numbers, comma-separated, such as 1,2,3")
     rng = np.random.default_rng(0)
-    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
     try:
         curves = {f"PoSE, {n} chunk{'s' * (n != 1)}": ("pose", n) for n in numbers} | {"RandPos": ("randpos", 1)}
         for name, (method, chunks) in curves.items():

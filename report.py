@@ -152,14 +152,12 @@ def conclude(results, task):
 
 
 def draw(reports, task, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     by_position = "by_position" in reports[0]["results"][0]
     columns = len(reports) if task == "needle" else 1 + by_position
-    whole, axes = pyplot.subplots(1, columns, figsize=(1 + 5 * columns, 4), layout="constrained", squeeze=False)
+    whole = Figure(figsize=(1 + 5 * columns, 4), layout="constrained")
+    axes = whole.subplots(1, columns, squeeze=False)
     if task == "needle":
         for a, report in zip(axes[0], reports):
             image = draw_grid(a, report)

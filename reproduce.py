@@ -119,7 +119,7 @@ def markdown(title, path, names, figure, digits):
     or None."""
     written = json.loads(path.read_text())
     rows = {}
-    for report in (*written.get("compared", []), {key: written[key] for key in ("model", "results")}):
+    for report in (*written.get("compared", []), written):
         for result in report["results"]:
             unit = result.get("length") or result["benchmark"]
             rows.setdefault(names[report["model"]], {}).setdefault(unit, []).append(figure(result))
@@ -135,9 +135,8 @@ def check(args, window):
     """Refuse what would fail after hours of training, and fill in the default that depends on the table."""
     if args.trials is None:
         args.trials = 0 if args.table == "table2" else 100
-    for key, least in (("seeds", 1), ("trials", 0), ("limit", 1)):
-        if getattr(args, key) is not None and getattr(args, key) < least:
-            raise UserError(f"--{key} {getattr(args, key)}: must be at least {least}")
+    errors.at_least(args, 1, "seeds", "limit")
+    errors.at_least(args, 0, "trials")
     if steps(window, args.tokens) < 1:
         raise UserError(f"--tokens {args.tokens}: at least {WINDOWS * window:,}, one step of {WINDOWS} windows")
     if absent := next((path for path in (*args.data, *args.dev) if not Path(path).exists()), None):
@@ -190,7 +189,7 @@ def main():
     window = weights.read_config(weights.resolve(args.model)).max_position_embeddings
     check(args, window)
     folder = args.out / args.table
-    check_record(folder / "arms.json", {"model": args.model, "data": args.data, "tokens": args.tokens})
+    check_record(folder / "arms.json", {key: getattr(args, key) for key in ("model", "data", "tokens", "seeds")})
     tables = measure(args, folder, window, train(args, folder, window))
     print("\n" + "\n".join(tables))
     (folder / "tables.md").write_text("\n".join(tables))

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -126,9 +127,10 @@ def complete(args, window):
         windows = recipe["train_windows"] if args.data else 1  # few files of the standard library are longer than one
         longest = max(window, args.target_len // 4)  # leaves room for skips
         args.train_len = args.target_len if args.method == "full" else min(windows * window, longest)
-    if args.batch_size is None:  # as many tokens in longer windows, but an example for each process
+    if args.batch_size is None:  # as many tokens in longer windows (but those of full), as near as processes divide it
         longer = 1 if args.method == "full" else max(1, args.train_len / window)
-        args.batch_size = max(int(recipe["batch_size"] / longer), int(os.environ.get("WORLD_SIZE", 1)))
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        args.batch_size = world * max(1, round(recipe["batch_size"] / longer / world))
     args.rope = args.rope or recipe["rope"]
     if args.eval_lengths and not args.eval_every:
         raise UserError("--eval_lengths belongs to --eval_every and --eval_data; leave it out or add them")
@@ -156,24 +158,20 @@ def complete(args, window):
     gpu = args.device == "cuda"
     args.compile = gpu if args.compile is None else args.compile
     args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
-    for key in ("train_len", "chunks", "batch_size", "keep"):
-        if getattr(args, key) < 1:
-            raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    errors.at_least(args, 1, "target_len", "train_len", "chunks", "batch_size", "keep")
+    errors.at_least(args, 0, "steps", "warmup_steps", "save_every", "eval_every", "seed")
     for key in ("lr", "llama_4_scaling_beta"):
         if not 0 <= getattr(args, key) < math.inf:
             raise UserError(f"--{key} {getattr(args, key):g}: must be a number that is not negative")
     if args.target_len > 2**31:
         raise UserError(f"--target_len {args.target_len}: at most {2**31}")
-    for key in ("steps", "warmup_steps", "save_every", "eval_every", "seed"):
-        if getattr(args, key) < 0:
-            raise UserError(f"--{key} {getattr(args, key)}: must not be negative")
     if args.target_len < args.train_len:
         raise UserError(f"--target_len {args.target_len} is smaller than the train window of {args.train_len}; raise it or lower --train_len")
     if args.target_len < window:
         raise UserError(f"--target_len {args.target_len} is smaller than the model's window of {window}; raise it")
     for key in ("factor", "beta_fast", "overshoot"):
-        if getattr(args, key) is not None and not 1 <= getattr(args, key) < math.inf:
-            raise UserError(f"--{key} {getattr(args, key):g}: must be a number, at least 1")
+        if getattr(args, key) is not None and not 1 <= getattr(args, key) <= 2**31:
+            raise UserError(f"--{key} {getattr(args, key):g}: must be a number from 1 to {2**31}")
     if args.method == "full" and args.train_len != args.target_len:
         raise UserError(f"--method full trains on whole windows: leave --train_len out or make it {args.target_len}")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -264,6 +262,8 @@ def main():
     optimizer = fsdp.adamw(model, args.lr)
     checkpoints = fsdp.Checkpoints(args.out / "checkpoints", {k: v for k, v in record.items() if k not in FREE}, args.keep)
     first = checkpoints.load(model, optimizer, say) if args.resume else 0
+    if args.resume and dist.get_rank() == 0:  # that of the interrupted run: with all lines in metrics.jsonl it would pass for the finished one
+        shutil.rmtree(args.out / "model", ignore_errors=True)
     announce(args, original, model.config, batches, first)
 
     interrupted = catch_signals()

@@ -105,13 +105,14 @@ def test_a_recipe_is_for_its_own_interpolation(monkeypatch, arguments, factor, o
 @pytest.mark.parametrize(
     "arguments, processes, train_len, batch_size",
     [
-        ("--data texts", 1, 32768, 4), ("--data texts", 8, 32768, 8), ("", 8, 8192, 16), ("--data texts --batch_size 6", 2, 32768, 6),
+        ("--data texts", 1, 32768, 4), ("--data texts", 8, 32768, 8), ("", 8, 8192, 16), ("", 3, 8192, 15),
+        ("--data texts --batch_size 6", 2, 32768, 6),
         ("--data texts --target_len 65536", 1, 16384, 8), ("--data texts --target_len 16384", 1, 8192, 16), ("--train_len 4096", 1, 4096, 16),
         ("--train_len 24576", 1, 24576, 5), ("--data texts --method full", 1, 131072, 16), ("--data texts --method pi", 1, 32768, 4),
     ],
 )  # fmt: skip
 def test_smollm2_trains_in_windows_longer_than_its_own_where_there_are_texts(monkeypatch, arguments, processes, train_len, batch_size):
-    """With as many tokens in a step as 16 windows of the model, but an example for each process and skips in each example."""
+    """With as many tokens in a step as 16 windows of the model, as near as processes divide them, and room for skips in each example."""
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "smollm2-135m", "--device", "cpu", *arguments.split()])
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     args = trainer.parse_arguments()
