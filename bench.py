@@ -55,11 +55,11 @@ def parse_arguments():
     p.add_argument("--train_len", type=int, help="train, efficiency: tokens in a training example (default: the model's window)")
     p.add_argument("--micro_batch_size", type=int, help="train, efficiency: examples a process takes at once (default: 32,768 tokens; efficiency 1)")
     p.add_argument("--batch_size", type=int, help="train, efficiency: examples in a step, over all processes (default: one micro-batch each)")
-    p.add_argument("--steps", type=int, default=10, help="timed steps or prompts, in two turns (default: 10)")
+    p.add_argument("--steps", type=int, default=10, help="timed steps, in two turns, or prompts (default: 10)")
     p.add_argument("--activation_checkpointing", choices=("none", "selective", "full"), default="none", help="as train.py's")
     p.add_argument("--cpu_offload", action="store_true", help="as train.py's")
     p.add_argument("--param_dtype", choices=("float32", "bfloat16"), default="float32", help="as train.py's")
-    p.add_argument("--compare", choices=("transformers",), help="train, prefill: the same work there, in turns")
+    p.add_argument("--compare", choices=("transformers",), help="train, prefill: the same work there, in the same process")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="efficiency: time and memory by target")
     return p.parse_args()
@@ -309,15 +309,15 @@ def prefill(config, args, device):
     results = []
     for length in args.lengths:
         tokens = torch.randint(config.vocab_size, (1, length), device=device)
-        work = {"ours": partial(read, model, tokens), "kernels alone": kernels(model, length)}
+        work = {"ours": lambda tokens: partial(read, model, tokens), "kernels alone": lambda tokens: kernels(model, tokens.shape[1])}
         if other:
-            everything = torch.ones_like(tokens)  # without it a random token that is the pad token would make a mask
-            work["transformers"] = partial(other.generate, tokens, attention_mask=everything, max_new_tokens=8, do_sample=False, pad_token_id=0)
+            work["transformers"] = partial(generating, other)
         entry = {"length": length}
-        for name, run in work.items():
+        for name, prepare in work.items():
             clock = Clock(device)
             try:
-                read(model, tokens[:, :16384])  # warm
+                prepare(tokens[:, :16384])()  # warm
+                run = prepare(tokens)  # not before: its tensors are not part of another's memory
                 for _ in range(args.steps):
                     clock(run)
             except torch.OutOfMemoryError:
@@ -336,6 +336,12 @@ def prefill(config, args, device):
 def read(model, tokens):
     """What eval.py does for a passkey: one forward pass, and the vocabulary for the last tokens alone."""
     return model.head(model.hidden(tokens)[:, -8:]).argmax(-1)
+
+
+def generating(other, tokens):
+    """A function that has transformers read the prompt and name the next 8 tokens."""
+    everything = torch.ones_like(tokens)  # without it a random token that is the pad token would make a mask
+    return partial(other.generate, tokens, attention_mask=everything, max_new_tokens=8, do_sample=False, pad_token_id=0)
 
 
 def kernels(model, length):
@@ -364,12 +370,12 @@ def say(line):
 
 def main():
     args = parse_arguments()
-    gpu = torch.cuda.is_available()
-    args.model = args.model or weights.default("cuda" if gpu else "cpu")
+    kind = errors.device(None)
+    args.model = args.model or weights.default(kind)
     config = shape(args.model)
     check(args, config)
-    device = fsdp.start("cuda" if gpu else "cpu")
-    card = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    device = fsdp.start(kind)
+    card = torch.cuda.get_device_name() if kind == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     say(f"{args.model} on {card}, torch {torch.__version__}, {dist.get_world_size()} process(es)")
     results = {"train": train, "efficiency": efficiency, "prefill": prefill}[args.task](config, args, device)
     if dist.get_rank() == 0:

@@ -35,7 +35,7 @@ def find_files(paths):
     for path in map(Path, paths):
         inside = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file()) if path.is_dir() else [path]
         if not path.exists() or not inside:
-            raise UserError(f"--data {path}: " + (f"no {', '.join(SUFFIXES)} inside" if path.exists() else "no such file or folder"))
+            raise UserError(f"{path}: " + (f"no {', '.join(SUFFIXES)} inside" if path.exists() else "no such file or folder"))
         files += inside
     return files
 
@@ -140,7 +140,7 @@ def _tokenise(files, tokenizer, folder):
 
 
 class Batches:
-    """Batch number n of a run. Documents too short for one window are left out; `skipped` counts them."""
+    """Batch number n of a run. Documents too short for one window are left out; `skipped` counts them, `usable` the tokens of the others."""
 
     def __init__(self, documents, seed, bos_id=None, **sampling):
         """sampling: the arguments of pose.sample after text_len. bos_id: stands in the place of each window's first token if not None."""
@@ -150,7 +150,7 @@ class Batches:
         lengths = np.diff(documents.starts)
         # Every place where a window can begin is equally likely, so a long document counts as much as its text.
         self.ends = np.cumsum(np.maximum(lengths - train_len, 0))
-        self.skipped = int((lengths <= train_len).sum())
+        self.skipped, self.usable = int((lengths <= train_len).sum()), int(lengths[lengths > train_len].sum())
         if self.ends[-1] == 0:
             raise UserError(
                 f"no document is longer than train_len {train_len}: the longest of {len(documents)} has {lengths.max()} tokens; "

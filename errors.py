@@ -46,7 +46,10 @@ def device(named):
     """The device that --device names, "cuda" or "cpu"; without one (None) cuda if there is one."""
     if named == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device here; leave it out to run on the CPU")
-    return named or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = named or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        raise UserError(f"more processes than GPUs: this machine has {torch.cuda.device_count()}; lower --nproc_per_node")
+    return kind
 
 
 def check_outputs(json, plot):
@@ -79,7 +82,8 @@ def run(main):
             raise
     except torch.OutOfMemoryError as error:
         caught = error
-        message = "the GPU's memory is full: training, lower --micro_batch_size or add --activation_checkpointing full; evaluating, lower --lengths"
+        training = "lower --micro_batch_size or --train_len, or add --activation_checkpointing full"
+        message = f"the GPU's memory is full: training, {training}; evaluating, lower --lengths"
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):  # PyTorch's word for it
             raise

@@ -90,7 +90,8 @@ def read(path, convert):
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
             for n, line in enumerate(f, 1):
-                items.append(convert(json.loads(line)))
+                if line.strip():
+                    items.append(convert(json.loads(line)))
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, gzip.BadGzipFile, gzip.zlib.error) as error:
         raise UserError(f"{path}, line {n}: not an item of this benchmark ({type(error).__name__}: {error}); mend or remove it") from None
     if not items:

@@ -22,14 +22,21 @@ class Log:
             self.board = SummaryWriter(out / "tensorboard", purge_step=first + 1)
 
     def write(self, line):
-        """A dict of a step's figures. JSON knows no NaN: null."""
-        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        """A dict of a step's figures."""
+        line = without_nan(line)
         self.file.write(json.dumps(line).encode() + b"\n")
         if self.board:
             for key, value in (line | {f"validation/{n}": v for n, v in line.get("validation", {}).items()}).items():
                 if type(value) in (int, float) and key != "step":
                     self.board.add_scalar(key, value, line["step"])
             self.board.flush()
+
+
+def without_nan(value):
+    """JSON knows no NaN: null."""
+    if isinstance(value, dict):
+        return {key: without_nan(v) for key, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show_progress(bar, line):

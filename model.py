@@ -251,7 +251,7 @@ class Transformer(nn.Module):
         scale = query_scale(config.rope_scaling, start, start + tokens.shape[1], tokens.device)
         x = self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)  # (B, T, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, scale) if cache is None else block(x, cos, sin, scale, cache[i], start)
+            x = block(x, cos, sin, scale, cache and cache[i], start)
         return self.norm(x)
 
     @torch.no_grad()

@@ -54,7 +54,7 @@ def read(path, settings):
     """The reports that an earlier call left in a --json file. UserError if they are of an evaluation with other settings."""
     try:
         written = json.loads(path.read_text())
-        earlier, last = written["settings"], {key: written[key] for key in ("task", "model", "results")}
+        earlier, last = dict(written["settings"]), {key: written[key] for key in ("task", "model", "results")}
         reports = [*written.get("compared", []), last]
     except (ValueError, TypeError, KeyError):
         raise UserError(f"--json {path}: holds no results to go on from; remove it or name another file") from None

@@ -104,7 +104,9 @@ def check_record(path, record):
     """Keep what the arms in a folder are trained with. UserError if arms of other settings are there."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        aside = path.with_suffix(".tmp")
+        aside.write_text(json.dumps(record, indent=2) + "\n")
+        aside.rename(path)
     elif changed := errors.changes(json.loads(path.read_text()), record):
         raise UserError(f"{path.parent}: holds arms of other settings ({changed}); name another --out or remove it")
 

@@ -63,7 +63,7 @@ def parse_arguments():
         help="what an example is: pose, chunks of a short window with skips between their positions; full, a window of target_len; pi, a plain short "
         "window; randpos, a short text at random positions (default: pose)",
     )  # fmt: skip
-    g.add_argument("--train_len", type=int, help="tokens in an example (default: the model's window; smollm2-135m with --data 4; full target_len)")
+    g.add_argument("--train_len", type=int, help="tokens in an example (default: the model's window; smollm2-135m: see README; full: target_len)")
     g.add_argument("--chunks", type=int, default=2, help="pose: chunks in an example (default: 2)")
     g.add_argument(
         "--offset", choices=pose.OFFSETS, default="uniform",
@@ -84,7 +84,7 @@ def parse_arguments():
 
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=int, help="optimizer steps; 0: the untrained model, interpolated (default: 1000; tiny 150, smollm2-135m 200)")
-    g.add_argument("--batch_size", type=int, help="examples in a step (default: 64; tiny 32, smollm2-135m 16; fewer if longer than the window)")
+    g.add_argument("--batch_size", type=int, help="examples in a step of all processes (default: 64; tiny 32, smollm2-135m 16; fewer long ones)")
     g.add_argument("--lr", type=float, help="peak of AdamW's learning rate (default: 2e-5; tiny 2e-4, smollm2-135m 5e-5)")
     g.add_argument("--warmup_steps", type=int, help="linear warm-up; then linear decay to 0 (default: 10)")
     g.add_argument("--seed", type=int, default=0, help="default: 0")
@@ -176,8 +176,6 @@ def complete(args, window):
         raise UserError(f"--method full trains on whole windows: leave --train_len out or make it {args.target_len}")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard: not installed here; pip install tensorboard")
-    if gpu and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
-        raise UserError(f"more processes than GPUs: this machine has {torch.cuda.device_count()}; lower --nproc_per_node")
     args.micro_batch_size = fsdp.split_batch(args.batch_size, args.micro_batch_size, args.train_len)[1]
 
 
@@ -345,7 +343,7 @@ def announce(args, original, config, batches, first):
         used = len(batches.documents) - batches.skipped
         say(
             f"{args.steps} steps of {args.batch_size} x {args.train_len:,} tokens on {dist.get_world_size()} process(es); "
-            f"{len(batches.documents.tokens):,} tokens in {used} document(s), {batches.skipped} too short and left out"
+            f"{batches.usable:,} tokens in {used} document(s), {batches.skipped} too short and left out"
         )
 
 

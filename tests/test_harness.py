@@ -203,6 +203,15 @@ def test_items_that_are_refused(tmp_path, line):
         harness.evaluate("piqa", harness.find_files([tmp_path])["piqa"], Recorder())
 
 
+def test_files_that_are_no_lines_of_items(tmp_path):
+    good = json.dumps(item("piqa", random.Random(0)))
+    (tmp_path / "piqa.jsonl.gz").write_text(good)
+    with pytest.raises(UserError, match="piqa.jsonl.gz, line 0: .*[Gg]zip"):
+        harness.evaluate("piqa", harness.find_files([tmp_path])["piqa"], Recorder())
+    (tmp_path / "piqa.jsonl.gz").write_bytes(gzip.compress(f"{good}\n\n{good}\n\n".encode()))  # blank lines count for nothing
+    assert harness.evaluate("piqa", harness.find_files([tmp_path])["piqa"], Recorder())["items"] == 2
+
+
 def test_without_the_harness(tmp_path, monkeypatch):
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install lm_eval"):

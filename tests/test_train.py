@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 import train as trainer
 import weights
+from metrics import Log
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +286,16 @@ def test_resume_needs_no_more_than_the_folder(train, run, texts, tmp_path, proce
     assert done.returncode == 0 and "going on after step 2" in done.stderr, done.stderr
     torch.testing.assert_close(losses(metrics(out)), losses(whole), rtol=1e-5 if processes else 0, atol=0)
     assert list(metrics(out)[-1]["validation"]) == ["64"] and (out / "checkpoints" / "step-4").exists() and (out / "model").exists()
+
+
+def test_a_figure_that_is_not_finite_is_null(tmp_path):
+    Log(tmp_path, 0).write({"step": 1, "loss": math.nan, "mfu": None, "validation": {8: math.inf, 16: 1.5}})
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert line == {"step": 1, "loss": None, "mfu": None, "validation": {"8": None, "16": 1.5}}
 
 
 @pytest.mark.parametrize("keep", [1, 2])
