@@ -77,7 +77,7 @@ def training(options, window, tokens):
     share = target // window if "full" in words else 1
     batch = max(1, WINDOWS // share)
     words[at : at + 2] = ["--target_len", str(target)]
-    if share == 1:
+    if share == 1:  # the model's own window, whatever its recipe says
         words += ["--train_len", str(window)]
     return [*words, "--batch_size", str(batch), "--steps", str(steps(window, tokens))]
 
