@@ -306,12 +306,12 @@ def prefill(config, args, device):
     model.to_empty(device=device)
     randomise(model, device)
     other = peer(config).to(dtype).to(device).eval() if args.compare else None
+    work = {"ours": lambda prompt: partial(read, model, prompt), "kernels alone": lambda prompt: kernels(model, prompt.shape[1])}
+    if other:
+        work["transformers"] = partial(generating, other)
     results = []
     for length in args.lengths:
         tokens = torch.randint(config.vocab_size, (1, length), device=device)
-        work = {"ours": lambda tokens: partial(read, model, tokens), "kernels alone": lambda tokens: kernels(model, tokens.shape[1])}
-        if other:
-            work["transformers"] = partial(generating, other)
         entry = {"length": length}
         for name, prepare in work.items():
             clock = Clock(device)

@@ -150,7 +150,8 @@ class Batches:
         lengths = np.diff(documents.starts)
         # Every place where a window can begin is equally likely, so a long document counts as much as its text.
         self.ends = np.cumsum(np.maximum(lengths - train_len, 0))
-        self.skipped, self.usable = int((lengths <= train_len).sum()), int(lengths[lengths > train_len].sum())
+        fits = lengths > train_len
+        self.skipped, self.usable = int((~fits).sum()), int(lengths[fits].sum())
         if self.ends[-1] == 0:
             raise UserError(
                 f"no document is longer than train_len {train_len}: the longest of {len(documents)} has {lengths.max()} tokens; "

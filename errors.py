@@ -1,6 +1,8 @@
-"""A user's mistake is one line on stderr and exit code 2, never a stack trace; and the checks of input that several commands share."""
+"""A user's mistake is one line on stderr and exit code 2, never a stack trace; and the checks of input, and the JSON files, that several
+commands share."""
 import argparse
 import errno
+import json
 import os
 import sys
 import time
@@ -35,6 +37,13 @@ def changes(earlier, now):
     return "; ".join(f"{key} was {earlier.get(key)}, now {value}" for key, value in now.items() if earlier.get(key) != value)
 
 
+def write_json(path, value):
+    """Aside, then renamed: a kill leaves the earlier file whole."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(value, indent=2) + "\n")
+    aside.replace(path)
+
+
 def at_least(args, least, *keys):
     """Refuse options whose number is given and smaller."""
     for key in keys:
@@ -52,11 +61,11 @@ def device(named):
     return kind
 
 
-def check_outputs(json, plot):
+def check_outputs(results, plot):
     """Refuse, before hours of work, paths (or None) of a JSON file and of a plot that could not be written after it."""
     if plot and plot.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot {plot}: name a .png, .pdf or .svg file")
-    for path in (json, plot):
+    for path in (results, plot):
         if path and path.is_dir():
             raise UserError(f"{path}: is a folder; name a file")
         if path and not path.absolute().parent.is_dir():

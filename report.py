@@ -4,11 +4,10 @@ A report is one model's {"task", "model", "results": [one entry a length or benc
 """
 import json
 import math
-import os
 
 import numpy as np
 
-from errors import UserError, changes
+from errors import UserError, changes, write_json
 
 DEPTHS, GRID = 5, 10  # rows of depth in the table, in the heat map
 WORKS = 0.95  # right answers
@@ -64,10 +63,8 @@ def read(path, settings):
 
 
 def write(path, settings, reports):
-    """Aside, then renamed: a kill leaves the earlier file whole. The last model stands on top, the others under `compared`."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(reports[-1] | ({"compared": reports[:-1]} if reports[:-1] else {}) | {"settings": settings}, indent=2) + "\n")
-    os.replace(aside, path)
+    """The last model stands on top, the others under `compared`."""
+    write_json(path, reports[-1] | ({"compared": reports[:-1]} if reports[:-1] else {}) | {"settings": settings})
 
 
 # ---------------------------------------------------------------- in words

@@ -104,9 +104,7 @@ def check_record(path, record):
     """Keep what the arms in a folder are trained with. UserError if arms of other settings are there."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps(record, indent=2) + "\n")
-        aside.rename(path)
+        errors.write_json(path, record)
     elif changed := errors.changes(json.loads(path.read_text()), record):
         raise UserError(f"{path.parent}: holds arms of other settings ({changed}); name another --out or remove it")
 

@@ -118,7 +118,7 @@ def parse_arguments():
 def complete(args, window):
     """Fill in the defaults that depend on the model and the machine, and refuse what cannot run."""
     recipe = RECIPES.get(args.model, PAPER)
-    for key in ("steps", "lr", "warmup_steps"):
+    for key in ("steps", "lr", "warmup_steps", "rope"):
         if getattr(args, key) is None:
             setattr(args, key, recipe[key])
     if args.target_len is None:
@@ -131,7 +131,6 @@ def complete(args, window):
         longer = 1 if args.method == "full" else max(1, args.train_len / window)
         world = int(os.environ.get("WORLD_SIZE", 1))
         args.batch_size = world * max(1, round(recipe["batch_size"] / longer / world))
-    args.rope = args.rope or recipe["rope"]
     if args.eval_lengths and not args.eval_every:
         raise UserError("--eval_lengths belongs to --eval_every and --eval_data; leave it out or add them")
     if bool(args.eval_every) != bool(args.eval_data):
@@ -250,9 +249,7 @@ def main():
     check_agreement(record)
     if dist.get_rank() == 0 and not args.resume:
         args.out.mkdir(parents=True, exist_ok=True)
-        aside = args.out / "args.json.tmp"
-        aside.write_text(json.dumps(record, indent=2) + "\n")
-        aside.rename(args.out / "args.json")
+        errors.write_json(args.out / "args.json", record)
     dtypes = getattr(torch, args.dtype), getattr(torch, args.param_dtype)
     fsdp.shard(model, device, *dtypes, args.activation_checkpointing, args.cpu_offload, args.compile)
     weights.fill(model, wanted, files)

@@ -210,6 +210,21 @@ def test_a_death_while_the_model_is_written(run, short, train, tmp_path):  # noq
     assert weights.load(tmp_path / "run" / "model") and not (tmp_path / "run" / "model.tmp").exists()
 
 
+def test_the_model_of_an_interrupted_run_is_not_taken_for_the_finished_one(run, short, train, tmp_path):  # noqa: F811
+    """Though all steps are in metrics.jsonl, because the resumed run died while it wrote its own."""
+    out, arguments = tmp_path / "run", ("--steps", 30)
+    process = start(short, out, *arguments)
+    assert wait_for(lambda: steps_done(out) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    assert process.returncode == 0 and steps_done(out) < 30
+    interrupted = (out / "model" / "model.safetensors").read_bytes()
+    done = killed_inside(run, tmp_path, "weights.save_tensors = die", *short, *arguments, "--resume", "--out", out)
+    assert done.returncode == -signal.SIGKILL and steps_done(out) == 30
+    assert len(train("run", *arguments, "--resume")) == 30
+    assert (out / "model" / "model.safetensors").read_bytes() != interrupted
+
+
 def test_sigterm_to_torchrun_and_all_it_started(short, tmp_path):  # noqa: F811
     """As a cluster's scheduler sends it: each process gets it twice, for torchrun passes its own on."""
     out = tmp_path / "run"
