@@ -114,6 +114,18 @@ def _yarn_attention_factor(s, scaling):
     return mscale(1.0)
 
 
+def ntk_factor(dim, theta, scaling, window, ratio):
+    """The factor of `ntk` that makes a model's window of so many tokens `ratio` times as long. dim, theta, scaling: the model's now.
+
+    Pairs that do not come round in the window reach angles past it that the model never saw. The fastest of them, the critical pair j (Liu et
+    al. 2023, "Scaling laws of RoPE-based extrapolation"), has to be slowed by `ratio`. ntk by s slows it by s^(2j/(dim-2)) only: s must be
+    ratio^((dim-2)/(2j)), and with s = ratio the angles are new long before the end."""
+    f, _ = rope_frequencies(dim, theta, scaling)
+    slowest = dim // 2 - 1
+    critical = (window * f >= 2 * math.pi).sum().clamp(1, slowest).item()  # the first that does not; if all do, the slowest one
+    return ratio ** (slowest / critical)
+
+
 def has_query_scale(scaling):
     """Does this rope_scaling (or None) ask for query_scale?"""
     return bool((scaling or {}).get("llama_4_scaling_beta"))

@@ -29,11 +29,12 @@ import errors
 import fsdp
 import metrics
 import pose
+import rope
 import weights
 from errors import UserError
 
 # The paper's settings (section 4.1). The built-in models have their own, for a laptop and for minutes on one GPU. windows, train_windows:
-# target_len and train_len in windows of the model. headroom: the factor in units of target_len / window.
+# target_len and train_len in windows of the model. headroom: the interpolation is made for so many times target_len.
 PAPER = {
     "steps": 1000, "batch_size": 64, "lr": 2e-5, "warmup_steps": 10, "windows": 16, "train_windows": 1, "rope": "yarn", "headroom": 1,
     "overshoot": 1.0, "llama_4_scaling_beta": 0.0,
@@ -41,7 +42,8 @@ PAPER = {
 RECIPES = {
     "tiny": PAPER | {"steps": 150, "batch_size": 32, "lr": 2e-4, "windows": 8, "headroom": 2, "beta_fast": 8},
     "smollm2-135m": PAPER | {
-        "steps": 200, "batch_size": 16, "lr": 5e-5, "train_windows": 4, "rope": "ntk", "headroom": 4, "overshoot": 2.0, "llama_4_scaling_beta": 0.1,
+        "steps": 200, "batch_size": 16, "lr": 5e-5, "train_windows": 4, "rope": "ntk", "headroom": 1.19, "overshoot": 1.25,
+        "llama_4_scaling_beta": 0.1,
     },
 }  # fmt: skip
 MAX_SKIPPED = 10  # updates in a row that are not finite before a run gives up
@@ -72,10 +74,10 @@ def parse_arguments():
     )  # fmt: skip
     g.add_argument(
         "--overshoot", type=float, metavar="X",
-        help="pose, randpos: draw positions from a window X times target_len, else its last stretch is met rarely (default: 1; smollm2-135m 2)",
+        help="pose, randpos: draw positions from a window X times target_len, else its last stretch is met rarely (default: 1; smollm2-135m 1.25)",
     )  # fmt: skip
     g.add_argument("--rope", choices=weights.EXTENSIONS, help="interpolation (default: yarn; smollm2-135m ntk)")
-    g.add_argument("--factor", type=float, help="of the interpolation (default: target_len / window, dynamic 1; tiny 2, smollm2-135m 4 times that)")
+    g.add_argument("--factor", type=float, help="of the interpolation (default: target_len / window, tiny twice that; ntk: see rope.py; dynamic 1)")
     g.add_argument("--beta_fast", type=float, help="yarn leaves pairs alone that turn so often in the window (default: 32; tiny 8)")
     g.add_argument(
         "--llama_4_scaling_beta", type=float, metavar="BETA",
@@ -115,8 +117,9 @@ def parse_arguments():
     return check_out(p.parse_args(), p)
 
 
-def complete(args, window):
+def complete(args, config):
     """Fill in the defaults that depend on the model and the machine, and refuse what cannot run."""
+    window = config.max_position_embeddings
     recipe = RECIPES.get(args.model, PAPER)
     for key in ("steps", "lr", "warmup_steps", "rope"):
         if getattr(args, key) is None:
@@ -145,6 +148,8 @@ def complete(args, window):
     fitted = recipe if args.rope == recipe["rope"] else PAPER  # what was found for one interpolation need not suit another
     if args.factor is None and args.rope not in ("default", "dynamic"):  # dynamic: the ratio of the current length
         args.factor = fitted["headroom"] * args.target_len / window
+        if args.rope == "ntk":
+            args.factor = float(round(rope.ntk_factor(config.rotary_dim, config.rope_theta, config.rope_scaling, window, args.factor)))
     if args.llama_4_scaling_beta is None:
         args.llama_4_scaling_beta = fitted["llama_4_scaling_beta"]
     if args.method != "pose" and (args.chunks != 2 or args.offset != "uniform"):
@@ -231,7 +236,7 @@ def main():
 
     model, wanted, files = weights.check(weights.resolve(args.model))  # on the meta device: no memory is taken yet
     original = model.config
-    complete(args, original.max_position_embeddings)
+    complete(args, original)
     record = {key: value for key, value in vars(args).items() if key not in UNRECORDED} | as_given
     record["model_sha256"] = weights.fingerprint(original, files)  # the same paths may hold something else another day
     settings = {key: getattr(args, key) for key in ("factor", "beta_fast") if getattr(args, key) is not None}
@@ -331,7 +336,8 @@ def announce(args, original, config, batches, first):
     if args.resume and not first:
         say(f"--resume: {args.out} holds no checkpoint yet; starting with the first step")
     windows = f"window {original.max_position_embeddings:,} -> {args.target_len:,}"
-    say(f"{args.model}: {windows}, {args.method}, {args.rope}" + (f", going on after step {first}" if first else ""))
+    by = f" by {args.factor:g}" if args.factor else ""
+    say(f"{args.model}: {windows}, {args.method}, {args.rope}{by}" + (f", going on after step {first}" if first else ""))
     earlier = original.rope_scaling or {}
     if "factor" in earlier:
         more = f"{args.rope} by {args.factor:g} comes on top, {config.rope_scaling['factor']:g} in all" if args.factor else "that stays"

@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from rope import MODES, apply_rope, rope_cos_sin, rope_frequencies
+from rope import MODES, apply_rope, ntk_factor, rope_cos_sin, rope_frequencies
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 2048}
@@ -191,6 +191,28 @@ def test_ntk_divides_the_slowest_pair_by_exactly_the_factor(factor):
     got, _ = rope_frequencies(64, 1e4, {"rope_type": "ntk", "factor": factor})
     assert float(got[-1]) == pytest.approx(1e4 ** (-62 / 64) / factor, rel=1e-12)
     assert float(got[0]) == 1
+
+
+@pytest.mark.parametrize("dim, theta, window", [(64, 1e5, 8192), (128, 1e4, 2048), (128, 1e4, 4096), (128, 5e5, 8192), (32, 1e4, 256)])
+def test_ntk_by_its_own_factor_slows_the_critical_pair_by_the_ratio(dim, theta, window):
+    """Liu et al. 2023, eq. 8: pair ceil(d/2 log_theta(window / 2 pi)) is the first that does not come round in the window."""
+    critical = math.ceil(dim / 2 * math.log(window / 2 / math.pi, theta))
+    ratio = 16.0
+    scaling = {"rope_type": "ntk", "factor": ntk_factor(dim, theta, None, window, ratio)}
+    slowed = [float(a / b) for a, b in zip(rope_frequencies(dim, theta)[0], rope_frequencies(dim, theta, scaling)[0])]
+    assert slowed[critical] == pytest.approx(ratio, rel=1e-12)
+    assert max(slowed[:critical]) < ratio < min(slowed[critical + 1 :])
+
+
+def test_ntks_factor_of_a_scaled_model_looks_at_its_angles_now():
+    """Four times slower in a window four times as long is where it was; slowed by 1,000 no pair but the first comes round."""
+    of_base = ntk_factor(64, 1e5, None, 8192, 4.0)
+    assert ntk_factor(64, 1e5, {"rope_type": "linear", "factor": 4.0}, 32768, 4.0) == pytest.approx(of_base, rel=1e-12)
+    assert ntk_factor(64, 1e5, {"rope_type": "linear", "factor": 1000.0}, 8192, 2.0) == pytest.approx(2.0**31, rel=1e-12)
+
+
+def test_ntks_factor_is_the_ratio_where_every_pair_comes_round():
+    assert ntk_factor(32, 100.0, None, 4096, 8.0) == 8.0
 
 
 def test_dynamic_depends_on_this_call_only():

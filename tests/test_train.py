@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import train as trainer
 import weights
+from bench import SHAPES
 from metrics import Log
 
 
@@ -89,7 +90,7 @@ def test_the_factor_is_the_users(run, tmp_path):
 @pytest.mark.parametrize(
     "arguments, factor, overshoot, beta",
     [
-        ([], 64, 2, 0.1), (["--rope", "yarn"], 16, 1, 0), (["--method", "full"], 64, 1, 0.1), (["--method", "pi"], 64, 1, 0.1),
+        ([], 96, 1.25, 0.1), (["--rope", "yarn"], 16, 1, 0), (["--method", "full"], 96, 1, 0.1), (["--method", "pi"], 96, 1, 0.1),
         (["--factor", "20", "--overshoot", "1.5", "--llama_4_scaling_beta", "0"], 20, 1.5, 0),
     ],
 )  # fmt: skip
@@ -97,10 +98,10 @@ def test_a_recipe_is_for_its_own_interpolation(monkeypatch, arguments, factor, o
     """SmolLM2's, which nothing here can run, for 16 windows; with another interpolation the paper's settings are left."""
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "smollm2-135m", "--target_len", "131072", "--device", "cpu", *arguments])
     args = trainer.parse_arguments()
-    trainer.complete(args, 8192)
+    trainer.complete(args, SHAPES["smollm2-135m"])
     assert (args.factor, args.overshoot, args.llama_4_scaling_beta) == (factor, overshoot, beta)
     recorded = copy.deepcopy(args)
-    trainer.complete(args, 8192)  # as --resume does with what the run recorded
+    trainer.complete(args, SHAPES["smollm2-135m"])  # as --resume does with what the run recorded
     assert args == recorded
 
 
@@ -118,7 +119,7 @@ def test_smollm2_trains_in_windows_longer_than_its_own_where_there_are_texts(mon
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "smollm2-135m", "--device", "cpu", *arguments.split()])
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     args = trainer.parse_arguments()
-    trainer.complete(args, 8192)
+    trainer.complete(args, SHAPES["smollm2-135m"])
     assert (args.train_len, args.batch_size) == (train_len, batch_size)
 
 
