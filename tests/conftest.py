@@ -1,4 +1,5 @@
 """Shared fixtures. Nothing here needs a network, a GPU or a file outside the repository."""
+import json
 import os
 import subprocess
 import sys
@@ -59,17 +60,27 @@ def make_llama(tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def warm():
+    """A process of warm.py. It has one thread: how many is settled when torch is imported."""
+    command = [sys.executable, Path(__file__).parent / "warm.py"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        yield process
+        process.stdin.close()
+
+
 @pytest.fixture
-def run():
-    """run("train.py", "--steps", 3, ...) -> the finished process; processes=N starts it with torchrun."""
+def run(warm, tmp_path_factory):
+    """run("train.py", "--steps", 3, ...) -> the finished process; processes=N: as torchrun starts it."""
 
     def start(script, *arguments, processes=None, cwd=None, env=None, timeout=500):
-        launcher = [sys.executable]
-        if processes:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        return subprocess.run(
-            launcher + [str(ROOT / script)] + [str(a) for a in arguments],
-            cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}), capture_output=True, text=True, timeout=timeout,
-        )  # fmt: skip
+        env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+        folder = tmp_path_factory.mktemp("output")
+        written = {name: folder / name for name in ("stdout", "stderr")}
+        request = {"script": ROOT / script, "arguments": [str(a) for a in arguments], "processes": processes, "cwd": cwd or Path.cwd(), "env": env}
+        warm.stdin.write(json.dumps(request | written | {"timeout": timeout}, default=str) + "\n")
+        warm.stdin.flush()
+        code = int(warm.stdout.readline())
+        return subprocess.CompletedProcess(request["arguments"], code, *(path.read_text() for path in written.values()))
 
     return start

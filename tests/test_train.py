@@ -332,13 +332,18 @@ def metrics_so_far(out):
     return (out / "metrics.jsonl").read_text().splitlines()
 
 
-def test_the_quick_start_extends_tiny(run, tmp_path):
-    """The README's first command, as a new user runs it: defaults all the way (about two minutes)."""
-    assert run("train.py", "--device", "cpu", cwd=tmp_path, env={"OMP_NUM_THREADS": "2"}).returncode == 0
-    done = run("eval.py", "--task", "passkey", "--device", "cpu", "--json", "passkey.json", cwd=tmp_path, env={"OMP_NUM_THREADS": "2"})
-    assert done.returncode == 0, done.stderr
+def test_the_quick_start_extends_tiny(tmp_path):
+    """The README's first command, as a new user runs it, but for 60 of its 150 steps and 20 of its 50 prompts: it takes minutes."""
+
+    def call(script, *arguments):
+        command = [sys.executable, ROOT / script, *arguments, "--device", "cpu"]
+        done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    call("train.py", "--steps", "60")
+    call("eval.py", "--task", "passkey", "--trials", "20", "--json", "passkey.json")
     report = json.loads((tmp_path / "passkey.json").read_text())
     extended, base = ({r["length"]: r["accuracy"] for r in x["results"]} for x in (report, report["compared"][0]))
     assert list(extended) == list(base) == [256, 512, 1024, 2048]
     assert base[256] >= 0.95 and base[1024] <= 0.1 and base[2048] <= 0.1
-    assert min(extended.values()) >= 0.9
+    assert min(extended.values()) >= 0.7  # 98, 100, 100 and 96% after all 150
