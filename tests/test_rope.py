@@ -195,7 +195,7 @@ def test_ntk_divides_the_slowest_pair_by_exactly_the_factor(factor):
 
 @pytest.mark.parametrize("dim, theta, window", [(64, 1e5, 8192), (128, 1e4, 2048), (128, 1e4, 4096), (128, 5e5, 8192), (32, 1e4, 256)])
 def test_ntk_by_its_own_factor_slows_the_critical_pair_by_the_ratio(dim, theta, window):
-    """Liu et al. 2023, eq. 8: pair ceil(d/2 log_theta(window / 2 pi)) is the first that does not come round in the window."""
+    """Pair ceil(d/2 log_theta(window / 2 pi)) is the first that does not come round in the window (Liu et al. 2023: the critical dimension)."""
     critical = math.ceil(dim / 2 * math.log(window / 2 / math.pi, theta))
     ratio = 16.0
     scaling = {"rope_type": "ntk", "factor": ntk_factor(dim, theta, None, window, ratio)}
