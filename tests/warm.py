@@ -39,10 +39,10 @@ if request["processes"]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": request["processes"], "TORCHELASTIC_RUN_ID": "none"}
-    workers = {}
+    workers = set()
     for rank in range(request["processes"]):
         if worker := os.fork():
-            workers[worker] = rank
+            workers.add(worker)
         else:
             os.environ.update({key: str(value) for key, value in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()})
             break
@@ -50,7 +50,7 @@ if request["processes"]:
         failed = False
         while workers:
             worker, status = os.wait()
-            del workers[worker]
+            workers.remove(worker)
             if status and not failed:
                 failed = True
                 for other in workers:
