@@ -1,10 +1,19 @@
-"""What a run writes and shows of each step: metrics.jsonl, TensorBoard's events, the progress line."""
+"""What a run writes and shows of each step: metrics.jsonl, TensorBoard's events, the progress line; and its validation loss."""
 import json
 import math
 import os
 import sys
+from itertools import islice
 
+import numpy as np
+import torch
+import torch.distributed as dist
 from tqdm import tqdm
+
+import data
+import errors
+import weights
+from errors import UserError
 
 
 class Log:
@@ -46,3 +55,32 @@ def show_progress(bar, line):
     bar.set_postfix(shown, refresh=False)
     if bar.disable and line["step"] % max(1, bar.total // 20) == 0:
         tqdm.write(f"step {line['step']}: " + ", ".join(f"{key} {value}" for key, value in shown.items()), file=sys.stderr)
+
+
+class Validation:
+    """Loss on the first windows of other texts, tokens and positions contiguous: what the model is for, not how it is trained."""
+
+    def __init__(self, args, tokenizer, windows=16):
+        lengths = errors.token_counts("--eval_lengths", args.eval_lengths or str(args.train_len))
+        documents = data.prepare(args.eval_data, tokenizer, weights.cache_dir())
+        long_enough = (documents[i] for i in np.argsort(-np.diff(documents.starts), kind="stable"))
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        rows = [np.array([*bos, *document[: lengths[-1] + 1]], dtype=np.int64) for document in islice(long_enough, windows)]
+        self.rows = {n: torch.from_numpy(np.stack([row[: n + 1] for row in rows if len(row) > n])) for n in lengths if len(rows[0]) > n}
+        if lengths[-1] not in self.rows:
+            raise UserError(f"--eval_data: the longest document has {len(rows[0])} tokens, too few for windows of {lengths[-1]}; add longer texts")
+
+    @torch.no_grad()
+    def __call__(self, model, device):
+        """{length: nats a token}. Every process scores its share, and as many windows as the others: FSDP gathers weights together."""
+        rank, world, result = dist.get_rank(), dist.get_world_size(), {}
+        for n, rows in self.rows.items():
+            total = torch.zeros(2, device=device, dtype=torch.float64)
+            for i in range(rank, -(-len(rows) // world) * world, world):
+                row = rows[min(i, len(rows) - 1)][None].to(device)
+                loss = model(row[:, :-1], targets=row[:, 1:])
+                if i < len(rows):
+                    total += torch.stack((loss.double(), loss.new_tensor(n).double()))
+            dist.all_reduce(total)
+            result[n] = (total[0] / total[1]).item()
+        return result

@@ -16,10 +16,8 @@ import shutil
 import signal
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -246,7 +244,7 @@ def main():
     if args.steps:
         documents = data.prepare(args.data, tokenizer, weights.cache_dir())
         record["data_sha256"] = documents.sha256
-        validation = Validation(args, tokenizer) if args.eval_every else None
+        validation = metrics.Validation(args, tokenizer) if args.eval_every else None
         sampling = {key: getattr(args, key) for key in ("method", "train_len", "chunks", "offset")}
         batches = data.Batches(documents, args.seed, tokenizer.bos_id, target_len=round(args.overshoot * args.target_len), **sampling)
 
@@ -336,11 +334,11 @@ def announce(args, original, config, batches, first):
     if args.resume and not first:
         say(f"--resume: {args.out} holds no checkpoint yet; starting with the first step")
     windows = f"window {original.max_position_embeddings:,} -> {args.target_len:,}"
-    by = f" by {args.factor:g}" if args.factor else ""
-    say(f"{args.model}: {windows}, {args.method}, {args.rope}{by}" + (f", going on after step {first}" if first else ""))
+    stretch = f"{args.rope} by {args.factor:g}" if args.factor else args.rope
+    say(f"{args.model}: {windows}, {args.method}, {stretch}" + (f", going on after step {first}" if first else ""))
     earlier = original.rope_scaling or {}
     if "factor" in earlier:
-        more = f"{args.rope} by {args.factor:g} comes on top, {config.rope_scaling['factor']:g} in all" if args.factor else "that stays"
+        more = f"{stretch} comes on top, {config.rope_scaling['factor']:g} in all" if args.factor else "that stays"
         say(f"the model is scaled already ({earlier['rope_type']} by {earlier['factor']:g}); {more}")
     if batches:
         used = len(batches.documents) - batches.skipped
@@ -371,35 +369,6 @@ def check_agreement(record):
     if changed := [key for key in record if any(other.get(key) != record[key] for other in records)]:
         values = [other.get(changed[0]) for other in records]
         raise UserError(f"{changed[0]} differs between processes: {values}; start all with the same arguments, texts and model")
-
-
-class Validation:
-    """Loss on the first windows of other texts, tokens and positions contiguous: what the model is for, not how it is trained."""
-
-    def __init__(self, args, tokenizer, windows=16):
-        lengths = errors.token_counts("--eval_lengths", args.eval_lengths or str(args.train_len))
-        documents = data.prepare(args.eval_data, tokenizer, weights.cache_dir())
-        long_enough = (documents[i] for i in np.argsort(-np.diff(documents.starts), kind="stable"))
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        rows = [np.array([*bos, *document[: lengths[-1] + 1]], dtype=np.int64) for document in islice(long_enough, windows)]
-        self.rows = {n: torch.from_numpy(np.stack([row[: n + 1] for row in rows if len(row) > n])) for n in lengths if len(rows[0]) > n}
-        if lengths[-1] not in self.rows:
-            raise UserError(f"--eval_data: the longest document has {len(rows[0])} tokens, too few for windows of {lengths[-1]}; add longer texts")
-
-    @torch.no_grad()
-    def __call__(self, model, device):
-        """{length: nats a token}. Every process scores its share, and as many windows as the others: FSDP gathers weights together."""
-        rank, world, result = dist.get_rank(), dist.get_world_size(), {}
-        for n, rows in self.rows.items():
-            total = torch.zeros(2, device=device, dtype=torch.float64)
-            for i in range(rank, -(-len(rows) // world) * world, world):
-                row = rows[min(i, len(rows) - 1)][None].to(device)
-                loss = model(row[:, :-1], targets=row[:, 1:])
-                if i < len(rows):
-                    total += torch.stack((loss.double(), loss.new_tensor(n).double()))
-            dist.all_reduce(total)
-            result[n] = (total[0] / total[1]).item()
-        return result
 
 
 if __name__ == "__main__":
