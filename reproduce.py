@@ -58,6 +58,7 @@ def parse_arguments():
     )  # fmt: skip
     p.add_argument("--seeds", type=int, default=1, help="runs of each arm (default: 1)")
     p.add_argument("--tokens", type=int, default=TOKENS, help=f"that each arm is trained on (default: {TOKENS:,})")
+    p.add_argument("--lr", type=float, help="of every arm (default: train.py's)")
     p.add_argument("--trials", type=int, help="passkeys a length (default: 100; table2, as in the paper, none)")
     p.add_argument("--limit", type=int, help="table3: items of each benchmark (default: all)")
     p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
@@ -156,8 +157,9 @@ def train(args, folder, window):
             names[str(out / "model")] = arm
             if not finished(out, steps(window, args.tokens)):
                 texts = ("--data", *args.data) if args.data else ()
+                lr = ("--lr", args.lr) if args.lr is not None else ()
                 resume = ("--resume",) if (out / "args.json").exists() else ()
-                run("train.py", "--model", args.model, *texts, *training(options, window, args.tokens), "--seed", seed, "--out", out, *resume)
+                run("train.py", "--model", args.model, *texts, *training(options, window, args.tokens), *lr, "--seed", seed, "--out", out, *resume)
     return names
 
 
@@ -189,7 +191,7 @@ def main():
     window = weights.read_config(weights.resolve(args.model)).max_position_embeddings
     check(args, window)
     folder = args.out / args.table
-    check_record(folder / "arms.json", {key: getattr(args, key) for key in ("model", "data", "tokens", "seeds")})
+    check_record(folder / "arms.json", {key: getattr(args, key) for key in ("model", "data", "tokens", "seeds", "lr")})
     tables = measure(args, folder, window, train(args, folder, window))
     print("\n" + "\n".join(tables))
     (folder / "tables.md").write_text("\n".join(tables))

@@ -40,7 +40,7 @@ PAPER = {
 RECIPES = {
     "tiny": PAPER | {"steps": 150, "batch_size": 32, "lr": 2e-4, "windows": 8, "headroom": 2, "beta_fast": 8},
     "smollm2-135m": PAPER | {
-        "steps": 200, "batch_size": 16, "lr": 5e-5, "train_windows": 4, "rope": "ntk", "headroom": 1.19, "overshoot": 1.25,
+        "steps": 200, "batch_size": 16, "lr": 1e-4, "train_windows": 4, "rope": "ntk", "headroom": 1.19, "overshoot": 1.25,
         "llama_4_scaling_beta": 0.1,
     },
 }  # fmt: skip
@@ -85,7 +85,7 @@ def parse_arguments():
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=int, help="optimizer steps; 0: the untrained model, interpolated (default: 1000; tiny 150, smollm2-135m 200)")
     g.add_argument("--batch_size", type=int, help="examples in a step of all processes (default: 64; tiny 32, smollm2-135m 16; fewer long ones)")
-    g.add_argument("--lr", type=float, help="peak of AdamW's learning rate (default: 2e-5; tiny 2e-4, smollm2-135m 5e-5)")
+    g.add_argument("--lr", type=float, help="peak of AdamW's learning rate (default: 2e-5; tiny 2e-4, smollm2-135m 1e-4)")
     g.add_argument("--warmup_steps", type=int, help="linear warm-up; then linear decay to 0 (default: 10)")
     g.add_argument("--seed", type=int, default=0, help="default: 0")
 

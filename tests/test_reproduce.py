@@ -89,12 +89,13 @@ def test_dev_files_of_one_name_are_refused(run, tmp_path):
 def test_a_table_from_its_command(run, tmp_path, monkeypatch):
     (tmp_path / "novel.txt").write_text("The cat sat on the mat, and the dog looked on. " * 400)
     command = ("reproduce.py", "table4", "--model", "tiny", "--data", "novel.txt", "--dev", "novel.txt", "--tokens", 4096, "--trials", 2)
+    command += "--lr", 1e-3
     done = run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "results" / "table4"
     arguments = [json.loads((folder / f"{offset}-0" / "args.json").read_text()) for offset in pose.OFFSETS]
     for offset, given in zip(pose.OFFSETS, arguments):
-        assert given == arguments[0] | {"offset": offset}
+        assert given == arguments[0] | {"offset": offset, "lr": 1e-3}
     figures = {"passkey": lambda r: f"{100 * sum(t['correct'] for t in r['by_trial']) / 2:.0f}", "novel_tail": lambda r: f"{r['ppl']:.2f}"}
     for name, figure in figures.items():
         written = json.loads((folder / f"{name}.json").read_text())
