@@ -75,7 +75,11 @@ def parse_arguments():
         help="pose, randpos: draw positions from a window X times target_len, else its last stretch is met rarely (default: 1; smollm2-135m 1.25)",
     )  # fmt: skip
     g.add_argument("--rope", choices=weights.EXTENSIONS, help="interpolation (default: yarn; smollm2-135m ntk)")
-    g.add_argument("--factor", type=float, help="of the interpolation (default: target_len / window, tiny twice that; ntk: see rope.py; dynamic 1)")
+    g.add_argument(
+        "--factor", type=float,
+        help="of the interpolation (default: the ratio target_len / window, twice that with tiny's yarn; for ntk rope.ntk_factor of the ratio, "
+        "of 1.19 times that with smollm2-135m; for dynamic 1)",
+    )  # fmt: skip
     g.add_argument("--beta_fast", type=float, help="yarn leaves pairs alone that turn so often in the window (default: 32; tiny 8)")
     g.add_argument(
         "--llama_4_scaling_beta", type=float, metavar="BETA",
