@@ -16,7 +16,6 @@ Notable choices:
 import dataclasses
 import gc
 import importlib.util
-import json
 import os
 import statistics
 import time
@@ -43,6 +42,9 @@ SHAPES = {
     "llama-7b": Config(32000, 4096, 11008, 32, 32, 32, 128, 2048),
 }
 TURNS = 2  # of each side
+BELONGS = {"plot": ("efficiency",), "compare": ("train", "prefill"), "lengths": ("efficiency", "prefill")} | dict.fromkeys(
+    ("train_len", "micro_batch_size", "batch_size", "activation_checkpointing", "cpu_offload", "param_dtype"), ("train", "efficiency")
+)  # option -> tasks
 
 
 def parse_arguments():
@@ -68,10 +70,9 @@ def parse_arguments():
 def check(args, config):
     """Refuse what cannot run, and fill in the defaults that depend on the model."""
     errors.check_outputs(args.json, args.plot)
-    if args.plot and args.task != "efficiency":
-        raise UserError("--plot belongs to --task efficiency; leave it out")
-    if args.compare and args.task == "efficiency":
-        raise UserError("--compare belongs to --task train or prefill; leave it out")
+    for key, tasks in BELONGS.items():
+        if args.task not in tasks and getattr(args, key) not in (None, False, "none", "float32"):
+            raise UserError(f"--{key} belongs to --task {' or '.join(tasks)}; leave it out")
     if args.compare and importlib.util.find_spec(args.compare) is None:
         raise UserError(f"--compare {args.compare}: not installed here; pip install {args.compare}")
     errors.at_least(args, 1, "steps", "train_len", "micro_batch_size", "batch_size")
@@ -382,7 +383,7 @@ def main():
         if args.json:
             settings = {key: str(value) for key, value in vars(args).items() if value is not None}
             written = {"task": args.task, "model": args.model, "card": card, "settings": settings, "results": results}
-            args.json.write_text(json.dumps(written, indent=2) + "\n")
+            errors.write_json(args.json, written)
         if args.plot:
             draw_efficiency(results, args.plot)
 

@@ -100,7 +100,7 @@ def prepare(paths, tokenizer, cache):
     for content in tokenizer.files.values():
         key.update(content)
     for path in files:
-        key.update(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
+        key.update(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode(errors="surrogateescape"))
     folder = Path(cache) / "tokens" / key.hexdigest()[:24]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(Path(cache) / f"tokens-{folder.name}.lock", "w") as lock:  # under torchrun one process tokenises, the others find it done

@@ -40,8 +40,12 @@ def changes(earlier, now):
 def write_json(path, value):
     """Aside, then renamed: a kill leaves the earlier file whole."""
     aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(value, indent=2) + "\n")
-    aside.replace(path)
+    try:
+        aside.write_text(json.dumps(value, indent=2) + "\n")
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def at_least(args, least, *keys):
@@ -70,6 +74,8 @@ def check_outputs(results, plot):
             raise UserError(f"{path}: is a folder; name a file")
         if path and not path.absolute().parent.is_dir():
             raise UserError(f"{path}: its folder does not exist; make it first")
+        if path and not os.access(path.absolute().parent, os.W_OK):
+            raise UserError(f"{path}: its folder cannot be written to; name another")
 
 
 def run(main):

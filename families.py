@@ -311,6 +311,6 @@ def tokenizer_files(config, files):
     settings = before = json.loads(files.get("tokenizer_config.json", b"{}"))
     if config.model_type == "baichuan":
         settings = {k: v for k, v in settings.items() if k != "auto_map"} | {"tokenizer_class": "LlamaTokenizer"}
-    if settings.get("model_max_length", math.inf) < config.max_position_embeddings:
+    if (settings.get("model_max_length") or math.inf) < config.max_position_embeddings:
         settings = settings | {"model_max_length": config.max_position_embeddings}
     return files if settings == before else files | {"tokenizer_config.json": json.dumps(settings).encode()}

@@ -66,9 +66,10 @@ class Validation:
         long_enough = (documents[i] for i in np.argsort(-np.diff(documents.starts), kind="stable"))
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         rows = [np.array([*bos, *document[: lengths[-1] + 1]], dtype=np.int64) for document in islice(long_enough, windows)]
-        self.rows = {n: torch.from_numpy(np.stack([row[: n + 1] for row in rows if len(row) > n])) for n in lengths if len(rows[0]) > n}
-        if lengths[-1] not in self.rows:
-            raise UserError(f"--eval_data: the longest document has {len(rows[0])} tokens, too few for windows of {lengths[-1]}; add longer texts")
+        if len(rows[0]) <= lengths[-1]:
+            needed = f"windows of {lengths[-1]} need {lengths[-1] + 1 - len(bos)}"
+            raise UserError(f"--eval_data: the longest document has {len(rows[0]) - len(bos)} tokens, {needed}; add longer texts")
+        self.rows = {n: torch.from_numpy(np.stack([row[: n + 1] for row in rows if len(row) > n])) for n in lengths}
 
     @torch.no_grad()
     def __call__(self, model, device):

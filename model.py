@@ -61,7 +61,7 @@ class Config:
 
     @property
     def original_window(self):
-        """Tokens that the model saw before any interpolation."""
+        """Tokens that the model saw before any interpolation that its scaling tells of (ntk is written as another theta, which does not)."""
         return (self.rope_scaling or {}).get("original_max_position_embeddings") or self.max_position_embeddings
 
     def flops_per_token(self, T):

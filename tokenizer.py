@@ -1,4 +1,4 @@
-"""Text <-> token ids: SentencePiece `tokenizer.model`, `tokenizer.json` or `vocab.json` + `merges.txt`, behind one small interface.
+"""Text <-> token ids: SentencePiece `tokenizer.model` and `tokenizer.json` behind one small interface.
 
 A tokenizer has `vocab_size`, `bos_id` (the token this model's windows begin with, None if it was trained without one),
 `encode(text)`, `encode_batch(texts)` (lists of ids, no special tokens), `decode(ids)`, and `files`, the bytes it was read from.
@@ -27,9 +27,10 @@ def load(folder):
     """The tokenizer of a Hugging Face folder. SentencePiece first: it reads a whole book at once in linear time."""
     folder = Path(folder)
     files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
-    name = next((name for name in ("tokenizer.model", "tokenizer.json", "merges.txt") if name in files), None)
-    if name is None or (name == "merges.txt" and "vocab.json" not in files):
-        raise UserError(f"{folder}: no tokenizer.model or tokenizer.json; put the model's own tokenizer file there")
+    name = next((name for name in ("tokenizer.model", "tokenizer.json") if name in files), None)
+    if name is None:
+        do = "save a tokenizer.json there with transformers" if "merges.txt" in files else "put the model's own tokenizer file there"
+        raise UserError(f"{folder}: no tokenizer.model or tokenizer.json; {do}")
     for settings in ("tokenizer_config.json", "special_tokens_map.json"):
         try:
             if not isinstance(json.loads(files.get(settings, b"{}")), dict):
@@ -40,8 +41,6 @@ def load(folder):
         if not files[name]:
             raise ValueError("it is empty")
         return SentencePiece(files) if name == "tokenizer.model" else TokenizerJson(files)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
     except Exception as error:  # both libraries raise bare RuntimeError or Exception for a broken file
         raise UserError(f"{folder / name}: not readable ({_first_line(error)}); copy it again") from None
 
@@ -67,7 +66,7 @@ class SentencePiece:
 class TokenizerJson:
     def __init__(self, files):
         self.files = files
-        self._model = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode()) if "tokenizer.json" in files else _from_merges(files)
+        self._model = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
         self.vocab_size = max(self._model.get_vocab().values()) + 1
         self._model.no_truncation()  # some files come with both switched on: they would cut every document
         self._model.no_padding()
@@ -92,10 +91,6 @@ def _settings(files):
     return {k: v for name in ("special_tokens_map.json", "tokenizer_config.json") for k, v in json.loads(files.get(name, b"{}")).items()}
 
 
-def _content(token):
-    return token["content"] if isinstance(token, dict) else token
-
-
 # ---------------------------------------------------------------- rebuilt from a vocabulary and merges, or from scored pieces
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -113,7 +108,6 @@ PRE_TOKENIZERS = {
     "llama-bpe": _cut(r"\p{N}{1,3}"),
     "qwen2": _cut(r"\p{N}"),
 }
-CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}  # tokenizer_class -> the family
 
 
 def _byte_level_bpe(vocab, merges, family, added, bos=None):
@@ -126,27 +120,6 @@ def _byte_level_bpe(vocab, merges, family, added, bos=None):
     model.add_tokens([AddedToken(token, special=special, normalized=False) for token, special in added.items()])
     if bos:
         model.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, model.token_to_id(bos))])
-    return model
-
-
-def _from_merges(files):
-    """vocab.json and merges.txt, as GPT-2, GPT-J and Qwen2 were published: how text is cut depends on the family, which the class names."""
-    settings, vocab = _settings(files), json.loads(files["vocab.json"])
-    family = CLASSES.get(str(settings.get("tokenizer_class")).removesuffix("Fast"))
-    if family is None or settings.get("add_prefix_space"):
-        said = f"tokenizer_class {settings.get('tokenizer_class')!r}, add_prefix_space {settings.get('add_prefix_space', False)}"
-        raise UserError(f"vocab.json and merges.txt of {said} are not known; save a tokenizer.json there with transformers")
-    lines = files["merges.txt"].decode().split("\n")
-    merges = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version") :] if line]
-    ids = json.loads(files.get("added_tokens.json", b"{}"))
-    ids |= {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
-    named = {_content(settings[key]) for key in ("bos_token", "eos_token", "unk_token", "pad_token") if settings.get(key)}
-    added = dict.fromkeys(sorted(ids, key=ids.get), False) | dict.fromkeys(token for token in named if token in vocab or token in ids)
-    special = {token["content"] for token in settings.get("added_tokens_decoder", {}).values() if token.get("special")} | named
-    bos = _content(settings["bos_token"]) if settings.get("add_bos_token") else None
-    model = _byte_level_bpe(vocab, merges, family, {token: token in special for token in added}, bos)
-    if wrong := [token for token, i in ids.items() if model.token_to_id(token) != i]:
-        raise UserError(f"added token {wrong[0]!r} does not get its id {ids[wrong[0]]}; save a tokenizer.json there with transformers")
     return model
 
 

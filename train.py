@@ -40,7 +40,7 @@ PAPER = {
 RECIPES = {
     "tiny": PAPER | {"steps": 150, "batch_size": 32, "lr": 2e-4, "windows": 8, "headroom": 2, "beta_fast": 8},
     "smollm2-135m": PAPER | {
-        "steps": 200, "batch_size": 16, "lr": 1e-4, "train_windows": 4, "rope": "ntk", "headroom": 1.19, "overshoot": 1.25,
+        "steps": 200, "batch_size": 16, "lr": 1e-4, "train_windows": 4, "rope": "ntk", "headroom": 1.188, "overshoot": 1.25,
         "llama_4_scaling_beta": 0.1,
     },
 }  # fmt: skip
@@ -72,7 +72,8 @@ def parse_arguments():
     )  # fmt: skip
     g.add_argument(
         "--overshoot", type=float, metavar="X",
-        help="pose, randpos: draw positions from a window X times target_len, else its last stretch is met rarely (default: 1; smollm2-135m 1.25)",
+        help="pose, randpos: draw positions from a window X times target_len, else its last stretch is met rarely (default: 1; smollm2-135m's ntk "
+        "1.25)",
     )  # fmt: skip
     g.add_argument("--rope", choices=weights.EXTENSIONS, help="interpolation (default: yarn; smollm2-135m ntk)")
     g.add_argument(
@@ -83,7 +84,8 @@ def parse_arguments():
     g.add_argument("--beta_fast", type=float, help="yarn leaves pairs alone that turn so often in the window (default: 32; tiny 8)")
     g.add_argument(
         "--llama_4_scaling_beta", type=float, metavar="BETA",
-        help="multiply the queries of token i by 1 + BETA ln(1 + floor(i / window)) (default: 0, not at all; smollm2-135m 0.1, as Llama 4)",
+        help="multiply the queries of token i by 1 + BETA ln(1 + floor(i / window)), as Llama 4 (default: the model's, else 0, not at all; "
+        "smollm2-135m's ntk 0.1)",
     )  # fmt: skip
 
     g = p.add_argument_group("training")
@@ -128,6 +130,10 @@ def complete(args, config):
             setattr(args, key, recipe[key])
     if args.target_len is None:
         args.target_len = recipe["windows"] * window
+    if args.target_len > 2**31:
+        raise UserError(f"--target_len {args.target_len}: at most {2**31}")
+    if args.target_len < window:
+        raise UserError(f"--target_len {args.target_len} is smaller than the model's window of {window}; raise it")
     if args.train_len is None:
         windows = recipe["train_windows"] if args.data else 1  # few files of the standard library are longer than one
         longest = max(window, args.target_len // 4)  # leaves room for skips
@@ -151,9 +157,10 @@ def complete(args, config):
     if args.factor is None and args.rope not in ("default", "dynamic"):  # dynamic: the ratio of the current length
         args.factor = fitted["headroom"] * args.target_len / window
         if args.rope == "ntk":
-            args.factor = float(round(rope.ntk_factor(config.rotary_dim, config.rope_theta, config.rope_scaling, window, args.factor)))
-    if args.llama_4_scaling_beta is None:
-        args.llama_4_scaling_beta = fitted["llama_4_scaling_beta"]
+            args.factor = rope.ntk_factor(config.rotary_dim, config.rope_theta, config.rope_scaling, window, args.factor)
+            args.factor = float(f"{args.factor:.3g}")
+    if args.llama_4_scaling_beta is None:  # what the model has, or what suits it
+        args.llama_4_scaling_beta = (config.rope_scaling or {}).get("llama_4_scaling_beta", fitted["llama_4_scaling_beta"])
     if args.method != "pose" and (args.chunks != 2 or args.offset != "uniform"):
         raise UserError(f"--chunks and --offset belong to --method pose; leave them out with {args.method}")
     skips = args.method in ("pose", "randpos")
@@ -164,17 +171,13 @@ def complete(args, config):
     gpu = args.device == "cuda"
     args.compile = gpu if args.compile is None else args.compile
     args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
-    errors.at_least(args, 1, "target_len", "train_len", "chunks", "batch_size", "keep")
+    errors.at_least(args, 1, "train_len", "chunks", "batch_size", "keep")
     errors.at_least(args, 0, "steps", "warmup_steps", "save_every", "eval_every", "seed")
     for key in ("lr", "llama_4_scaling_beta"):
         if not 0 <= getattr(args, key) < math.inf:
             raise UserError(f"--{key} {getattr(args, key):g}: must be a number that is not negative")
-    if args.target_len > 2**31:
-        raise UserError(f"--target_len {args.target_len}: at most {2**31}")
     if args.target_len < args.train_len:
         raise UserError(f"--target_len {args.target_len} is smaller than the train window of {args.train_len}; raise it or lower --train_len")
-    if args.target_len < window:
-        raise UserError(f"--target_len {args.target_len} is smaller than the model's window of {window}; raise it")
     for key in ("factor", "beta_fast", "overshoot"):
         if getattr(args, key) is not None and not 1 <= getattr(args, key) <= 2**31:
             raise UserError(f"--{key} {getattr(args, key):g}: must be a number from 1 to {2**31}")
@@ -211,6 +214,8 @@ def check_out(args, parser):
     # argparse leaves alone what stands in the namespace, unless it is given; but it would add to a list there.
     kept = {k: v for k, v in theirs.items() if k in vars(args) and not (isinstance(v, list) and getattr(args, k))}
     args = parser.parse_args(namespace=argparse.Namespace(**kept))
+    if not args.eval_every:  # switched off: what belonged to it goes too
+        args.eval_data, args.eval_lengths = [], None
     if changed := errors.changes(theirs, {k: v for k, v in vars(args).items() if k not in UNRECORDED + FREE}):
         raise UserError(f"--resume: the run in {args.out} had other arguments: {changed}")
     if finished(args.out, args.steps):

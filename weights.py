@@ -164,7 +164,9 @@ def _shapes(path):
     try:
         with safe_open(path, "pt") as f:
             return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
-    except FileNotFoundError:
+    except FileNotFoundError:  # safetensors says so, too, of one that may not be read
+        if path.exists():
+            open(path).close()  # says what is wrong
         raise UserError(f"{path}: missing, though the index names it; copy the checkpoint again") from None
     except SafetensorError as error:
         raise UserError(f"{path}: truncated or not safetensors ({error}); copy it again") from None
@@ -303,19 +305,19 @@ def save_tensors(tensors, path):
 EXTENSIONS = ("default", "linear", "ntk", "dynamic", "ntk_by_parts", "yarn", "yarn_revised", "llama3")  # modes that need no more than a factor
 
 
-def extend(config, mode, target_len, llama_4_scaling_beta=0.0, **settings):
+def extend(config, mode, target_len, llama_4_scaling_beta=None, **settings):
     """The Config of the same weights with their window stretched to target_len by a mode of rope.py. settings: what else rope_scaling
     shall hold, such as `factor` (default: the ratio of the windows; 1 for dynamic, which takes that of the current length) or `beta_fast`.
-    llama_4_scaling_beta: of rope.query_scale. A model that is scaled already (Llama 3.1, or one of ours) keeps that: the factors multiply.
-    UserError where they cannot."""
+    llama_4_scaling_beta: of rope.query_scale (default: the model's, if it has one). A model that is scaled already (Llama 3.1, or one of ours)
+    keeps that: the factors multiply. UserError where they cannot."""
     window, earlier = config.max_position_embeddings, dict(config.rope_scaling or {})
     beta = earlier.pop("llama_4_scaling_beta", 0.0)
-    beta = llama_4_scaling_beta or beta
+    beta = beta if llama_4_scaling_beta is None else llama_4_scaling_beta
     scaling = {"rope_type": mode, "factor": 1.0 if mode == "dynamic" else target_len / window, "original_max_position_embeddings": window} | settings
     if mode == "llama3":
         scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | scaling  # Llama 3.1's own
     if mode == "default":
-        scaling = config.rope_scaling
+        scaling = (earlier or None) if beta or earlier.get("rope_type") != "default" else None
     elif earlier:
         try:
             scaling = rope.compose(config.rotary_dim, config.rope_theta, earlier, scaling)
@@ -325,7 +327,7 @@ def extend(config, mode, target_len, llama_4_scaling_beta=0.0, **settings):
         if families.as_written(config).model_type not in ("llama", "mistral", "ministral3"):
             kinds = f"stock loaders have it for LLaMA and Mistral, not for {config.model_type}"
             raise UserError(f"--llama_4_scaling_beta {beta:g}: {kinds}; leave it out")
-        scaling = (scaling or {"rope_type": "default", "original_max_position_embeddings": window}) | {"llama_4_scaling_beta": beta}
+        scaling = {"original_max_position_embeddings": window} | (scaling or {"rope_type": "default"}) | {"llama_4_scaling_beta": beta}
     return dataclasses.replace(config, max_position_embeddings=target_len, rope_scaling=scaling)
 
 

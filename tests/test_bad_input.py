@@ -300,8 +300,9 @@ def test_no_tokenizer(refused, model):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["--target_len", 32, "--train_len", 48], ["--target_len 32", "48"]),
+        (["--target_len", 64, "--train_len", 80], ["--target_len 64", "80"]),
         (["--target_len", 63, "--train_len", 16], ["--target_len 63", "window of 64"]),
+        (["--target_len", -5, "--rope", "ntk"], ["--target_len -5", "window of 64"]), (["--target_len", 2**40], ["--target_len", "at most"]),
         (["--train_len", 0], ["--train_len 0"]),
         (["--train_len", -5], ["--train_len -5"]),
         (["--chunks", 0], ["--chunks 0"]),
@@ -585,6 +586,20 @@ def test_disk_full_when_texts_are_tokenised(call, model, tmp_path, monkeypatch):
     code, err = call("train", "--model", model, *TRAIN, "--out", "out", "--device", "cpu")
     check_disk_full(code, err)
     assert not Path("out").exists() and not list((tmp_path / "cache" / "tokens").iterdir())
+
+
+def test_a_json_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    errors.write_json(path, {"first": 1})
+    monkeypatch.setattr(Path, "replace", disk_full)
+    with pytest.raises(OSError):
+        errors.write_json(path, {"second": 2})
+    assert json.loads(path.read_text()) == {"first": 1} and not list(tmp_path.glob("*.part"))
+
+
+def test_results_in_a_folder_that_cannot_be_written(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
+    check_refusal(*call("eval", "--task", "passkey", "--model", "tiny", "--json", "r.json"), ["r.json", "cannot be written"])
 
 
 def test_a_really_full_disk(run, model):

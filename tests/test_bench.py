@@ -105,6 +105,8 @@ def test_efficiency_draws_both_methods_by_target(bench, tmp_path):
         (["--task", "train", "--steps", 0], "--steps 0"),
         (["--task", "train", "--batch_size", 3, "--micro_batch_size", 2], "--micro_batch_size 2 does not divide the 3 examples"),
         (["--task", "train", "--plot", "p.png"], "--plot belongs to --task efficiency"),
+        (["--task", "train", "--lengths", "64"], "--lengths belongs to --task efficiency or prefill"),
+        (["--task", "prefill", "--cpu_offload"], "--cpu_offload belongs to --task train or efficiency"),
         (["--task", "efficiency", "--plot", "p.xyz"], "--plot p.xyz"),
         (["--task", "train", "--json", "absent/r.json"], "absent/r.json"),
     ],

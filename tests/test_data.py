@@ -14,6 +14,7 @@ import torch
 
 import data
 import tokenizer
+import weights
 from errors import UserError
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
@@ -67,6 +68,12 @@ def test_folder_is_searched_in_order_and_other_files_are_left_alone(tmp_path):
     write(tmp_path / "d" / "notes.md", "not asked for")
     assert texts_of(tmp_path / "d") == ["deep 1", "deep 2", "b", "packed"]
     assert texts_of(str(tmp_path / "d" / "b.txt"), tmp_path / "d" / "a") == ["b", "deep 1", "deep 2"]  # as named, str or Path
+
+
+def test_a_name_that_is_not_utf_8(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("The cat.")
+    documents = data.prepare([tmp_path], tokenizer.load(weights.resolve("tiny")), tmp_path / "cache")
+    assert len(documents) == 1
 
 
 def test_a_named_file_of_another_suffix_is_read_as_text(tmp_path):

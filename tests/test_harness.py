@@ -107,6 +107,18 @@ def test_log_likelihoods_equal_those_of_the_harness_own_model(models):
     assert [nats for nats, _ in ours] == pytest.approx([nats for nats, _ in theirs], abs=2e-3)
 
 
+def test_an_answer_longer_than_the_window_is_scored_whole(models):
+    """Where the harness's own model gives up. Of the question its last token is left."""
+    answer = " ".join(sentence(random.Random(2), 8) for _ in range(60))
+    model, encode = weights.load("tiny", dtype=torch.float32), models[0].tok_encode
+    with torch.no_grad():
+        ((nats, greedy),) = models[0]._loglikelihood_tokens([(None, encode("Why so?"), encode(answer, add_special_tokens=False))])
+        tokens = torch.tensor([[encode("Why so?")[-1], *encode(answer, add_special_tokens=False)]])
+        assert tokens.shape[1] > 258
+        expected = torch.nn.functional.cross_entropy(model(tokens[:, :-1])[0], tokens[0, 1:], reduction="sum")
+    assert nats == pytest.approx(-expected.item(), rel=1e-5) and not greedy
+
+
 @pytest.mark.parametrize("name", harness.BENCHMARKS)
 def test_prompts_hold_the_items(folder, name):
     model = Recorder()

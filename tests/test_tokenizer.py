@@ -487,51 +487,8 @@ def test_both_files(sp, tmp_path):
     assert (ours.vocab_size, ours.bos_id) == (2048, 1) and ours.decode([*ours.encode("cat"), 2048]) == "cat"
 
 
-MERGES_CLASSES = {
-    "GPT2Tokenizer": (GPT2Tokenizer, "gpt-2"), "GPT2TokenizerFast": (GPT2Tokenizer, "gpt-2"), "Qwen2Tokenizer": (Qwen2Tokenizer, "qwen2"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind, begins", [(kind, False) for kind in MERGES_CLASSES] + [("GPT2Tokenizer", True)])
-def test_vocabulary_and_merges(tmp_path, kind, begins):
-    """Folders without a tokenizer.json: GPT-J's <|endoftext|> is in vocab.json, its and Qwen2's other tokens are added ones."""
-    stock_class, family = MERGES_CLASSES[kind]
-    vocab, merges = train(400, ["<|endoftext|>"] if family == "gpt-2" else [])
-    added = ["<|extratoken_1|>", "<|extratoken_2|>"] if family == "gpt-2" else ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    added = {token: len(vocab) + i for i, token in enumerate(added)}
-    settings = {"tokenizer_class": kind, "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>" if family == "gpt-2" else None}
-    if family == "qwen2":
-        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-        settings |= {"added_tokens_decoder": {str(i): {"content": token} | flags for token, i in added.items()}, "add_bos_token": False}
-    if begins:  # OPT's and a few others'
-        settings["add_bos_token"] = True
-    lines = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
-    write(tmp_path, vocab=vocab, merges=lines, added_tokens=added, tokenizer_config=settings)
-    ours, stock = tokenizer.load(tmp_path), stock_class.from_pretrained(tmp_path)
-    for text in HARDER + [f"a{token} {token}b" for token in ["<|endoftext|>", *added]]:
-        assert ours.encode(text) == stock.encode(text, add_special_tokens=False), text
-        assert ours.decode(ours.encode(text)) == (unicodedata.normalize("NFC", text) if family == "qwen2" else text)
-    assert ours.vocab_size == len(stock) == len(vocab) + len(added)
-    assert ours.bos_id == (vocab["<|endoftext|>"] if begins else None) == (stock.bos_token_id if begins else None)
-    assert stock("cat").input_ids == [ours.bos_id] * begins + ours.encode("cat")
-    assert set(ours.files) == {"vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json"}
-
-
-@pytest.mark.parametrize("settings, added, told", [
-    ({}, {}, "tokenizer_class None"),
-    ({"tokenizer_class": "RobertaTokenizer"}, {}, "RobertaTokenizer"),
-    ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, {}, "add_prefix_space True"),
-    ({"tokenizer_class": "GPT2Tokenizer"}, {"<x>": 999}, "'<x>' does not get its id 999"),
-])  # fmt: skip
-def test_vocabulary_and_merges_that_are_not_known(tmp_path, settings, added, told):
-    vocab, merges = train(300, [])
-    write(tmp_path, vocab=vocab, merges="".join(f"{a} {b}\n" for a, b in merges), tokenizer_config=settings, added_tokens=added)
-    with pytest.raises(UserError, match=told) as refusal:
-        tokenizer.load(tmp_path)
-    assert str(tmp_path) in str(refusal.value) and "\n" not in str(refusal.value)
-
-
-def test_vocabulary_without_merges(tmp_path):
-    write(tmp_path, vocab={"a": 0}, tokenizer_config={"tokenizer_class": "GPT2Tokenizer"})
-    with pytest.raises(UserError, match="no tokenizer.model or tokenizer.json"):
+def test_vocabulary_and_merges_alone(tmp_path):
+    """How such a folder cuts text depends on code that it does not hold."""
+    write(tmp_path, vocab={"a": 0}, merges="", tokenizer_config={"tokenizer_class": "GPT2Tokenizer"})
+    with pytest.raises(UserError, match="no tokenizer.model or tokenizer.json; save a tokenizer.json there"):
         tokenizer.load(tmp_path)

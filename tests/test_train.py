@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -121,6 +122,38 @@ def test_smollm2_trains_in_windows_longer_than_its_own_where_there_are_texts(mon
     args = trainer.parse_arguments()
     trainer.complete(args, SHAPES["smollm2-135m"])
     assert (args.train_len, args.batch_size) == (train_len, batch_size)
+
+
+def test_ntks_factor_is_not_rounded_away(monkeypatch):
+    """A quarter more than SmolLM2's window slows the critical pair, 20 of 31, by a quarter."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "folder", "--rope", "ntk", "--target_len", "10240", "--device", "cpu"])
+    args = trainer.parse_arguments()
+    trainer.complete(args, SHAPES["smollm2-135m"])
+    assert args.factor ** (20 / 31) == pytest.approx(1.25, rel=5e-3)
+
+
+def test_a_models_own_query_scale_stays_unless_another_is_given(monkeypatch):
+    own = {"rope_type": "default", "original_max_position_embeddings": 4096, "llama_4_scaling_beta": 0.2}
+    config = dataclasses.replace(SHAPES["smollm2-135m"], rope_scaling=own)
+    for given, beta in (([], 0.2), (["--llama_4_scaling_beta", "0"], 0), (["--llama_4_scaling_beta", "0.3"], 0.3)):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--model", "folder", "--device", "cpu", *given])
+        args = trainer.parse_arguments()
+        trainer.complete(args, config)
+        assert args.llama_4_scaling_beta == beta
+        kept = own | {"llama_4_scaling_beta": beta} if beta else None
+        assert weights.extend(config, "default", 2**17, args.llama_4_scaling_beta).rope_scaling == kept
+        assert (weights.extend(config, "yarn", 2**17, args.llama_4_scaling_beta).rope_scaling.get("llama_4_scaling_beta") or 0) == beta
+
+
+def test_validation_of_a_run_that_goes_on_can_be_switched_off(monkeypatch, tmp_path):
+    command = ["train.py", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*command, "--eval_every", "2", "--eval_data", "gone.txt", "--eval_lengths", "64"])
+    (tmp_path / "args.json").write_text(json.dumps({k: v for k, v in vars(trainer.parse_arguments()).items() if k not in ("out", "resume")}))
+    monkeypatch.setattr(sys, "argv", [*command, "--resume"])
+    assert trainer.parse_arguments().eval_data == ["gone.txt"]
+    monkeypatch.setattr(sys, "argv", [*command, "--resume", "--eval_every", "0"])
+    args = trainer.parse_arguments()
+    assert (args.eval_every, args.eval_data, args.eval_lengths) == (0, [], None)
 
 
 def untrained(run, out, *arguments):

@@ -16,6 +16,7 @@ from conftest import hf_logits, scaling_of
 from safetensors.torch import load_file, save_file
 from test_rope import by_hand
 
+import families
 import rope
 import tokenizer
 import weights
@@ -224,6 +225,23 @@ def test_scaled_queries_stay_when_a_model_is_stretched_further(make_llama, tiny_
     expected = rope.rope_frequencies(16, without.rope_theta, without.rope_scaling)
     torch.testing.assert_close(ours[0], expected[0], rtol=1e-12, atol=0)
     assert ours[1] == pytest.approx(expected[1])
+
+
+def test_scaled_queries_on_top_of_linear_scaling(make_llama, tiny_tokenizer, tmp_path):
+    """Which does not record a first window: queries count the windows of the model as it came."""
+    model = weights.load(make_llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})[0])
+    window, before = model.config.max_position_embeddings, rope.rope_frequencies(16, 10000.0, model.config.rope_scaling)[0]
+    model.config = weights.extend(model.config, "default", 4 * window, llama_4_scaling_beta=0.1)
+    torch.testing.assert_close(rope.rope_frequencies(16, 10000.0, model.config.rope_scaling)[0], before, rtol=0, atol=0)
+    weights.save(model, tiny_tokenizer, tmp_path / "out")
+    config = weights.load(tmp_path / "out").config
+    scale = rope.query_scale(config.rope_scaling, 0, 4 * window).flatten()
+    assert scale[window - 1] == 1 and float(scale[window]) == pytest.approx(1 + 0.1 * math.log(2)) and config.original_window == window
+
+
+def test_a_tokenizer_without_a_longest_text(make_llama):
+    config, files = weights.load(make_llama()[0]).config, {"tokenizer_config.json": b'{"model_max_length": null}'}
+    assert families.tokenizer_files(config, files) == files
 
 
 LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
