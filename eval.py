@@ -47,7 +47,7 @@ def parse_arguments():
         "--model", nargs="+", action="extend",
         help="folders or built-in names (default: the base and the result of the run in out/, else the built-in)",
     )  # fmt: skip
-    p.add_argument("--lengths", help="tokens, comma-separated (default: from the shortest first window that is recorded, doubling, to the longest)")
+    p.add_argument("--lengths", help="tokens, comma-separated (default: doubling from the original window, where it is recorded, to the longest)")
     p.add_argument("--trials", type=int, default=50, help="passkey, needle: prompts per length (default: 50)")
     p.add_argument("--seed", type=int, default=0, help="passkey, needle: of the keys and their places (default: 0)")
     p.add_argument("--keys", type=int, help="needle: codes in the text, one of which is asked for (default: 4)")
