@@ -70,9 +70,7 @@ def parse_arguments():
 def check(args, config):
     """Refuse what cannot run, and fill in the defaults that depend on the model."""
     errors.check_outputs(args.json, args.plot)
-    for key, tasks in BELONGS.items():
-        if args.task not in tasks and getattr(args, key) not in (None, False, "none", "float32"):
-            raise UserError(f"--{key} belongs to --task {' or '.join(tasks)}; leave it out")
+    errors.check_task(args, BELONGS)
     if args.compare and importlib.util.find_spec(args.compare) is None:
         raise UserError(f"--compare {args.compare}: not installed here; pip install {args.compare}")
     errors.at_least(args, 1, "steps", "train_len", "micro_batch_size", "batch_size")

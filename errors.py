@@ -55,6 +55,13 @@ def at_least(args, least, *keys):
             raise UserError(f"--{key} {getattr(args, key)}: must be at least {least}")
 
 
+def check_task(args, belongs):
+    """Refuse options of another --task. belongs: {option: its tasks}."""
+    for key, tasks in belongs.items():
+        if args.task not in tasks and getattr(args, key) not in (None, False, [], "none", "float32"):  # what stands where none is given
+            raise UserError(f"--{key} belongs to --task {' or '.join(tasks)}; leave it out")
+
+
 def device(named):
     """The device that --device names, "cuda" or "cpu"; without one (None) cuda if there is one."""
     if named == "cuda" and not torch.cuda.is_available():

@@ -70,9 +70,8 @@ def parse_arguments():
 def check(args):
     """Refuse what cannot run, and fill in the defaults that depend on the machine."""
     args.device = errors.device(args.device)
-    for key in ("generate", "keys", "stride", "tail", "by_position", "limit", "data"):
-        if getattr(args, key) not in (None, False, []) and key not in SETTINGS[args.task]:
-            raise UserError(f"--{key} belongs to --task {' or '.join(task for task in SETTINGS if key in SETTINGS[task])}; leave it out")
+    own = ("generate", "keys", "stride", "tail", "by_position", "limit", "data")
+    errors.check_task(args, {key: [task for task in SETTINGS if key in SETTINGS[task]] for key in own})
     errors.at_least(args, 1, "trials", "documents", "stride", "tail", "keys", "limit")
     errors.at_least(args, 0, "seed")
     args.keys = args.keys or 4

@@ -126,8 +126,8 @@ def as_model(config, tokenizer, log_likelihoods):
 
         def _loglikelihood_tokens(self, requests, **_):
             room = config.max_position_embeddings + 1  # the last token is never read, only predicted
-            cut = ((c, (context + c)[-max(room, len(c) + 1) : -len(c)]) for _, context, c in requests)  # an answer as long as the window stays whole
-            return log_likelihoods([(context, continuation) for continuation, context in cut])
+            # An answer that is longer stays whole, behind one token of its context.
+            return log_likelihoods([((context + c)[-max(room, len(c) + 1) : -len(c)], c) for _, context, c in requests])
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             raise NotImplementedError("none of BENCHMARKS asks for it")

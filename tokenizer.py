@@ -50,7 +50,7 @@ class SentencePiece:
         self.files = files
         self._model = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
         self.vocab_size = self._model.vocab_size()
-        wanted = _settings(files).get("add_bos_token", True)
+        wanted = json.loads(files.get("tokenizer_config.json", b"{}")).get("add_bos_token", True)
         self.bos_id = self._model.bos_id() if wanted and self._model.bos_id() >= 0 else None
 
     def encode(self, text):
@@ -85,10 +85,6 @@ class TokenizerJson:
 
 def _first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _settings(files):
-    return {k: v for name in ("special_tokens_map.json", "tokenizer_config.json") for k, v in json.loads(files.get(name, b"{}")).items()}
 
 
 # ---------------------------------------------------------------- rebuilt from a vocabulary and merges, or from scored pieces

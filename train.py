@@ -213,9 +213,9 @@ def check_out(args, parser):
         raise UserError(f"--resume: {record} is not readable; start again with another --out") from None
     # argparse leaves alone what stands in the namespace, unless it is given; but it would add to a list there.
     kept = {k: v for k, v in theirs.items() if k in vars(args) and not (isinstance(v, list) and getattr(args, k))}
-    args = parser.parse_args(namespace=argparse.Namespace(**kept))
-    if not args.eval_every:  # switched off: what belonged to it goes too
-        args.eval_data, args.eval_lengths = [], None
+    given, args = args, parser.parse_args(namespace=argparse.Namespace(**kept))
+    if not args.eval_every:  # switched off: the run's own texts and lengths go too
+        args.eval_data, args.eval_lengths = given.eval_data, given.eval_lengths
     if changed := errors.changes(theirs, {k: v for k, v in vars(args).items() if k not in UNRECORDED + FREE}):
         raise UserError(f"--resume: the run in {args.out} had other arguments: {changed}")
     if finished(args.out, args.steps):

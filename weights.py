@@ -317,7 +317,7 @@ def extend(config, mode, target_len, llama_4_scaling_beta=None, **settings):
     if mode == "llama3":
         scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | scaling  # Llama 3.1's own
     if mode == "default":
-        scaling = (earlier or None) if beta or earlier.get("rope_type") != "default" else None
+        scaling = earlier if beta or earlier.get("rope_type", "default") != "default" else None
     elif earlier:
         try:
             scaling = rope.compose(config.rotary_dim, config.rope_theta, earlier, scaling)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import train as trainer
 import weights
 from bench import SHAPES
+from errors import UserError
 from metrics import Log
 
 
@@ -154,6 +155,9 @@ def test_validation_of_a_run_that_goes_on_can_be_switched_off(monkeypatch, tmp_p
     monkeypatch.setattr(sys, "argv", [*command, "--resume", "--eval_every", "0"])
     args = trainer.parse_arguments()
     assert (args.eval_every, args.eval_data, args.eval_lengths) == (0, [], None)
+    monkeypatch.setattr(sys, "argv", [*command, "--resume", "--eval_every", "0", "--eval_data", "other.txt"])
+    with pytest.raises(UserError, match="--eval_every and --eval_data belong together"):
+        trainer.complete(trainer.parse_arguments(), SHAPES["smollm2-135m"])
 
 
 def untrained(run, out, *arguments):
