@@ -54,34 +54,38 @@ def show_progress(bar, line):
     shown = {"loss": f"{line['loss']:.3f}", "tok/s": f"{line['tokens_per_second']:,.0f}", "MFU": mfu, "GiB": f"{line['peak_memory_gib']:.1f}"}
     bar.set_postfix(shown, refresh=False)
     if bar.disable and line["step"] % max(1, bar.total // 20) == 0:
-        tqdm.write(f"step {line['step']}: " + ", ".join(f"{key} {value}" for key, value in shown.items()), file=sys.stderr)
+        tqdm.write(f"step {line['step']} of {bar.total}: " + ", ".join(f"{key} {value}" for key, value in shown.items()), file=sys.stderr)
 
 
 class Validation:
-    """Loss on the first windows of other texts, tokens and positions contiguous: what the model is for, not how it is trained."""
+    """Loss on other texts, tokens and positions contiguous: what the model is for, not how it is trained. At every length of the same tokens, with
+    more and more of the text before them: the last ones of the longest window, which begins each document, as many as the shortest has."""
 
-    def __init__(self, args, tokenizer, windows=16):
+    def __init__(self, args, tokenizer, documents=16):
         lengths = errors.token_counts("--eval_lengths", args.eval_lengths or str(args.train_len))
-        documents = data.prepare(args.eval_data, tokenizer, weights.cache_dir())
-        long_enough = (documents[i] for i in np.argsort(-np.diff(documents.starts), kind="stable"))
+        texts = data.prepare(args.eval_data, tokenizer, weights.cache_dir())
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        rows = [np.array([*bos, *document[: lengths[-1] + 1]], dtype=np.int64) for document in islice(long_enough, windows)]
-        if len(rows[0]) <= lengths[-1]:
-            needed = f"windows of {lengths[-1]} need {lengths[-1] + 1 - len(bos)}"
-            raise UserError(f"--eval_data: the longest document has {len(rows[0]) - len(bos)} tokens, {needed}; add longer texts")
-        self.rows = {n: torch.from_numpy(np.stack([row[: n + 1] for row in rows if len(row) > n])) for n in lengths}
+        needed = lengths[-1] + 1 - len(bos)
+        longest = np.diff(texts.starts).max()
+        if longest < needed:
+            raise UserError(f"--eval_data: the longest document has {longest} tokens, windows of {lengths[-1]} need {needed}; add longer texts")
+        rows = [document[:needed] for document in islice((d for d in texts if len(d) >= needed), documents)]
+        self.scored = lengths[0]
+        self.rows = {n: torch.tensor(np.array([[*bos, *row[len(bos) - n - 1 :]] for row in rows], dtype=np.int64)) for n in lengths}
 
     @torch.no_grad()
     def __call__(self, model, device):
         """{length: nats a token}. Every process scores its share, and as many windows as the others: FSDP gathers weights together."""
         rank, world, result = dist.get_rank(), dist.get_world_size(), {}
         for n, rows in self.rows.items():
-            total = torch.zeros(2, device=device, dtype=torch.float64)
+            nats = torch.zeros((), device=device, dtype=torch.float64)
             for i in range(rank, -(-len(rows) // world) * world, world):
                 row = rows[min(i, len(rows) - 1)][None].to(device)
-                loss = model(row[:, :-1], targets=row[:, 1:])
+                targets = row[:, 1:].clone()
+                targets[:, : -self.scored] = -100  # which F.cross_entropy leaves out
+                loss = model(row[:, :-1], targets=targets)
                 if i < len(rows):
-                    total += torch.stack((loss.double(), loss.new_tensor(n).double()))
-            dist.all_reduce(total)
-            result[n] = (total[0] / total[1]).item()
+                    nats += loss
+            dist.all_reduce(nats)
+            result[n] = nats.item() / (len(rows) * self.scored)
         return result

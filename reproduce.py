@@ -61,7 +61,7 @@ def parse_arguments():
     p.add_argument("--lr", type=float, help="of every arm (default: train.py's)")
     p.add_argument("--trials", type=int, help="passkeys a length (default: 100; table2, as in the paper, none)")
     p.add_argument("--limit", type=int, help="table3: items of each benchmark (default: all)")
-    p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+    p.add_argument("--out", type=Path, default=Path("out/reproduce"), metavar="DIR", help="default: out/reproduce")
     return p.parse_args()
 
 

@@ -54,7 +54,7 @@ def test_a_half_trained_arm_is_not_an_arm(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = [sys.executable, str(Path(reproduce.__file__)), "table4", "--model", "tiny", "--data", "novel.txt", "--trials", "1"]
     command += ["--dev", "novel.txt", "--tokens", str(12 * 16 * 256)]
-    arm = Path("results/table4/uniform-0")
+    arm = Path("out/reproduce/table4/uniform-0")
     with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as called:
         while not (arm / "metrics.jsonl").exists() or len((arm / "metrics.jsonl").read_text().splitlines()) < 2:
             assert called.poll() is None
@@ -83,7 +83,7 @@ def test_dev_files_of_one_name_are_refused(run, tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "test.txt").write_text("text")
     done = run("reproduce.py", "table1", "--model", "tiny", "--dev", "a/test.txt", "b/test.txt", cwd=tmp_path)
-    assert done.returncode == 2 and "rename one" in done.stderr and not (tmp_path / "results").exists()
+    assert done.returncode == 2 and "rename one" in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_a_table_from_its_command(run, tmp_path, monkeypatch):
@@ -92,7 +92,7 @@ def test_a_table_from_its_command(run, tmp_path, monkeypatch):
     command += "--lr", 1e-3
     done = run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "results" / "table4"
+    folder = tmp_path / "out" / "reproduce" / "table4"
     arguments = [json.loads((folder / f"{offset}-0" / "args.json").read_text()) for offset in pose.OFFSETS]
     for offset, given in zip(pose.OFFSETS, arguments):
         assert given == arguments[0] | {"offset": offset, "lr": 1e-3}
@@ -100,7 +100,7 @@ def test_a_table_from_its_command(run, tmp_path, monkeypatch):
     for name, figure in figures.items():
         written = json.loads((folder / f"{name}.json").read_text())
         reports = [*written["compared"], written]
-        assert [r["model"] for r in reports] == ["tiny", *(f"results/table4/{offset}-0/model" for offset in pose.OFFSETS)]
+        assert [r["model"] for r in reports] == ["tiny", *(f"out/reproduce/table4/{offset}-0/model" for offset in pose.OFFSETS)]
         for arm, report in zip(("none", *pose.OFFSETS), reports):
             assert [r["length"] for r in report["results"]] == [128, 256, 512, 1024]
             assert f"| {arm} | " + " | ".join(map(figure, report["results"])) + " |" in done.stdout
