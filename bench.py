@@ -53,7 +53,7 @@ def parse_arguments():
         "--task", choices=("train", "efficiency", "prefill"), required=True, help="a training step; PoSE's beside a full-length one; a long prompt"
     )
     p.add_argument("--model", help=f"{', '.join(SHAPES)}, NAME:LAYERS, tiny, or a folder (default: smollm2-135m with a GPU, else tiny)")
-    p.add_argument("--lengths", help="efficiency: targets, prefill: prompts, in tokens (default: doubling from two windows to 131,072)")
+    p.add_argument("--lengths", help="efficiency: targets, prefill: prompts, in tokens (default: doubling from two windows, prefill one, to 131,072)")
     p.add_argument("--train_len", type=int, help="train, efficiency: tokens in a training example (default: the model's window)")
     p.add_argument("--micro_batch_size", type=int, help="train, efficiency: examples a process takes at once (default: 32,768 tokens; efficiency 1)")
     p.add_argument("--batch_size", type=int, help="train, efficiency: examples in a step, over all processes (default: one micro-batch each)")

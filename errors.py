@@ -105,7 +105,7 @@ def run(main):
     except torch.OutOfMemoryError as error:
         caught = error
         training = "lower --micro_batch_size or --train_len, or add --activation_checkpointing full"
-        message = f"the GPU's memory is full: training, {training}; evaluating, lower --lengths"
+        message = f"the GPU's memory is full: training, {training}; validating, lower --eval_lengths; evaluating, lower --lengths"
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):  # PyTorch's word for it
             raise

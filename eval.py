@@ -48,15 +48,15 @@ def parse_arguments():
         help="folders or built-in names (default: the base and the result of the run in out/, else the built-in)",
     )  # fmt: skip
     p.add_argument("--lengths", help="tokens, comma-separated (default: doubling from the original window, where it is recorded, to the longest)")
-    p.add_argument("--trials", type=int, default=50, help="passkey, needle: prompts per length (default: 50)")
-    p.add_argument("--seed", type=int, default=0, help="passkey, needle: of the keys and their places (default: 0)")
+    p.add_argument("--trials", type=int, help="passkey, needle: prompts per length (default: 50)")
+    p.add_argument("--seed", type=int, help="passkey, needle: of the keys and their places (default: 0)")
     p.add_argument("--keys", type=int, help="needle: codes in the text, one of which is asked for (default: 4)")
     p.add_argument("--generate", action="store_true", help="passkey, needle: decode each answer token by token too, as a check")
     p.add_argument(
         "--data", nargs="+", action="extend", default=[], metavar="FILE",
         help="needle, ppl: texts (default: Python's standard library); benchmarks: the folder with their files",
     )  # fmt: skip
-    p.add_argument("--documents", type=int, default=50, help="ppl: use that many, the longest (default: 50), each to the longest of --lengths")
+    p.add_argument("--documents", type=int, help="ppl: use that many, the longest (default: 50), each to the longest of --lengths")
     p.add_argument("--stride", type=int, help="ppl: tokens that the window moves on, at most a window (default: half of one, at most 16,384)")
     p.add_argument("--tail", type=int, metavar="N", help="ppl: score the last N tokens of each document, the rest of the length before them")
     p.add_argument("--by_position", action="store_true", help="ppl: the loss by position in the window too (--stride then defaults to a window)")
@@ -70,11 +70,11 @@ def parse_arguments():
 def check(args):
     """Refuse what cannot run, and fill in the defaults that depend on the machine."""
     args.device = errors.device(args.device)
-    own = ("generate", "keys", "stride", "tail", "by_position", "limit", "data")
-    errors.check_task(args, {key: [task for task in SETTINGS if key in SETTINGS[task]] for key in own})
+    options = {key: [task for task in SETTINGS if key in SETTINGS[task]] for keys in SETTINGS.values() for key in keys}
+    errors.check_task(args, options | {"lengths": ["passkey", "needle", "ppl"]})
     errors.at_least(args, 1, "trials", "documents", "stride", "tail", "keys", "limit")
     errors.at_least(args, 0, "seed")
-    args.keys = args.keys or 4
+    args.trials, args.documents, args.keys, args.seed = args.trials or 50, args.documents or 50, args.keys or 4, args.seed or 0
     if args.keys > len(CITIES):
         raise UserError(f"--keys {args.keys}: at most {len(CITIES)}")
     if args.tail and (args.by_position or args.stride):
@@ -206,8 +206,8 @@ def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, 
                 yield i, bos + document[-window:].tolist(), length - tail
                 continue
             text = document[: longest - len(bos)].tolist()
-            for begin, scored, end in sliding_windows(len(text), window, min(stride, window)):
-                yield i, bos + text[begin:end], max(len(bos) + scored - begin, 1)  # the first scored token needs one before it
+            for begin, scored, end in sliding_windows(len(text), window, max(1, min(stride, window - (not bos)))):
+                yield i, bos + text[begin:end], max(len(bos) + scored - begin, 1)  # the first scored token needs one before it, BOS or text
 
     nats, count = np.zeros((2, len(long_enough), len(edges) - 1))
     total = sum(tail or min(len(d), longest) for d in long_enough)

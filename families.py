@@ -12,7 +12,6 @@ Notable choices:
 """
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,9 +64,9 @@ class Family:
 
 FAMILIES = {  # model_type ->
     "llama": Family("LlamaForCausalLM"),
-    "mistral": Family("MistralForCausalLM"),
-    "ministral3": Family("Ministral3ForCausalLM"),
-    "qwen2": Family("Qwen2ForCausalLM"),
+    "mistral": Family("MistralForCausalLM", defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 8}),
+    "ministral3": Family("Ministral3ForCausalLM", defaults={"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128}),
+    "qwen2": Family("Qwen2ForCausalLM", defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 32}),
     "phi": Family(
         "PhiForCausalLM",
         norm_eps="layer_norm_eps",
@@ -208,8 +207,13 @@ def _rope(c, window):
     partial = scaling.pop("partial_rotary_factor", None) or parameters.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1
     if partial != 1 and kind != "phi":
         raise ValueError(f"partial_rotary_factor {partial} is not known for {kind}")
-    if rope.has_query_scale(scaling) != (kind == "ministral3"):
-        raise ValueError(f"llama_4_scaling_beta {scaling.get('llama_4_scaling_beta')!r} is not known for {kind}")
+    beta, first = scaling.get("llama_4_scaling_beta"), scaling.get("original_max_position_embeddings")
+    if beta is None:
+        scaling.pop("llama_4_scaling_beta", None)
+    if bool(beta) != (kind == "ministral3"):
+        raise ValueError(f"llama_4_scaling_beta {beta!r} is not known for {kind}")
+    if beta and not all(isinstance(x, (int, float)) and x > 0 for x in (beta, first)):
+        raise ValueError(f"llama_4_scaling_beta {beta!r} from {first!r} tokens on: not positive numbers")
     return float(theta), scaling if mode != "default" or rope.has_query_scale(scaling) else None, partial
 
 
@@ -311,6 +315,7 @@ def tokenizer_files(config, files):
     settings = before = json.loads(files.get("tokenizer_config.json", b"{}"))
     if config.model_type == "baichuan":
         settings = {k: v for k, v in settings.items() if k != "auto_map"} | {"tokenizer_class": "LlamaTokenizer"}
-    if (settings.get("model_max_length") or math.inf) < config.max_position_embeddings:
+    longest = settings.get("model_max_length")
+    if isinstance(longest, (int, float)) and longest < config.max_position_embeddings:
         settings = settings | {"model_max_length": config.max_position_embeddings}
     return files if settings == before else files | {"tokenizer_config.json": json.dumps(settings).encode()}

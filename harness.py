@@ -16,34 +16,49 @@ from errors import UserError
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
 
+def texts(*values):
+    """Them; ValueError unless each is a text with something in it, which the harness does not look at."""
+    if not all(isinstance(value, str) and value.strip() for value in values):
+        raise ValueError(f"an answer that is no text in {values}")
+    return list(values)
+
+
+def number(names, answer):
+    """Which of the names is the answer. ValueError if it is none of them."""
+    return [str(name) for name in names].index(str(answer))
+
+
 def arc(r):
     choices = r["question"]["choices"]
-    texts, labels = [c["text"] for c in choices], [c["label"] for c in choices]
-    labels.index(r["answerKey"])  # ValueError: the answer is none of the choices
-    return {"question": r["question"]["stem"], "choices": {"text": texts, "label": labels}, "answerKey": r["answerKey"]}
+    choices = {"text": texts(*(c["text"] for c in choices)), "label": [c["label"] for c in choices]}
+    number(choices["label"], r["answerKey"])
+    return {"question": r["question"]["stem"], "choices": choices, "answerKey": r["answerKey"]}
 
 
 def boolq(r):
-    return {"passage": f"{r['title']} -- {r['passage']}", "question": r["question"], "label": int(r["answer"])}  # as SuperGLUE has it
+    return {"passage": f"{r['title']} -- {r['passage']}", "question": r["question"], "label": (False, True).index(r["answer"])}  # as SuperGLUE
 
 
 def hellaswag(r):
     # The harness capitalises the second half of the context, an unfinished sentence; these files have the halves joined.
     context = re.sub(r"(?<=[.!?] )[a-z][^.!?]*$", lambda half: half[0].capitalize(), r["ctx"])
-    return {"query": f"{r['activity_label']}: {context}", "choices": r["endings"], "label": int(r["label"])}
+    endings = texts(*r["endings"])
+    return {"query": f"{r['activity_label']}: {context}", "choices": endings, "label": number(range(len(endings)), r["label"])}
 
 
 def truthfulqa(r):
-    targets = {kind: {"choices": list(r[kind]), "labels": list(r[kind].values())} for kind in ("mc1_targets", "mc2_targets")}
+    targets = {kind: {"choices": texts(*r[kind]), "labels": list(r[kind].values())} for kind in ("mc1_targets", "mc2_targets")}
     return {"question": r["question"]} | targets
 
 
 def piqa(r):
-    return {key: r[key] for key in ("goal", "sol1", "sol2", "label")}
+    first, second = texts(r["sol1"], r["sol2"])
+    return {"goal": r["goal"], "sol1": first, "sol2": second, "label": number((0, 1), r["label"])}
 
 
 def winogrande(r):
-    return {key: r[key] for key in ("sentence", "option1", "option2", "answer")}
+    first, second = texts(r["option1"], r["option2"])
+    return {"sentence": r["sentence"], "option1": first, "option2": second, "answer": "12"[number((1, 2), r["answer"])]}
 
 
 # File -> the harness's task, its metric, few-shot examples, one item of the file in the task's layout.

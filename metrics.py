@@ -3,7 +3,6 @@ import json
 import math
 import os
 import sys
-from itertools import islice
 
 import numpy as np
 import torch
@@ -66,12 +65,14 @@ class Validation:
         texts = data.prepare(args.eval_data, tokenizer, weights.cache_dir())
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         needed = lengths[-1] + 1 - len(bos)
-        longest = np.diff(texts.starts).max()
-        if longest < needed:
+        rows = [d[:needed] for d in texts if len(d) >= needed][:documents]
+        if not rows:
+            longest = np.diff(texts.starts).max()
             raise UserError(f"--eval_data: the longest document has {longest} tokens, windows of {lengths[-1]} need {needed}; add longer texts")
-        rows = [document[:needed] for document in islice((d for d in texts if len(d) >= needed), documents)]
         self.scored = lengths[0]
-        self.rows = {n: torch.tensor(np.array([[*bos, *row[len(bos) - n - 1 :]] for row in rows], dtype=np.int64)) for n in lengths}
+        self.rows = {
+            n: torch.from_numpy(np.stack([np.concatenate((bos, row[len(bos) - n - 1 :])) for row in rows]).astype(np.int64)) for n in lengths
+        }
 
     @torch.no_grad()
     def __call__(self, model, device):
@@ -81,9 +82,7 @@ class Validation:
             nats = torch.zeros((), device=device, dtype=torch.float64)
             for i in range(rank, -(-len(rows) // world) * world, world):
                 row = rows[min(i, len(rows) - 1)][None].to(device)
-                targets = row[:, 1:].clone()
-                targets[:, : -self.scored] = -100  # which F.cross_entropy leaves out
-                loss = model(row[:, :-1], targets=targets)
+                loss = model(row[:, :-1], targets=row[:, -self.scored :])
                 if i < len(rows):
                     nats += loss
             dist.all_reduce(nats)

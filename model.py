@@ -225,11 +225,11 @@ class Transformer(nn.Module):
 
     def forward(self, tokens, positions=None, targets=None):
         """tokens int64 (B, T), positions int64 (B, T), default 0 … T-1 -> logits (B, T, V).
-        With targets int64 (B, T): the summed cross-entropy in nats, a float32 scalar, without ever holding all logits."""
+        With targets int64 (B, N), of the last N tokens: the summed cross-entropy in nats, a float32 scalar, without ever holding all logits."""
         h = self.hidden(tokens, positions)
         if targets is None:
             return self.head(h)
-        return self.loss(h.flatten(0, 1), targets.flatten())
+        return self.loss(h[:, -targets.shape[1] :].flatten(0, 1), targets.flatten())
 
     def loss(self, hidden, targets):
         """Summed cross-entropy in nats of normed hidden states (N, C) against targets int64 (N,)."""

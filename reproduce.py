@@ -103,10 +103,14 @@ def kind(file):
 
 def check_record(path, record):
     """Keep what the arms in a folder are trained with. UserError if arms of other settings are there."""
-    if not path.exists():
+    if not any(path.parent.glob("*/args.json")):  # none has begun
         path.parent.mkdir(parents=True, exist_ok=True)
-        errors.write_json(path, record)
-    elif changed := errors.changes(json.loads(path.read_text()), record):
+        return errors.write_json(path, record)
+    try:
+        changed = errors.changes(json.loads(path.read_text()), record)
+    except (OSError, ValueError):
+        changed = f"{path.name} is not readable"
+    if changed:
         raise UserError(f"{path.parent}: holds arms of other settings ({changed}); name another --out or remove it")
 
 

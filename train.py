@@ -101,7 +101,7 @@ def parse_arguments():
     g.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out; what is not given stays as it was")
 
     g = p.add_argument_group("watching")
-    g.add_argument("--eval_every", type=int, default=0, metavar="N", help="validation loss every N steps (default: never)")
+    g.add_argument("--eval_every", type=int, default=0, metavar="N", help="validation loss every N steps, before the first and after the last (default: never)")
     g.add_argument("--eval_data", nargs="+", action="extend", default=[], metavar="FILE", help="texts for it, as for --data")
     g.add_argument("--eval_lengths", metavar="TOKENS,…", help="windows with the same last tokens, as many as the shortest has (default: train_len)")
     g.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="TensorBoard events too, in OUT/tensorboard")
@@ -256,6 +256,10 @@ def main():
         validation = metrics.Validation(args, tokenizer) if args.eval_every else None
         sampling = {key: getattr(args, key) for key in ("method", "train_len", "chunks", "offset")}
         batches = data.Batches(documents, args.seed, tokenizer.bos_id, target_len=round(args.overshoot * args.target_len), **sampling)
+    if args.resume:  # what check_out could not see
+        begun = json.loads((args.out / "args.json").read_text())
+        if changed := errors.changes(begun, {key: value for key, value in record.items() if key.endswith("_sha256")}):
+            raise UserError(f"--resume: {args.out} is of another run: {changed}; start again with another --out")
 
     device = fsdp.start(args.device)
     check_agreement(record)
@@ -274,7 +278,10 @@ def main():
     announce(args, original, model.config, batches, first)
 
     interrupted = catch_signals()
-    train(args, model, optimizer, batches, validation, checkpoints, first, device, interrupted)
+    try:
+        train(args, model, optimizer, batches, validation, checkpoints, first, device, interrupted)
+    finally:  # what goes wrong later does not undo a checkpoint that is still being written
+        checkpoints.finish()
     weights.save(model, tokenizer, args.out / "model")
     dist.barrier()  # torchrun ends all processes soon after the first one that leaves with another code than 0
     if signal.SIGINT in interrupted:
@@ -292,6 +299,14 @@ def train(args, model, optimizer, batches, validation, checkpoints, first, devic
     peak_flops = fsdp.peak_flops(device)
     log = metrics.Log(args.out, first, args.tensorboard) if rank == 0 else None
     skipped = 0  # updates in a row that were left out
+
+    def validate(step):
+        nats = validation(model, device)
+        say(f"step {step}: validation loss " + ", ".join(f"{loss:.3f} at {n:,}" for n, loss in nats.items()))
+        return {"validation": nats}
+
+    if validation:  # what it was before; and too little memory for it shows now, not at the end
+        validate(first)
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None if rank == 0 else True)
     began = time.perf_counter()
     for step, batch in zip(bar, data.prefetched(batches, first, mine, device)):
@@ -306,10 +321,8 @@ def train(args, model, optimizer, batches, validation, checkpoints, first, devic
         mfu = speed / world * model.config.flops_per_token(args.train_len) / peak_flops if peak_flops else None
         finite = math.isfinite(loss) and math.isfinite(grad_norm)  # the same on every process
         skipped = 0 if finite else skipped + 1
-        validated = {}
-        if validation and (done % args.eval_every == 0 or done == args.steps):
-            validated = {"validation": validation(model, device)}
-            say(f"step {done}: validation loss " + ", ".join(f"{nats:.3f} at {n:,}" for n, nats in validated["validation"].items()))
+        due = validation and not stop and (done % args.eval_every == 0 or done == args.steps)
+        validated = validate(done) if due else {}
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
         if rank == 0:
             line = {"step": done, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed, "mfu": mfu}
@@ -318,7 +331,6 @@ def train(args, model, optimizer, batches, validation, checkpoints, first, devic
             metrics.show_progress(bar, line)
         checkpoints.finish(wait=False)
         if skipped == MAX_SKIPPED:
-            checkpoints.finish()
             raise UserError(
                 f"step {done}: loss or gradient was not finite {skipped} times in a row, these updates were left out; "
                 "look at the texts, or start again with a lower --lr and another --out"
@@ -330,7 +342,6 @@ def train(args, model, optimizer, batches, validation, checkpoints, first, devic
             say(f"stopped after step {done} of {args.steps}; what is done is saved, add --resume to go on")
             break
         began = time.perf_counter()  # the wait for a batch counts, validation and checkpoints do not
-    checkpoints.finish()
 
 
 def say(line):

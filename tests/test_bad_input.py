@@ -471,6 +471,10 @@ def test_lengths_abc(really_refused):
         (["passkey", "--json", "folder"], ["folder"]),
         (["passkey", "--plot", "plot.xyz"], ["plot.xyz"]),
         (["passkey", "--tail", 8], ["--tail", "--task ppl"]),
+        (["passkey", "--documents", 3], ["--documents", "--task ppl"]),
+        (["ppl", "--seed", 1], ["--seed", "--task passkey or needle"]),
+        (["ppl", "--trials", 1], ["--trials", "--task passkey or needle"]),
+        (["benchmarks", "--lengths", 256], ["--lengths", "--task passkey or needle or ppl"]),
         (["ppl", "--generate"], ["--generate", "--task passkey or needle"]),
         (["ppl", "--tail", 0], ["--tail 0"]),
         (["ppl", "--tail", 256], ["--tail 256", "length of 256"]),
@@ -489,8 +493,8 @@ def test_lengths_abc(really_refused):
 )
 def test_evaluation_arguments(refused, model, arguments, says):
     Path("folder").mkdir()
-    defaults = ["--trials", 1, "--lengths", 256]
-    refused("eval", "--model", model, *defaults, "--task", *arguments, says=says)
+    lengths = [] if arguments[0] == "benchmarks" else ["--lengths", 256]
+    refused("eval", "--model", model, *lengths, "--task", *arguments, says=says)
 
 
 @pytest.mark.parametrize("content", ["", '{"task"', "[1]", '{"task": "passkey"}', '{"task": "passkey", "model": "tiny", "results": []}', "\xff"])

@@ -438,7 +438,35 @@ REFUSED = [
     ("llama", {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta 0.1 is not known for llama"),
     ("llama", {"model_type": "ministral3"}, "llama_4_scaling_beta None is not known for ministral3"),
     ("llama", {"model_type": "ministral3", "sliding_window": 32}, "sliding_window 32 in use"),
+    ("llama", {"model_type": "ministral3", "rope_parameters": {"llama_4_scaling_beta": "0.1"}}, "beta '0.1' from 64 tokens on: not positive"),
+    (
+        "llama",
+        {"model_type": "ministral3", "rope_parameters": {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 0}},
+        "beta 0.1 from 0 tokens on: not positive",
+    ),
 ]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "ministral3", "qwen2"])
+def test_what_config_json_leaves_out_is_what_stock_loaders_take(make, family):
+    folder, _ = make("llama")
+    absent = ("rms_norm_eps", "num_key_value_heads", "head_dim", "tie_word_embeddings", "rope_theta", "rope_parameters")
+    config = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k not in absent} | {"model_type": family}
+    config |= {"hidden_size": 512, "num_attention_heads": 32, "sliding_window": None}
+    if family == "ministral3":
+        config |= {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}}
+    (folder / "config.json").write_text(json.dumps(config))
+    ours, theirs = weights.read_config(folder), transformers.AutoConfig.from_pretrained(folder)
+    assert (ours.norm_eps, ours.n_kv_heads, ours.tie_embeddings) == (theirs.rms_norm_eps, theirs.num_key_value_heads, theirs.tie_word_embeddings)
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 16)
+
+
+def test_a_query_scale_of_null_is_none(make):
+    folder, _ = make("llama")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] |= {"rope_type": "linear", "factor": 2.0, "llama_4_scaling_beta": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert weights.read_config(folder).rope_scaling == {"rope_type": "linear", "factor": 2.0}
 
 
 @pytest.mark.parametrize("family, change, says", REFUSED, ids=str)

@@ -207,12 +207,32 @@ def test_folders_that_are_refused(tmp_path, files, says):
     assert all(word in str(refusal.value) for word in says)
 
 
-@pytest.mark.parametrize("line", ['{"goal": "a"}', "[]", '{"goal"', '"text"', "null"])
-def test_items_that_are_refused(tmp_path, line):
-    good = json.dumps(item("piqa", random.Random(0)))
-    (tmp_path / "piqa.jsonl").write_text(f"{good}\n{line}\n")
-    with pytest.raises(UserError, match=r"piqa.jsonl, line 2: "):
-        harness.evaluate("piqa", harness.find_files([tmp_path])["piqa"], Recorder())
+@pytest.mark.parametrize(
+    "name, line",
+    [
+        *(("piqa", line) for line in ('{"goal": "a"}', "[]", '{"goal"', '"text"', "null")),
+        *(("piqa", {"label": label}) for label in (2, -1, "", None)), ("piqa", {"sol2": " "}), ("piqa", {"sol1": 7}),
+        ("winogrande", {"answer": ""}), ("winogrande", {"answer": 0}), ("winogrande", {"option1": ""}), ("boolq", {"answer": "true"}),
+        ("hellaswag", {"label": 4}), ("hellaswag", {"label": -1}), ("hellaswag", {"endings": ["a", "", "c", "d"]}),
+        ("truthfulqa_mc", {"mc2_targets": {"": 1}}), ("arc_challenge", {"answerKey": "E"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_items_that_are_refused(tmp_path, name, line):
+    good = item(name, random.Random(0))
+    line = line if isinstance(line, str) else json.dumps(good | line)
+    (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(good)}\n{line}\n")
+    with pytest.raises(UserError, match=rf"{name}.jsonl, line 2: "):
+        harness.read(tmp_path / f"{name}.jsonl", harness.BENCHMARKS[name][3])
+
+
+@pytest.mark.parametrize("name, key", [("piqa", "label"), ("winogrande", "answer"), ("hellaswag", "label")])
+def test_a_label_may_be_a_number_or_its_text(tmp_path, name, key):
+    good = item(name, random.Random(0))
+    lines = [json.dumps(good | {key: label}) for label in (int(good[key]), str(good[key]))]
+    (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    first, second = harness.read(tmp_path / f"{name}.jsonl", harness.BENCHMARKS[name][3])
+    assert first == second and str(first["label" if key == "label" else key]) == str(good[key])
 
 
 def test_files_that_are_no_lines_of_items(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import pose
 import reproduce
 import weights
+from errors import UserError
 
 
 def options_given(options):
@@ -76,6 +77,20 @@ def test_a_half_trained_arm_is_not_an_arm(tmp_path, monkeypatch):
     assert ["--resume" in words for words in trained] == [True, False, False]
     assert subprocess.run([sys.executable, Path(reproduce.__file__).parent / "train.py", *map(str, trained[0][1:])]).returncode == 0
     assert len((arm / "metrics.jsonl").read_text().splitlines()) == 12 and reproduce.finished(arm, 12)
+
+
+def test_a_call_that_failed_at_once_does_not_stand_in_the_way(tmp_path):
+    path = tmp_path / "table1" / "arms.json"
+    reproduce.check_record(path, {"lr": -1.0})
+    reproduce.check_record(path, {"lr": 5e-5})  # no arm has begun
+    (tmp_path / "table1" / "pose-0").mkdir()
+    (tmp_path / "table1" / "pose-0" / "args.json").write_text("{}")
+    reproduce.check_record(path, {"lr": 5e-5})
+    with pytest.raises(UserError, match="lr was 5e-05, now 0.0001"):
+        reproduce.check_record(path, {"lr": 1e-4})
+    path.write_text("{")
+    with pytest.raises(UserError, match="arms.json is not readable"):
+        reproduce.check_record(path, {"lr": 5e-5})
 
 
 def test_dev_files_of_one_name_are_refused(run, tmp_path):

@@ -142,8 +142,10 @@ def test_a_path_that_holds_something_else_now(run, short, tmp_path, what):  # no
     else:  # as another training run of the same model would leave it
         tensors = load_file(tmp_path / "model" / "model.safetensors")
         save_file({name: p * 1.01 for name, p in tensors.items()}, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    done = run("train.py", *arguments, "--resume")
-    assert done.returncode == 2 and f"step-2 is of another run: {what}_sha256 was " in done.stderr.splitlines()[-1]
+    for _ in range(2):
+        done = run("train.py", *arguments, "--resume")
+        assert done.returncode == 2 and f"is of another run: {what}_sha256 was " in done.stderr.splitlines()[-1]
+        shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)  # nor may it start again with the first step
 
 
 @pytest.mark.parametrize("before, after", [(2, None), (2, 2), (2, 4), (None, 2)])
@@ -200,6 +202,25 @@ def test_a_death_inside_the_writing_of_a_checkpoint(run, short, train, tmp_path)
     assert done.returncode == 1
     assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-10.tmp"} and not (tmp_path / "run" / "model").exists()
     assert len(train("run", *arguments, "--resume")) == 30
+
+
+def test_an_error_while_a_checkpoint_is_written(run, short, train, tmp_path):  # noqa: F811
+    """It is finished first."""
+    arguments = ("--steps", 8, "--save_every", 4)
+    place = """
+import time, torch
+seal, update, done = fsdp.Checkpoints._seal, fsdp.update, []
+fsdp.Checkpoints._seal = lambda *given: time.sleep(2) or seal(*given)
+def full(*given):
+    done.append(0)
+    if len(done) == 6:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return update(*given)
+fsdp.update = full
+"""
+    done = killed_inside(run, tmp_path, place, *short, *arguments, "--out", tmp_path / "run")
+    assert done.returncode == 2 and "memory is full" in only_error(done.stderr)
+    assert saved_steps(tmp_path / "run") == {4} and len(train("run", *arguments, "--resume")) == 8
 
 
 def test_a_death_while_the_model_is_written(run, short, train, tmp_path):  # noqa: F811
@@ -261,13 +282,16 @@ def test_processes_with_different_arguments(short, tmp_path):  # noqa: F811
     assert not (tmp_path / "run").exists()
 
 
-def test_validation_and_tensorboard(train, tmp_path, texts):  # noqa: F811
+def test_validation_and_tensorboard(run, short, tmp_path, texts):  # noqa: F811
     """The last validation is that of the model that is written; at both lengths the loss of a plain forward pass
     on the same 64 tokens, the last of 500."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     settings = ("--steps", 3, "--eval_every", 2, "--eval_data", texts, "--eval_lengths", "64,500", "--tensorboard")
-    lines = train("run", *settings, processes=2)
+    done = run("train.py", *short, "--out", tmp_path / "run", *settings, processes=2)
+    said = [line.split(":")[0] for line in done.stderr.splitlines() if ": validation loss" in line]
+    assert done.returncode == 0 and said == ["step 0", "step 2", "step 3"]
+    lines = metrics(tmp_path / "run")
     assert ["validation" in line for line in lines] == [False, True, True]
     model, tok = weights.load(tmp_path / "run" / "model", dtype=torch.float32), tokenizer.load(weights.resolve("tiny"))
     documents = data.prepare([texts], tok, weights.cache_dir())

@@ -239,8 +239,9 @@ def test_scaled_queries_on_top_of_linear_scaling(make_llama, tiny_tokenizer, tmp
     assert scale[window - 1] == 1 and float(scale[window]) == pytest.approx(1 + 0.1 * math.log(2)) and config.original_window == window
 
 
-def test_a_tokenizer_without_a_longest_text(make_llama):
-    config, files = weights.load(make_llama()[0]).config, {"tokenizer_config.json": b'{"model_max_length": null}'}
+@pytest.mark.parametrize("longest", ["null", '"32"'])
+def test_a_tokenizer_without_a_longest_text(make_llama, longest):
+    config, files = weights.load(make_llama()[0]).config, {"tokenizer_config.json": f'{{"model_max_length": {longest}}}'.encode()}
     assert families.tokenizer_files(config, files) == files
 
 
