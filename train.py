@@ -101,7 +101,7 @@ def parse_arguments():
     g.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out; what is not given stays as it was")
 
     g = p.add_argument_group("watching")
-    g.add_argument("--eval_every", type=int, default=0, metavar="N", help="validation loss every N steps, before the first and after the last (default: never)")
+    g.add_argument("--eval_every", type=int, default=0, metavar="N", help="validation loss first, last and every N steps (default: never)")
     g.add_argument("--eval_data", nargs="+", action="extend", default=[], metavar="FILE", help="texts for it, as for --data")
     g.add_argument("--eval_lengths", metavar="TOKENS,…", help="windows with the same last tokens, as many as the shortest has (default: train_len)")
     g.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="TensorBoard events too, in OUT/tensorboard")
