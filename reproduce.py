@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import data
 import errors
 import harness
 import weights
@@ -136,10 +137,11 @@ def markdown(title, path, names, figure, digits):
     return "".join(f"| {' | '.join(row)} |\n" for row in table)
 
 
-def check(args, window):
+def check(args, config):
     """Refuse what would fail after hours of training, and fill in the default that depends on the table."""
     if args.trials is None:
         args.trials = 0 if args.table == "table2" else 100
+    window = config.max_position_embeddings
     errors.at_least(args, 1, "seeds", "limit")
     errors.at_least(args, 0, "trials")
     if steps(window, args.tokens) < 1:
@@ -150,6 +152,12 @@ def check(args, window):
         raise UserError(f"--dev {' '.join(args.dev)}: two files of one name, by which the results are kept; rename one")
     if args.table == "table3":
         harness.find_files(args.dev)
+        return
+    longest, tokenizer = int(TABLES[args.table][1][-1] * window), weights.load_tokenizer(args.model, config)
+    for file in args.dev:
+        found = max(map(len, data.prepare([file], tokenizer, weights.cache_dir())))
+        if found < longest:
+            raise UserError(f"--dev {file}: its longest document has {found} tokens, this table's longest length is {longest}; name a longer one")
 
 
 def train(args, folder, window):
@@ -192,8 +200,9 @@ def measure(args, folder, window, names):
 
 def main():
     args = parse_arguments()
-    window = weights.read_config(weights.resolve(args.model)).max_position_embeddings
-    check(args, window)
+    config = weights.read_config(weights.resolve(args.model))
+    check(args, config)
+    window = config.max_position_embeddings
     folder = args.out / args.table
     check_record(folder / "arms.json", {key: getattr(args, key) for key in ("model", "data", "tokens", "seeds", "lr")})
     tables = measure(args, folder, window, train(args, folder, window))

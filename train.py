@@ -374,6 +374,8 @@ def catch_signals():
 
     def catch(number, frame):
         caught.append(number)
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nstopping after this step\n")  # print may be in the middle of something
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats what a cluster sends to all, and kills after a while itself
             signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 

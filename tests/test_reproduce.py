@@ -101,6 +101,13 @@ def test_dev_files_of_one_name_are_refused(run, tmp_path):
     assert done.returncode == 2 and "rename one" in done.stderr and not (tmp_path / "out").exists()
 
 
+def test_dev_texts_that_are_too_short_are_refused(run, tmp_path):
+    (tmp_path / "short.txt").write_text("The cat sat on the mat. " * 100)
+    done = run("reproduce.py", "table1", "--model", "tiny", "--dev", "short.txt", cwd=tmp_path)
+    assert done.returncode == 2 and "--dev short.txt: its longest document has" in done.stderr and "longest length is 1024" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_table_from_its_command(run, tmp_path, monkeypatch):
     (tmp_path / "novel.txt").write_text("The cat sat on the mat, and the dog looked on. " * 400)
     command = ("reproduce.py", "table4", "--model", "tiny", "--data", "novel.txt", "--dev", "novel.txt", "--tokens", 4096, "--trials", 2)
