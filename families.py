@@ -210,7 +210,7 @@ def _rope(c, window):
     beta, first = scaling.get("llama_4_scaling_beta"), scaling.get("original_max_position_embeddings")
     if beta is None:
         scaling.pop("llama_4_scaling_beta", None)
-    if bool(beta) != (kind == "ministral3"):
+    if rope.has_query_scale(scaling) != (kind == "ministral3"):
         raise ValueError(f"llama_4_scaling_beta {beta!r} is not known for {kind}")
     if beta and not all(isinstance(x, (int, float)) and x > 0 for x in (beta, first)):
         raise ValueError(f"llama_4_scaling_beta {beta!r} from {first!r} tokens on: not positive numbers")

@@ -66,6 +66,11 @@ def parse_arguments():
     return p.parse_args()
 
 
+def lengths(table, window):
+    """To measure, in tokens."""
+    return [int(x * window) for x in TABLES[table][1]]
+
+
 def steps(window, tokens):
     """Of every arm, at WINDOWS windows of the model each."""
     return tokens // (WINDOWS * window)
@@ -153,7 +158,7 @@ def check(args, config):
     if args.table == "table3":
         harness.find_files(args.dev)
         return
-    longest, tokenizer = int(TABLES[args.table][1][-1] * window), weights.load_tokenizer(args.model, config)
+    longest, tokenizer = lengths(args.table, window)[-1], weights.load_tokenizer(args.model, config)
     for file in args.dev:
         found = max(map(len, data.prepare([file], tokenizer, weights.cache_dir())))
         if found < longest:
@@ -182,14 +187,14 @@ def measure(args, folder, window, names):
         path = folder / "benchmarks.json"
         run("eval.py", "--task", "benchmarks", *models, "--data", *args.dev, "--json", path, *(("--limit", args.limit) if args.limit else ()))
         return [markdown("score, %", path, names, lambda r: 100 * r["score"], 1)]
-    lengths = [int(x * window) for x in TABLES[args.table][1]]
-    common = (*models, "--lengths", ",".join(map(str, lengths)))
+    measured = lengths(args.table, window)
+    common = (*models, "--lengths", ",".join(map(str, measured)))
     tables = []
     if args.trials:
         path = folder / "passkey.json"
         run("eval.py", "--task", "passkey", *common, "--trials", args.trials, "--json", path)
         tables.append(markdown("passkey, %", path, names, lambda r: 100 * r["accuracy"], 0))
-    documents = max(4, 2**17 // lengths[-1])  # enough text where windows are short
+    documents = max(4, 2**17 // measured[-1])  # enough text where windows are short
     for file in args.dev:
         for way, options in (("sliding", ()), ("tail", ("--tail", window // 8))):
             path = folder / f"{kind(file)}_{way}.json"

@@ -370,11 +370,11 @@ def announce(args, original, config, batches, first):
 
 def catch_signals():
     """-> a list, to which each SIGINT or SIGTERM adds its number from now on instead of ending the process."""
-    caught = []
+    caught, speaks = [], dist.get_rank() == 0
 
     def catch(number, frame):
         caught.append(number)
-        if os.environ.get("RANK", "0") == "0":
+        if speaks:
             os.write(2, b"\nstopping after this step\n")  # print may be in the middle of something
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats what a cluster sends to all, and kills after a while itself
             signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
