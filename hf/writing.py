@@ -1,0 +1,77 @@
+"""Write Hugging Face folders: safetensors files of a bounded size, their index, and the files beside them."""
+
+import errno
+import json
+import re
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from hf.folder import CheckpointFolder
+from storage.files import new_folder
+
+SHARD_BYTES = 5 * 2**30  # the largest safetensors file
+
+
+def split_by_size(sizes):
+    """Return lists of names, one list for each file to write, in the order of `sizes` {name of a weight: its bytes}.
+
+    A list comes to at most SHARD_BYTES, unless one weight alone is larger.
+    """
+    shards = [[]]
+    shard_size = 0
+    for name, size in sizes.items():
+        if shards[-1] and shard_size + size > SHARD_BYTES:
+            shards.append([])
+            shard_size = 0
+        shards[-1].append(name)
+        shard_size += size
+    return shards
+
+
+def shard_name(i, count):
+    """Return Hugging Face's name for the safetensors file number i (from 0) of `count`."""
+    return f"model-{i + 1:05}-of-{count:05}.safetensors"
+
+
+def save_tensors(tensors, path):
+    """Write {name: tensor} as a safetensors file. Raise OSError if the disk is full."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # The library tells of the system's error in a sentence alone, which ends with its number.
+        number = re.search(r"os error (\d+)", str(error))
+        if number and int(number[1]) in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(errno.ENOSPC, "no space left", str(path)) from None
+        raise
+    path.chmod(0o644)  # the library makes it readable by its owner alone
+
+
+def write_index(folder, weight_map, total_size):
+    """Write model.safetensors.index.json. weight_map: {name of a weight: its file}; total_size: bytes of all weights."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def write_folder(dest, shards, count, others):
+    """Write a folder and check it as its reader would; it becomes `dest` when it is whole.
+
+    shards yields `count` dicts {published name: tensor}, one for each safetensors file. others: {file name: bytes} of
+    the files beside them, config.json and the tokenizer's. Raise InputError if the result is not a model that this
+    code reads. An error leaves nothing behind.
+    """
+    with new_folder(dest) as aside:
+        weight_map = {}
+        total_size = 0
+        for i, tensors in enumerate(tqdm(shards, total=count, desc="converting", unit="file", disable=None)):
+            file = shard_name(i, count)
+            save_tensors(tensors, aside / file)
+            for name, tensor in tensors.items():
+                weight_map[name] = file
+                total_size += tensor.nbytes
+            tensors.clear()  # Memory holds one file's tensors: these must go before the next ones are read.
+        write_index(aside, weight_map, total_size)
+        for name, content in others.items():
+            (aside / name).write_bytes(content)
+        CheckpointFolder(aside).load_tokenizer()
