@@ -1,4 +1,4 @@
-"""Write Hugging Face folders: safetensors files of a bounded size, their index, and the files beside them."""
+"""Write Hugging Face folders: safetensors files of limited size, their index, and the other files."""
 
 import errno
 import json
@@ -15,9 +15,9 @@ SHARD_BYTES = 5 * 2**30  # the largest safetensors file
 
 
 def split_by_size(sizes):
-    """Return lists of names, one list for each file to write, in the order of `sizes` {name of a weight: its bytes}.
+    """Return a list of names for each file to write, in the order of `sizes` {name of a weight: its bytes}.
 
-    A list comes to at most SHARD_BYTES, unless one weight alone is larger.
+    The weights of a list have at most SHARD_BYTES together, unless one weight alone has more.
     """
     shards = [[]]
     shard_size = 0
@@ -49,7 +49,10 @@ def save_tensors(tensors, path):
 
 
 def write_index(folder, weight_map, total_size):
-    """Write model.safetensors.index.json. weight_map: {name of a weight: its file}; total_size: bytes of all weights."""
+    """Write model.safetensors.index.json.
+
+    weight_map: {name of a weight: name of its file}. total_size: bytes of all weights.
+    """
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
@@ -57,9 +60,9 @@ def write_index(folder, weight_map, total_size):
 def write_folder(dest, shards, count, others):
     """Write a folder and check it as its reader would; it becomes `dest` when it is whole.
 
-    shards yields `count` dicts {published name: tensor}, one for each safetensors file. others: {file name: bytes} of
-    the files beside them, config.json and the tokenizer's. Raise InputError if the result is not a model that this
-    code reads. An error leaves nothing behind.
+    shards: yields `count` dicts {published name: tensor}, one for each safetensors file.
+    others: {file name: bytes} of the files beside them, config.json and the tokenizer's.
+    Raise InputError if the result is not a model that this code reads. An error leaves nothing behind.
     """
     with new_folder(dest) as aside:
         weight_map = {}
