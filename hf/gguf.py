@@ -1,0 +1,225 @@
+"""A GGUF file -> a safetensors folder.
+
+GGUF is the format of llama.cpp: metadata, the tokenizer and all tensors, quantised or not, in one file. Two
+architectures are read, llama (Mistral has it too) and qwen2. hf/gguf_tokenizer.py rebuilds the tokenizer.
+"""
+
+import json
+
+import gguf
+import torch
+
+from hf.families import FAMILIES, gguf_name, half_split, hf_config, published_name
+from hf.gguf_tokenizer import rebuild_tokenizer
+from hf.tokenizer import check_size
+from hf.writing import split_by_size, write_folder
+from model import Config, Transformer
+from storage.files import InputError
+
+# The architectures that are read. Each is written as the family of its name.
+ARCHITECTURES = ("llama", "qwen2")
+INTERLEAVED = ("llama",)  # those whose rotary pairs are neighbours in the rows of q and k
+
+# What the metadata of an architecture may say. Any other key could mean another computation.
+KNOWN_KEYS = (
+    "vocab_size",
+    "context_length",
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "rope.freq_base",
+    "rope.dimension_count",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "tensor_data_layout",
+)
+
+# The tensor that divides the frequency of each rotary pair, in files of Llama 3.1.
+FREQUENCY_DIVISORS = "rope_freqs.weight"
+
+
+def convert_gguf(source, dest):
+    """Write a GGUF file as a safetensors folder. float32 and float16 stay, everything else becomes bfloat16.
+
+    Raise InputError if the file cannot be converted; then nothing is left behind.
+    """
+    file = GGUFFile(source)
+    others = file.other_files()
+    shards = split_by_size(file.sizes())
+    write_folder(dest, (file.read_shard(names) for names in shards), len(shards), others)
+
+
+class GGUFFile:
+    """A GGUF file with a model that this code knows. It is mapped into memory, not read whole.
+
+    config: the Config of the model. tensors: {our name of a weight: the gguf library's tensor}.
+    """
+
+    def __init__(self, path):
+        """Read all but the weights. Raise InputError if the file is broken or its model is not known."""
+        self.path = path
+        try:
+            reader = gguf.GGUFReader(path)
+            self.metadata = {key: field.contents() for key, field in reader.fields.items()}
+        except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+            raise InputError(f"{path}: truncated, or not GGUF ({error}); copy it again") from None
+        self._found = {tensor.name: tensor for tensor in reader.tensors}  # by the name in the file
+        self.architecture = self.metadata.get("general.architecture")
+        self._check_kind()
+        self.config = self._read_config()
+        self.tensors = self._match_tensors()
+
+    def _check_kind(self):
+        """Raise InputError if the metadata speak of a model that this code would not compute exactly."""
+        if self.architecture not in ARCHITECTURES:
+            reason = f"architecture {self.architecture!r} is not known"
+            raise InputError(f"{self.path}: {reason}; this code reads {' and '.join(ARCHITECTURES)}")
+        parts = self.metadata.get("split.count", 1)
+        if parts > 1:
+            remedy = "join them first (llama.cpp: llama-gguf-split --merge)"
+            raise InputError(f"{self.path}: one of {parts} parts of a model; {remedy}")
+        known_keys = {f"{self.architecture}.{key}" for key in KNOWN_KEYS}
+        for key, value in sorted(self.metadata.items()):
+            if key.startswith(f"{self.architecture}.") and key not in known_keys and value:
+                reason = f"{key} {value} is not known"
+                raise InputError(f"{self.path}: {reason}; this code would compute another model without it")
+
+    def _read_config(self):
+        """Return the Config that the metadata describe."""
+        hidden_dim = self._positive("embedding_length")
+        n_heads = self._positive("attention.head_count")
+        head_dim = self._positive("attention.key_length", default=hidden_dim // n_heads)
+        value_dim = self._positive("attention.value_length", default=head_dim)
+        rotary_dim = self._positive("rope.dimension_count", default=head_dim)
+        if value_dim != head_dim or rotary_dim != head_dim:
+            reason = f"values or rotated dimensions of another size than keys ({head_dim}) are not known"
+            raise InputError(f"{self.path}: {reason}")
+        embedding = self._tensor("token_embd.weight")
+        return Config(
+            vocab_size=_shape(embedding)[0],
+            hidden_dim=hidden_dim,
+            intermediate_dim=self._positive("feed_forward_length"),
+            n_layers=self._positive("block_count"),
+            n_heads=n_heads,
+            n_kv_heads=self._positive("attention.head_count_kv", default=n_heads),
+            head_dim=head_dim,
+            max_position_embeddings=self._positive("context_length"),
+            # It is stored as float32: 1e-6 reads as 9.999999974752427e-07.
+            norm_eps=round(self._positive("attention.layer_norm_rms_epsilon", kind=float), 10),
+            rope_theta=self._positive("rope.freq_base", default=10000.0, kind=float),
+            rope_scaling=self._read_scaling(),
+            tie_embeddings="output.weight" not in self._found,
+            bos_token_id=self.metadata.get("tokenizer.ggml.bos_token_id"),
+            eos_token_id=self.metadata.get("tokenizer.ggml.eos_token_id"),
+            dtype={"F32": "float32", "F16": "float16"}.get(embedding.tensor_type.name, "bfloat16"),
+            model_type=self.architecture,
+            **FAMILIES[self.architecture].block,
+        )
+
+    def _get(self, key, default=None):
+        """Return what the metadata of this architecture say under a key."""
+        return self.metadata.get(f"{self.architecture}.{key}", default)
+
+    def _positive(self, key, default=None, kind=int):
+        """Return the positive number under a key. Raise InputError if something else stands there."""
+        value = self._get(key, default)
+        if type(value) is not kind or not value > 0:
+            reason = f"{self.architecture}.{key} is {value!r}, not a positive number"
+            raise InputError(f"{self.path}: {reason}; convert the model to GGUF again")
+        return value
+
+    def _read_scaling(self):
+        """Return the rope_scaling of the model, or None. Raise InputError for a kind that is not known."""
+        mode, factor = self._get("rope.scaling.type", "none"), self._get("rope.scaling.factor")
+        original = self._get("rope.scaling.original_context_length") or self._get("context_length")
+        divisors = self._found.get(FREQUENCY_DIVISORS)
+        if mode == "none" and divisors is None:
+            return None
+        if mode == "none":  # LongRoPE with one list of factors for every length
+            return {
+                "rope_type": "longrope",
+                "original_max_position_embeddings": original,
+                "short_factor": divisors.data.tolist(),
+                "long_factor": divisors.data.tolist(),
+                "attention_factor": 1.0,
+            }
+        if mode not in ("linear", "yarn") or factor is None or divisors is not None:
+            reason = f"{self.architecture}.rope.scaling.type {mode!r} with factor {factor}"
+            if divisors is not None:
+                reason += f" beside {FREQUENCY_DIVISORS}"
+            raise InputError(f"{self.path}: {reason} is not known; this code reads linear and yarn")
+        return {"rope_type": mode, "factor": factor, "original_max_position_embeddings": original}
+
+    def _match_tensors(self):
+        """Return {our name of a weight: its tensor}. Raise InputError unless all and no others are there."""
+        with torch.device("meta"):
+            parameters = Transformer(self.config).state_dict()
+        if self.config.tie_embeddings:
+            del parameters["head.weight"]
+        matched = {}
+        for name, parameter in parameters.items():
+            tensor = self._tensor(gguf_name(name))
+            found, expected = _shape(tensor), tuple(parameter.shape)
+            if found != expected:
+                reason = f"tensor {tensor.name} has shape {found}, the metadata say {expected}"
+                raise InputError(f"{self.path}: {reason}; convert the model to GGUF again")
+            matched[name] = tensor
+        extra = self._found.keys() - {tensor.name for tensor in matched.values()} - {FREQUENCY_DIVISORS}
+        if extra:
+            model = f"a {self.architecture} model that this code knows"
+            raise InputError(f"{self.path}: tensor {min(extra)} is not part of {model} ({len(extra)} such)")
+        return matched
+
+    def _tensor(self, name):
+        """Return the tensor that the file calls `name`. Raise InputError if it has none."""
+        if name not in self._found:
+            remedy = "copy it again, or convert the model to GGUF again"
+            raise InputError(f"{self.path}: tensor {name} is missing; {remedy}")
+        return self._found[name]
+
+    def other_files(self):
+        """Return {name: bytes} of config.json and the tokenizer's files.
+
+        Raise InputError if the tokenizer is not known or does not fit, or if the scaling is not usable.
+        """
+        try:
+            tokenizer = rebuild_tokenizer(self.metadata)
+            config_json = json.dumps(hf_config(self.config), indent=2)
+        except ValueError as error:
+            raise InputError(f"{self.path}: {error}") from None
+        check_size(tokenizer, self.config.vocab_size, self.path)
+        return tokenizer.files | {"config.json": config_json.encode()}
+
+    def sizes(self):
+        """Return {our name of a weight: its bytes in safetensors}."""
+        itemsize = getattr(torch, self.config.dtype).itemsize
+        return {name: int(tensor.n_elements) * itemsize for name, tensor in self.tensors.items()}
+
+    def read_shard(self, names):
+        """Return {published name: tensor} of our weights `names`."""
+        return {published_name(name, self.config.model_type): self._read(name) for name in names}
+
+    def _read(self, name):
+        """Return one of our weights in the dtype of the Config. Raise InputError if it cannot be read."""
+        tensor = self.tensors[name]
+        try:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            reason = f"quantisation {tensor.tensor_type.name} of {tensor.name} is not known"
+            raise InputError(f"{self.path}: {reason}; take a Q8_0 or F16 file") from None
+        weight = torch.tensor(values).to(getattr(torch, self.config.dtype))
+        if self.architecture in INTERLEAVED and name.endswith((".q.weight", ".k.weight")):
+            weight = half_split(weight, self.config.head_dim, self.config.head_dim)
+        return weight
+
+
+def _shape(tensor):
+    """Return the shape of a tensor of the gguf library, which counts dimensions from the innermost."""
+    return tuple(int(n) for n in tensor.shape[::-1])
