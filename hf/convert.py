@@ -124,7 +124,7 @@ def convert_meta(source, dest, window):
     """Write a folder in Meta's layout as a safetensors folder. window: its window in tokens."""
     if window is None or window < 1:
         reason = "Meta's params.json does not say the window"
-        raise InputError(f"{source}: {reason}; give it as the window: 2048 for LLaMA 1, 4096 for LLaMA 2")
+        raise InputError(f"{source}: {reason}; give 2048 for LLaMA 1, 4096 for LLaMA 2")
     vocabulary = find_vocabulary(source)
     checkpoint = MetaCheckpoint(source, window)
     shards = split_by_size(checkpoint.sizes())
