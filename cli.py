@@ -1,0 +1,641 @@
+"""Command lines: options and their checks, completion by defaults, one-line errors, exit codes.
+
+Options have their types and ranges here; what depends on several of them, or on the model, is checked
+when they are completed. Exit codes: 0 done, 2 input that cannot be used (one line on stderr says what,
+where, and what to do), 130 interrupted.
+"""
+
+import argparse
+import errno
+import importlib.util
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import pose
+import rope
+from storage.files import InputError, describe_changes, read_json
+from storage.log import is_finished
+
+LARGEST = 2**31  # for lengths in tokens, and factors
+MICRO_BATCH_TOKENS = 32768  # tokens that a process takes through the model at once, unless told otherwise
+
+
+# ---------------------------------------------------------------- parsers and types of options
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An ArgumentParser that reports a mistake as one line, without the usage text, and only once under
+    torchrun."""
+
+    def error(self, message):
+        command = self.prog if self.prog.startswith("python ") else f"python {self.prog}"
+        raise InputError(f"{message.removeprefix('argument ')}; see {command} --help")
+
+
+def whole_number(least):
+    """Return the type of an option that takes whole numbers from `least` on."""
+
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        return value
+
+    return parse
+
+
+def number(least, most=math.inf):
+    """Return the type of an option that takes finite numbers from `least` to `most`."""
+    allowed = f"a number that is at least {least}" if most == math.inf else f"a number from {least} to {most}"
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not (math.isfinite(value) and least <= value <= most):
+            raise argparse.ArgumentTypeError(f"{text}: must be {allowed}")
+        return value
+
+    return parse
+
+
+def token_counts(least=1):
+    """Return the type of an option that takes numbers of tokens such as 4096,2048: a list in ascending
+    order, each once."""
+
+    def parse(text):
+        try:
+            lengths = sorted({int(number) for number in text.split(",")})
+        except ValueError:
+            example = "give whole numbers of tokens, comma-separated, such as 2048,4096"
+            raise argparse.ArgumentTypeError(f"{text}: {example}") from None
+        if lengths[0] < least or lengths[-1] > LARGEST:
+            raise argparse.ArgumentTypeError(
+                f"{text}: a length is at least {least} and at most {LARGEST} tokens"
+            )
+        return lengths
+
+    return parse
+
+
+def output_file(*suffixes):
+    """Return the type of an option that names a file to write, with one of the suffixes if any are
+    given. A file that could not be written is refused before hours of work."""
+
+    def parse(text):
+        path = Path(text)
+        folder = path.absolute().parent
+        if suffixes and path.suffix not in suffixes:
+            raise argparse.ArgumentTypeError(
+                f"{path}: name a {', '.join(suffixes[:-1])} or {suffixes[-1]} file"
+            )
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{path}: is a folder; name a file")
+        if not folder.is_dir():
+            raise argparse.ArgumentTypeError(f"{path}: its folder does not exist; make it first")
+        if not os.access(folder, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{path}: its folder cannot be written to; name another")
+        return path
+
+    return parse
+
+
+plot_file = output_file(".png", ".pdf", ".svg")
+
+
+def refuse_options_of_other_tasks(args, belongs):
+    """Raise InputError for an option that is given and belongs to another --task. belongs: {option: its
+    tasks}. An option that is not given must be None, False or an empty list."""
+    for option, tasks in belongs.items():
+        if args.task not in tasks and getattr(args, option) not in (None, False, []):
+            raise InputError(f"--{option} belongs to --task {' or '.join(tasks)}; leave it out")
+
+
+def device(named):
+    """Return the device that --device names, "cuda" or "cpu"; without one (None), cuda if there is one."""
+    if named == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device here; leave it out to run on the CPU")
+    kind = named or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        raise InputError(
+            f"more processes than GPUs: this machine has {torch.cuda.device_count()}; lower --nproc_per_node"
+        )
+    return kind
+
+
+def split_batch(batch_size, micro_batch_size, tokens):
+    """Return (examples of each process in a step, those of them in one forward pass). tokens: in an
+    example.
+
+    micro_batch_size None: as many examples as make about MICRO_BATCH_TOKENS. Raises InputError if one
+    does not divide the other."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if batch_size % world:
+        raise InputError(
+            f"--batch_size {batch_size} does not divide over {world} processes; make it a multiple"
+        )
+    share = batch_size // world
+    if micro_batch_size is None:
+        micro_batch_size = min(share, max(1, MICRO_BATCH_TOKENS // tokens))
+        while share % micro_batch_size:
+            micro_batch_size -= 1
+    elif share % micro_batch_size:
+        raise InputError(
+            f"--micro_batch_size {micro_batch_size} does not divide the {share} examples of each process; "
+            "choose a divisor"
+        )
+    return share, micro_batch_size
+
+
+# ---------------------------------------------------------------- errors and exit codes
+
+
+def run(main):
+    """Call main() and turn a user's mistake, a file that cannot be used, or full memory into one line
+    and exit code 2."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        message = one_line(error)
+        if message is None:
+            raise
+        # Under torchrun every process meets the same mistake of the user: it is said once a machine.
+        says = not isinstance(error, InputError) or os.environ.get("LOCAL_RANK", "0") == "0"
+        if says:
+            print(f"error: {message}", file=sys.stderr)
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            # torchrun ends all processes when the first one ends, and that must be the one that says it.
+            time.sleep(10)
+        sys.exit(2)
+
+
+def one_line(error):
+    """Return what to tell a user of an error that is no bug; None for a bug."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or "while writing"
+        return f"the disk is full ({where}): free some space and run again; earlier files are whole"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; check the path and its permissions"
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the GPU's memory is full: training, lower --micro_batch_size or --train_len, or add "
+            "--activation_checkpointing full; validating, lower --eval_lengths; evaluating, lower --lengths"
+        )
+    # PyTorch has no type of its own for a CPU that is out of memory.
+    cpu_is_full = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if isinstance(error, MemoryError) or cpu_is_full:
+        return "this machine's memory is full: lower the lengths or the batch, or take a larger machine"
+    return None
+
+
+def run_distributed(main):
+    """Call main() as `run` does, for a command that joins a process group: the last line of its script."""
+    try:
+        run(main)
+    except SystemExit as end:
+        leave(end.code)
+    leave(0)
+
+
+def leave(code):
+    """End the process at once, without an interpreter shutdown: gloo's threads may still hold tensors
+    then, and abort one run in several (pytorch/pytorch#179291)."""
+    if dist.is_initialized() and code == 0:
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+# ---------------------------------------------------------------- the command line of train.py
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train a model: the defaults of options that depend on it. As they stand here they are the
+    paper's (section 4.1)."""
+
+    steps: int = 1000
+    batch_size: int = 64  # examples in a step, if an example is one window of the model
+    lr: float = 2e-5
+    warmup_steps: int = 10
+    target_windows: int = 16  # target_len, in windows of the model
+    train_windows: int = 1  # train_len, in windows of the model
+    rope: str = "yarn"
+    headroom: float = 1.0  # the interpolation is made for so many times the target
+    beta_fast: float | None = None  # None: rope.py's
+    overshoot: float = 1.0  # positions are drawn from a window of so many times the target
+    llama_4_scaling_beta: float = 0.0
+
+
+# Options that name no property of the run: they belong to one call, or change its speed and what is
+# shown or kept.
+OF_THIS_CALL = ("out", "resume")
+FREE = (
+    "micro_batch_size", "device", "compile", "activation_checkpointing", "cpu_offload", "save_every", "keep",
+    "tensorboard", "eval_every", "eval_data", "eval_lengths",
+)  # fmt: skip
+
+
+def training_parser():
+    """Return the parser of train.py. Defaults that depend on the model or the machine are None: see
+    complete_training."""
+    p = ArgumentParser(description="Extend a model's context window with PoSE.")
+    switch = argparse.BooleanOptionalAction
+    p.add_argument(
+        "--model",
+        help="a Hugging Face folder, or tiny or smollm2-135m (default: smollm2-135m with a GPU, else tiny)",
+    )
+    p.add_argument(
+        "--data",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="texts: .txt, .jsonl, .jsonl.gz files, and folders of them (default: Python's standard library)",
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out"),
+        metavar="DIR",
+        help="a new folder for this run (default: out)",
+    )
+    p.add_argument(
+        "--target_len",
+        type=whole_number(1),
+        help="tokens in the new window (default: 16 times the model's window, 8 times with tiny)",
+    )
+
+    g = p.add_argument_group("the method")
+    g.add_argument(
+        "--method",
+        choices=pose.METHODS,
+        default="pose",
+        help=(
+            "what an example is. pose: chunks of a short window with skips between their positions. "
+            "full: a window of target_len. pi: a plain short window. randpos: a short text at random "
+            "positions (default: pose)"
+        ),
+    )
+    g.add_argument(
+        "--train_len",
+        type=whole_number(1),
+        help=(
+            "tokens in an example (default: the model's window; with --method full target_len; with "
+            "smollm2-135m and --data four windows)"
+        ),
+    )
+    g.add_argument(
+        "--chunks", type=whole_number(1), default=2, help="pose: chunks in an example (default: 2)"
+    )
+    g.add_argument(
+        "--offset",
+        choices=pose.OFFSETS,
+        default="uniform",
+        help=(
+            "pose: where a chunk's text is taken from. uniform: anywhere behind the one before. zero: "
+            "right behind it. skip: as far behind as its positions say (default: uniform)"
+        ),
+    )
+    g.add_argument(
+        "--overshoot",
+        type=number(1, LARGEST),
+        metavar="X",
+        help=(
+            "pose, randpos: draw positions from a window of X times target_len; otherwise its last "
+            "stretch is met rarely (default: 1; 1.25 with smollm2-135m and ntk)"
+        ),
+    )
+    g.add_argument(
+        "--rope", choices=rope.EXTENSIONS, help="interpolation (default: yarn; ntk with smollm2-135m)"
+    )
+    g.add_argument(
+        "--factor",
+        type=number(1, LARGEST),
+        help=(
+            "factor of the interpolation (default: target_len / window, and twice that with tiny and "
+            "yarn; for ntk the factor that slows the critical pair by target_len / window, see "
+            "rope.ntk_factor; for dynamic 1)"
+        ),
+    )
+    g.add_argument(
+        "--beta_fast",
+        type=number(1, LARGEST),
+        help=(
+            "yarn: pairs that turn at least so often in the window stay as they are (default: 32; 8 "
+            "with tiny)"
+        ),
+    )
+    g.add_argument(
+        "--llama_4_scaling_beta",
+        type=number(0),
+        metavar="BETA",
+        help=(
+            "multiply the queries of token i by 1 + BETA ln(1 + floor(i / window)), as Llama 4 does "
+            "(default: what the model has, else 0, which is not at all; 0.1 with smollm2-135m and "
+            "ntk)"
+        ),
+    )
+
+    g = p.add_argument_group("training")
+    g.add_argument(
+        "--steps",
+        type=whole_number(0),
+        help=(
+            "optimizer steps; 0 writes the untrained model with its interpolation (default: 1000; 150 "
+            "with tiny, 200 with smollm2-135m)"
+        ),
+    )
+    g.add_argument(
+        "--batch_size",
+        type=whole_number(1),
+        help=(
+            "examples in a step, over all processes (default: 64, 32 with tiny, 16 with smollm2-135m, "
+            "and fewer where an example is longer than the model's window)"
+        ),
+    )
+    g.add_argument(
+        "--lr",
+        type=number(0),
+        help="peak learning rate of AdamW (default: 2e-5; 2e-4 with tiny, 1e-4 with smollm2-135m)",
+    )
+    g.add_argument(
+        "--warmup_steps",
+        type=whole_number(0),
+        help="steps of linear warm-up, before linear decay to 0 (default: 10)",
+    )
+    g.add_argument("--seed", type=whole_number(0), default=0, help="seed of the examples (default: 0)")
+
+    g = p.add_argument_group("interruptions")
+    g.add_argument(
+        "--save_every",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="write a checkpoint every N steps (default: only when interrupted)",
+    )
+    g.add_argument(
+        "--keep",
+        type=whole_number(1),
+        default=2,
+        metavar="N",
+        help="keep the newest N checkpoints (default: 2)",
+    )
+    g.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in --out; options that are not given stay as they were",
+    )
+
+    g = p.add_argument_group("watching")
+    g.add_argument(
+        "--eval_every",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help=(
+            "measure the validation loss before the first step, every N steps and after the last "
+            "(default: never)"
+        ),
+    )
+    g.add_argument(
+        "--eval_data",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="texts for validation, as for --data",
+    )
+    g.add_argument(
+        "--eval_lengths",
+        type=token_counts(),
+        metavar="TOKENS,…",
+        help=(
+            "windows of validation; all of them score the same last tokens, as many as the shortest "
+            "holds (default: train_len)"
+        ),
+    )
+    g.add_argument(
+        "--tensorboard",
+        action=switch,
+        default=False,
+        help="also write TensorBoard events into OUT/tensorboard",
+    )
+
+    g = p.add_argument_group("speed and memory")
+    g.add_argument(
+        "--micro_batch_size",
+        type=whole_number(1),
+        help="examples in one forward pass of a process (default: about 32,768 tokens)",
+    )
+    g.add_argument(
+        "--activation_checkpointing",
+        choices=("none", "selective", "full"),
+        default="none",
+        help=(
+            "compute activations twice to save memory: all of a block (full), or all but its matrix "
+            "products and attention (selective) (default: none)"
+        ),
+    )
+    g.add_argument(
+        "--cpu_offload", action=switch, default=False, help="keep weights and optimizer in host memory"
+    )
+    g.add_argument("--compile", action=switch, help="torch.compile each block (default: on a GPU)")
+    g.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="dtype of the computation (default: bfloat16 on a GPU)",
+    )
+    g.add_argument(
+        "--param_dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help=(
+            "dtype of master weights, gradients and optimizer state. bfloat16 halves their memory, "
+            "but rounds each update to 3 digits of the weight, so that small ones are lost (default: "
+            "float32)"
+        ),
+    )
+    g.add_argument(
+        "--device", choices=("cuda", "cpu"), help="where to compute (default: cuda if there is one)"
+    )
+    return p
+
+
+def training_arguments():
+    """Return train.py's options as given. With --resume, those that are not given are those of the run
+    in --out.
+
+    Raises InputError for an --out that holds another run, and for a resumed run whose options differ."""
+    parser = training_parser()
+    args = parser.parse_args()
+    for path in (args.out, *args.out.parents):
+        if path.exists() and not path.is_dir():
+            raise InputError(f"--out {args.out}: {path} is a file; name a folder")
+    if args.resume:
+        return options_of_earlier_run(args, parser)
+    if any((args.out / name).exists() for name in ("args.json", "checkpoints", "model")):
+        raise InputError(
+            f"--out {args.out} already holds a run; name another folder, remove it, or add --resume"
+        )
+    return args
+
+
+def options_of_earlier_run(given, parser):
+    """Return the options of the run in --out, with those on top that are given and may change. given:
+    parsed options."""
+    out, record = given.out, given.out / "args.json"
+    if not record.exists():
+        raise InputError(f"--resume: {out} holds no run; leave --resume out to start one")
+    try:
+        earlier = read_json(record)
+    except InputError:
+        raise InputError(f"--resume: {record} is not readable; start again with another --out") from None
+    # argparse leaves alone what stands in the namespace, unless it is given. But it would add to a list
+    # there.
+    defaults = {}
+    for option, value in earlier.items():
+        is_known = option in vars(given)
+        is_given_list = isinstance(value, list) and getattr(given, option, None)
+        if is_known and not is_given_list:
+            defaults[option] = value
+    args = parser.parse_args(namespace=argparse.Namespace(**defaults))
+    if not args.eval_every:  # validation is switched off: the run's own texts and lengths go too
+        args.eval_data, args.eval_lengths = given.eval_data, given.eval_lengths
+    fixed = {option: value for option, value in vars(args).items() if option not in OF_THIS_CALL + FREE}
+    if changed := describe_changes(earlier, fixed):
+        raise InputError(f"--resume: the run in {out} had other arguments: {changed}")
+    if is_finished(out, args.steps):
+        raise InputError(f"--resume: the run in {out} is finished; its model is {out / 'model'}")
+    return args
+
+
+def complete_training(args, config, recipe):
+    """Fill in the options of train.py that depend on the model and the machine. Raise InputError for
+    what cannot run.
+
+    config: the model's. recipe: its Recipe."""
+    window = config.max_position_embeddings
+    for option in ("steps", "lr", "warmup_steps", "rope"):
+        if getattr(args, option) is None:
+            setattr(args, option, getattr(recipe, option))
+    complete_lengths(args, window, recipe)
+    complete_batch(args, window, recipe)
+    # What was found for one interpolation need not suit another: those have the paper's settings.
+    complete_interpolation(args, config, recipe if args.rope == recipe.rope else Recipe())
+    refuse_contradictions(args)
+    args.beta_fast = recipe.beta_fast if args.beta_fast is None and has_beta_fast(args) else args.beta_fast
+    on_gpu = args.device == "cuda"
+    args.compile = on_gpu if args.compile is None else args.compile
+    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+
+
+def complete_lengths(args, window, recipe):
+    """Fill in target_len and train_len. window: the model's, in tokens."""
+    if args.target_len is None:
+        args.target_len = recipe.target_windows * window
+    if args.target_len > LARGEST:
+        raise InputError(f"--target_len {args.target_len}: at most {LARGEST}")
+    if args.target_len < window:
+        raise InputError(
+            f"--target_len {args.target_len} is smaller than the model's window of {window}; raise it"
+        )
+    if args.train_len is None and args.method == "full":
+        args.train_len = args.target_len
+    elif args.train_len is None:
+        # Few files of the standard library are longer than one window.
+        windows = recipe.train_windows if args.data else 1
+        longest = max(window, args.target_len // 4)  # leaves room for skips
+        args.train_len = min(windows * window, longest)
+    if args.target_len < args.train_len:
+        raise InputError(
+            f"--target_len {args.target_len} is smaller than the train window of {args.train_len}; raise "
+            "it or lower --train_len"
+        )
+    if args.method == "full" and args.train_len != args.target_len:
+        raise InputError(
+            f"--method full trains on whole windows: leave --train_len out or make it {args.target_len}"
+        )
+
+
+def complete_batch(args, window, recipe):
+    """Fill in batch_size and micro_batch_size. window: the model's, in tokens."""
+    if args.batch_size is None:
+        # With longer examples there are fewer of them (but not with full), so that a step has as many
+        # tokens, as near as the number of processes divides them.
+        windows_per_example = 1 if args.method == "full" else max(1, args.train_len / window)
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        share = max(1, round(recipe.batch_size / windows_per_example / world))
+        args.batch_size = world * share
+    _, args.micro_batch_size = split_batch(args.batch_size, args.micro_batch_size, args.train_len)
+
+
+def complete_interpolation(args, config, recipe):
+    """Fill in factor, llama_4_scaling_beta and overshoot."""
+    window = config.max_position_embeddings
+    if args.factor is None and args.rope not in ("default", "dynamic"):
+        args.factor = recipe.headroom * args.target_len / window
+        if args.rope == "ntk":
+            factor = rope.ntk_factor(
+                config.rotary_dim, config.rope_theta, config.rope_scaling, window, args.factor
+            )
+            args.factor = float(f"{factor:.3g}")
+    if args.llama_4_scaling_beta is None:
+        own = (config.rope_scaling or {}).get("llama_4_scaling_beta")
+        args.llama_4_scaling_beta = recipe.llama_4_scaling_beta if own is None else own
+    if args.overshoot is None:
+        args.overshoot = recipe.overshoot if args.method in ("pose", "randpos") else 1.0
+
+
+def has_beta_fast(args):
+    """Return whether the interpolation has YaRN's ramp."""
+    return args.rope in ("yarn", "yarn_revised", "ntk_by_parts")
+
+
+def refuse_contradictions(args):
+    """Raise InputError for options that do not go together."""
+    if args.eval_lengths and not args.eval_every:
+        raise InputError("--eval_lengths belongs to --eval_every and --eval_data; leave it out or add them")
+    if bool(args.eval_every) != bool(args.eval_data):
+        raise InputError("--eval_every and --eval_data belong together: how often, and on which texts")
+    if args.beta_fast is not None and not has_beta_fast(args):
+        raise InputError(f"--beta_fast: --rope {args.rope} does not have it; leave it out or choose yarn")
+    if args.factor is not None and args.rope == "default":
+        raise InputError("--factor: --rope default interpolates nothing; leave it out or choose a mode")
+    if args.method != "pose" and (args.chunks != 2 or args.offset != "uniform"):
+        raise InputError(f"--chunks and --offset belong to --method pose; leave them out with {args.method}")
+    # An overshoot of 1 is what a run without skips records, and what --resume gives back.
+    if args.method not in ("pose", "randpos") and args.overshoot != 1:
+        raise InputError(f"--overshoot belongs to --method pose and randpos; leave it out with {args.method}")
+    if args.factor is not None and args.factor > LARGEST:
+        raise InputError(f"--factor {args.factor:g}: must be a number from 1 to {LARGEST}")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard: not installed here; pip install tensorboard")
+
+
+def training_record(args, as_given):
+    """Return what a run is recorded with in args.json, {option: value}. as_given: the options before
+    they were completed; those of FREE are recorded as they were, since their defaults are those of a
+    machine."""
+    record = {option: value for option, value in vars(args).items() if option not in OF_THIS_CALL}
+    for option in FREE:
+        record[option] = getattr(as_given, option)
+    return record

@@ -1,0 +1,423 @@
+"""The model families, a row each: what their published folders call sizes and weights, and what their
+blocks compute.
+
+This is the only file that knows a family's name. config.json goes in (`read_config`) and out
+(`hf_config`) here.
+
+Notable choices:
+- Several of our weights may share one published tensor. They are stacked there by rows, in our order
+  (Baichuan's W_pack holds q, k and v).
+- Inside the model, rotary pairs are half-split. GPT-J publishes them interleaved, so its q and k are
+  permuted when read.
+- Stock GPT-J knows no RoPE scaling, and Baichuan is code of its own. So GPT-J is written as Phi (the
+  same computation, where the biases that GPT-J lacks are zero), and Baichuan as LLaMA (q, k and v
+  apart, Baichuan2's head already normalised).
+- A LLaMA or Mistral whose queries are scaled is written as Ministral 3, which is the same model with
+  that scale.
+- Interpolation is written in Hugging Face's own terms, and a mode that stock loaders lack in the terms
+  of one they have, so that transformers and vLLM compute the same logits as this code.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import rope
+from hf.scaling import read_rope, stock_terms
+from model import Config
+from storage.files import InputError
+
+# Our name of a module -> its name in Hugging Face's LLaMA, and in GGUF. Inside a block first.
+BLOCK_NAMES = {
+    "attention_norm": ("input_layernorm", "attn_norm"),
+    "attention.q": ("self_attn.q_proj", "attn_q"),
+    "attention.k": ("self_attn.k_proj", "attn_k"),
+    "attention.v": ("self_attn.v_proj", "attn_v"),
+    "attention.o": ("self_attn.o_proj", "attn_output"),
+    "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
+    "mlp.gate": ("mlp.gate_proj", "ffn_gate"),
+    "mlp.up": ("mlp.up_proj", "ffn_up"),
+    "mlp.down": ("mlp.down_proj", "ffn_down"),
+}
+OUTER_NAMES = {
+    "embed": ("model.embed_tokens", "token_embd"),
+    "norm": ("model.norm", "output_norm"),
+    "head": ("lm_head", "output"),
+}
+
+# A size in Config -> LLaMA's key for it in config.json.
+LLAMA_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_dim": "hidden_size",
+    "intermediate_dim": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_position_embeddings",
+}
+SWIGLU = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+PARALLEL = {"norm": "layer", "mlp": "gelu", "parallel": True, "mlp_bias": True, "head_bias": True}
+
+
+@dataclass(frozen=True)
+class Family:
+    architecture: str | None = None  # the stock class that computes what we write; without one see written_as
+    written_as: str | None = None  # another family, whose stock class computes the same
+    scaled_queries_as: str | None = None  # the family whose stock class scales the queries (rope.query_scale)
+    block: dict = field(default_factory=dict)  # what a block computes: fields of Config that are not LLaMA's
+    # config.json:
+    sizes: dict = field(default_factory=lambda: LLAMA_SIZES)
+    # Sizes that may be absent or null:
+    optional: tuple = ("num_key_value_heads", "head_dim", "sliding_window")
+    norm_eps: str = "rms_norm_eps"
+    fixed: dict = field(default_factory=lambda: SWIGLU)  # keys with the only value that this code computes
+    # What stock loaders take for an absent key:
+    defaults: dict = field(default_factory=lambda: {"rms_norm_eps": 1e-6})
+    partial_rotary: bool = False  # partial_rotary_factor says which share of a head RoPE turns
+    slides_unless_null: bool = False  # sliding_window is in use wherever it is a number
+    written: dict = field(default_factory=dict)  # further keys to write
+    # Weights and tokenizer:
+    layers: str = "model.layers"
+    names: dict = field(default_factory=dict)  # modules whose published name is not LLaMA's
+    interleaved_rotary: bool = False  # the rotary pairs of q and k are (x[2j], x[2j + 1])
+    tokenizer_class: str | None = None  # to write instead of a class of the family's own code
+
+
+FAMILIES = {  # by the model_type of config.json
+    "llama": Family("LlamaForCausalLM", scaled_queries_as="ministral3"),
+    "mistral": Family(
+        "MistralForCausalLM",
+        scaled_queries_as="ministral3",
+        defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
+        slides_unless_null=True,
+        written={"sliding_window": None},
+    ),
+    "ministral3": Family(
+        "Ministral3ForCausalLM",
+        scaled_queries_as="ministral3",
+        defaults={"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128},
+        slides_unless_null=True,
+        written={"sliding_window": None},
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        block={"qkv_bias": True},
+        defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 32},
+        written={"sliding_window": None},
+    ),
+    "phi": Family(
+        "PhiForCausalLM",
+        block=PARALLEL | {"qkv_bias": True, "o_bias": True},
+        norm_eps="layer_norm_eps",
+        fixed={"hidden_act": "gelu_new", "qk_layernorm": False},
+        defaults={"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5},
+        partial_rotary=True,
+        names={
+            "attention.o": "self_attn.dense",
+            "mlp.up": "mlp.fc1",
+            "mlp.down": "mlp.fc2",
+            "norm": "model.final_layernorm",
+        },
+    ),
+    "gptj": Family(
+        written_as="phi",
+        block=PARALLEL,
+        sizes={
+            "vocab_size": "vocab_size",
+            "hidden_dim": "n_embd",
+            "intermediate_dim": "n_inner",
+            "n_layers": "n_layer",
+            "n_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+            "rotary_dim": "rotary_dim",
+        },
+        optional=("n_inner", "rotary_dim"),
+        norm_eps="layer_norm_epsilon",
+        fixed={"activation_function": "gelu_new"},
+        defaults={"layer_norm_epsilon": 1e-5, "rotary_dim": 64},
+        layers="transformer.h",
+        names={
+            "attention_norm": "ln_1",
+            "attention.q": "attn.q_proj",
+            "attention.k": "attn.k_proj",
+            "attention.v": "attn.v_proj",
+            "attention.o": "attn.out_proj",
+            "mlp.up": "mlp.fc_in",
+            "mlp.down": "mlp.fc_out",
+            "embed": "transformer.wte",
+            "norm": "transformer.ln_f",
+        },
+        interleaved_rotary=True,
+    ),
+    "baichuan": Family(
+        written_as="llama",
+        scaled_queries_as="ministral3",
+        sizes={name: key for name, key in LLAMA_SIZES.items() if name not in ("n_kv_heads", "head_dim")},
+        fixed=SWIGLU | {"tie_word_embeddings": False},
+        names={f"attention.{name}": "self_attn.W_pack" for name in ("q", "k", "v")},
+        tokenizer_class="LlamaTokenizer",
+    ),
+}
+
+# What is refused, and why.
+ALIBI = ("bloom", "mpt")
+LEARNED_POSITIONS = ("gpt2", "opt", "gpt_bigcode", "gpt_neo", "bert")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+BAICHUAN_13B_HIDDEN = 5120
+BAICHUAN2_VOCAB = 125696
+
+
+# ---------------------------------------------------------------- config.json -> Config
+
+
+def read_config(folder):
+    """Return the Config of a folder's config.json. Raise InputError for an architecture, or a variant
+    of one, that this code does not compute exactly."""
+    path = Path(folder) / "config.json"
+    try:
+        c = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not readable ({error}); copy it again") from None
+    try:
+        return _config(c)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise InputError(f"{path}: {error}; this code extends RoPE models of {', '.join(FAMILIES)}") from None
+
+
+def _config(c):
+    """Return the Config of the content of a config.json. The ValueError of one that is refused says why."""
+    _refuse_other_architectures(c)
+    model_type = c["model_type"]
+    family = FAMILIES[model_type]
+    c = family.defaults | c
+    for key, value in family.fixed.items():
+        if (c.get(key) or value) != value:
+            raise ValueError(f"{key} {c[key]!r} is not known for {model_type}")
+    sizes = _sizes(c, family)
+    _refuse_sliding_window(c, family)
+
+    theta, scaling, partial = read_rope(c, sizes["max_position_embeddings"])
+    if partial != 1 and not family.partial_rotary:
+        raise ValueError(f"partial_rotary_factor {partial} is not known for {model_type}")
+    if rope.has_query_scale(scaling) != (family.scaled_queries_as == model_type):
+        beta = (scaling or {}).get("llama_4_scaling_beta")
+        raise ValueError(f"llama_4_scaling_beta {beta!r} is not known for {model_type}")
+    sizes.setdefault("rotary_dim", int(sizes["head_dim"] * partial))
+    _check_rotary_dim(sizes["rotary_dim"], sizes["head_dim"])
+
+    dtype = c.get("dtype") or c.get("torch_dtype") or "float32"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"weights of dtype {dtype!r} are not known")
+    is_baichuan2 = model_type == "baichuan" and ("z_loss_weight" in c or c["vocab_size"] == BAICHUAN2_VOCAB)
+    config = Config(
+        **sizes,
+        norm_eps=float(c[family.norm_eps]),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_embeddings=c.get("tie_word_embeddings", False),
+        bos_token_id=c.get("bos_token_id"),
+        eos_token_id=c.get("eos_token_id"),
+        dtype=dtype,
+        model_type=model_type,
+        normalised_head=is_baichuan2,
+        **family.block,
+    )
+    for seq_len in (1, 2**62):  # longrope has a list for short and one for long sequences: both must fit
+        rope.rope_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling, seq_len)
+    return config
+
+
+def _refuse_other_architectures(c):
+    """Raise ValueError for what is not a RoPE model of one of FAMILIES."""
+    if not isinstance(c, dict):
+        raise ValueError("not a JSON object")
+    model_type = c.get("model_type")
+    if c.get("position_embedding_type") == "alibi" or c.get("alibi") or model_type in ALIBI:
+        raise ValueError(f"{model_type!r} uses ALiBi, not RoPE")
+    if model_type == "baichuan":
+        if "max_position_embeddings" not in c or c.get("hidden_size") == BAICHUAN_13B_HIDDEN:
+            raise ValueError("Baichuan 13B uses ALiBi, not RoPE; the 7B models do")
+    if model_type in LEARNED_POSITIONS:
+        raise ValueError(f"{model_type!r} uses learned positions, not RoPE")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r} is not known")
+    for key in EXPERTS:
+        if c.get(key):
+            raise ValueError(f"a mixture of experts ({key} {c[key]}) is not known")
+    if c.get("quantization_config"):
+        raise ValueError("quantised weights are not known; take the model they were made of")
+
+
+def _sizes(c, family):
+    """Return the sizes of a Config, {field: positive int}. Raise ValueError for one that is missing or
+    no such number."""
+    for key in (*family.sizes.values(), *family.optional):
+        if c.get(key) is None and key in family.optional:
+            continue
+        if key not in c:
+            raise ValueError(f"{key!r} is missing; is this a config.json of a {c['model_type']} model?")
+        if type(c[key]) is not int or c[key] < 1:
+            raise ValueError(f"{key} is {c[key]!r}, not a positive whole number")
+    sizes = {name: c[key] for name, key in family.sizes.items() if c.get(key) is not None}
+    hidden_dim, n_heads = sizes["hidden_dim"], sizes["n_heads"]
+    derived = {"intermediate_dim": 4 * hidden_dim, "n_kv_heads": n_heads, "head_dim": hidden_dim // n_heads}
+    return derived | sizes
+
+
+def _refuse_sliding_window(c, family):
+    """Raise ValueError if the model looks back less far than its window."""
+    reach = c.get("sliding_window", 4096)
+    if family.slides_unless_null:
+        slides = c.get("sliding_window") is not None and reach < c.get("max_position_embeddings", 0)
+    else:
+        slides = bool(c.get("use_sliding_window")) or "sliding_attention" in str(c.get("layer_types"))
+    if slides:
+        raise ValueError(
+            f"{c['model_type']} with sliding_window {reach} in use: it never looks further back, so longer "
+            "positions gain nothing"
+        )
+
+
+def _check_rotary_dim(rotary_dim, head_dim):
+    """Raise ValueError unless so many dimensions of a head can be turned, and written as a share of it."""
+    share_is_exact = int(head_dim * (rotary_dim / head_dim)) == rotary_dim
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim or not share_is_exact:
+        raise ValueError(f"{rotary_dim} rotary dimensions in a head of {head_dim} are not known")
+
+
+# ---------------------------------------------------------------- Config -> config.json
+
+
+def can_scale_queries(config):
+    """Return whether a stock class computes this model with scaled queries (rope.query_scale)."""
+    return FAMILIES[config.model_type].scaled_queries_as is not None
+
+
+def as_written(config):
+    """Return the Config of the same model in the family that it is written as."""
+    family = FAMILIES[config.model_type]
+    if rope.has_query_scale(config.rope_scaling):
+        model_type = family.scaled_queries_as
+    else:
+        model_type = family.written_as or config.model_type
+    block = FAMILIES[model_type].block
+    return dataclasses.replace(config, model_type=model_type, normalised_head=False, **block)
+
+
+def hf_config(config):
+    """Return the content of config.json for a Config of a family with a stock class (see as_written),
+    in terms that stock loaders compute exactly."""
+    family = FAMILIES[config.model_type]
+    theta, scaling = stock_terms(config.rotary_dim, config.rope_theta, config.rope_scaling)
+    window = config.max_position_embeddings
+    beside = {}  # keys of the scaling that stand beside it
+    if scaling:
+        # transformers before 5 (longrope) and llama.cpp's converter (llama3) look for the original
+        # window nowhere else.
+        original = {"original_max_position_embeddings": config.original_window}
+        beside |= original
+        scaling = scaling | original
+        scales_queries = rope.has_query_scale(scaling)
+        if scaling["rope_type"] in ("linear", "dynamic") and not scales_queries:
+            del scaling["original_max_position_embeddings"]  # stock loaders do not know it inside these two
+        if scaling["rope_type"] == "dynamic":
+            window = config.original_window  # where stock dynamic scaling begins
+        if scales_queries:  # vLLM has a name of its own for the scale of the queries
+            beside["llama_4_scaling"] = {"beta": scaling["llama_4_scaling_beta"]} | original
+    partial = {}
+    if family.partial_rotary:
+        partial = {"partial_rotary_factor": config.rotary_dim / config.head_dim}
+    return {
+        "architectures": [family.architecture],
+        "model_type": config.model_type,
+        **{key: getattr(config, name) for name, key in family.sizes.items()},
+        "max_position_embeddings": int(window),
+        family.norm_eps: config.norm_eps,
+        "rope_theta": theta,
+        "rope_scaling": scaling and scaling | {"type": scaling["rope_type"]},  # older readers want `type`
+        "rope_parameters": (scaling or {"rope_type": "default"}) | {"rope_theta": theta} | partial,
+        **beside,
+        **partial,
+        "tie_word_embeddings": config.tie_embeddings,
+        **family.fixed,
+        **family.written,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "dtype": config.dtype,
+        "torch_dtype": config.dtype,
+    }
+
+
+def tokenizer_files(config, files):
+    """Return the tokenizer's files {name: bytes} to go with `as_written`.
+
+    Stock loaders would look for a family's own tokenizer class beside them, and cut texts at the old
+    window."""
+    family = FAMILIES[config.model_type]
+    original = json.loads(files.get("tokenizer_config.json", b"{}"))
+    settings = dict(original)
+    if family.tokenizer_class:
+        settings.pop("auto_map", None)
+        settings["tokenizer_class"] = family.tokenizer_class
+    longest = settings.get("model_max_length")
+    if isinstance(longest, (int, float)) and longest < config.max_position_embeddings:
+        settings["model_max_length"] = config.max_position_embeddings
+    if settings == original:
+        return files
+    return files | {"tokenizer_config.json": json.dumps(settings).encode()}
+
+
+# ---------------------------------------------------------------- names and layouts of weights
+
+
+def published_name(name, model_type="llama"):
+    """Return a weight's name in the family's published folders: blocks.3.attention.q.weight is LLaMA's
+    model.layers.3.self_attn.q_proj.weight."""
+    family = FAMILIES[model_type]
+    layer, module, kind = _parts(name)
+    if layer is None:
+        return f"{family.names.get(module) or OUTER_NAMES[module][0]}.{kind}"
+    return f"{family.layers}.{layer}.{family.names.get(module) or BLOCK_NAMES[module][0]}.{kind}"
+
+
+def gguf_name(name):
+    """Return a weight's name in GGUF files: blocks.3.attention.q.weight is blk.3.attn_q.weight."""
+    layer, module, kind = _parts(name)
+    if layer is None:
+        return f"{OUTER_NAMES[module][1]}.{kind}"
+    return f"blk.{layer}.{BLOCK_NAMES[module][1]}.{kind}"
+
+
+def _parts(name):
+    """Split blocks.3.attention.q.weight into ("3", "attention.q", "weight"), and norm.weight into
+    (None, "norm", "weight")."""
+    module, _, kind = name.rpartition(".")
+    if not module.startswith("blocks."):
+        return None, module, kind
+    _, layer, module = module.split(".", 2)
+    return layer, module, kind
+
+
+def is_recomputed(published):
+    """Return whether a published tensor is one that models compute themselves: old exports carry rotary
+    tables and causal masks (GPT-J's)."""
+    return "rotary_emb" in published or published.endswith((".attn.bias", ".attn.masked_bias"))
+
+
+def has_interleaved_rotary(name, config):
+    """Return whether the published form of this weight of ours holds interleaved rotary pairs, see
+    half_split."""
+    interleaved = FAMILIES[config.model_type].interleaved_rotary
+    return interleaved and name.endswith((".attention.q.weight", ".attention.k.weight"))
+
+
+def half_split(w, head_dim, rotary_dim):
+    """Return the rows of q or k (H * head_dim, C) in another order: of the first rotary_dim = d rows of
+    each head, pairs that come as (x[2j], x[2j + 1]) become (x[j], x[j + d/2])."""
+    order = torch.arange(head_dim, device=w.device)
+    order[:rotary_dim] = order[:rotary_dim].view(-1, 2).T.flatten()  # 0 2 4 ... 1 3 5 ...
+    return w.unflatten(0, (-1, head_dim))[:, order].flatten(0, 1)

@@ -1,0 +1,171 @@
+"""Hugging Face's `rope_scaling` <-> rope.py: read it, stretch a model further, and write it in terms
+that stock loaders have.
+"""
+
+import dataclasses
+
+import rope
+from storage.files import InputError
+
+# ---------------------------------------------------------------- stretching
+
+
+def extend(config, mode, target_len, llama_4_scaling_beta=None, **settings):
+    """Return the Config of the same weights with the window stretched to target_len tokens by a mode of
+    rope.py.
+
+    settings: what else rope_scaling shall hold, such as `factor` (default: the ratio of the windows,
+    and 1 for dynamic, which multiplies with that of the current length) or `beta_fast`.
+    llama_4_scaling_beta: strength of rope.query_scale (default: the model's own, if it has one). A
+    model that is scaled already (Llama 3.1, or one of ours) keeps its scaling, and both slow the
+    frequencies. Raises InputError where the two cannot be combined.
+    """
+    window = config.max_position_embeddings
+    earlier = dict(config.rope_scaling or {})
+    own_beta = earlier.pop("llama_4_scaling_beta", 0.0)
+    beta = own_beta if llama_4_scaling_beta is None else llama_4_scaling_beta
+
+    if mode == "default":
+        is_scaled = earlier.get("rope_type", "default") != "default"
+        scaling = earlier if beta or is_scaled else None
+    else:
+        scaling = {
+            "rope_type": mode,
+            "factor": 1.0 if mode == "dynamic" else target_len / window,
+            "original_max_position_embeddings": window,
+        }
+        if mode == "llama3":
+            scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # Llama 3.1's own
+        scaling |= settings
+        if earlier:
+            scaling = compose(config.rotary_dim, config.rope_theta, earlier, scaling)
+    if beta:
+        scaling = {"rope_type": "default", "original_max_position_embeddings": window} | (scaling or {})
+        scaling["llama_4_scaling_beta"] = beta
+    return dataclasses.replace(config, max_position_embeddings=target_len, rope_scaling=scaling)
+
+
+def compose(dim, theta, first, second):
+    """Return the rope_scaling that stretches by `first`, which a model has already, and then by
+    `second`: both slow every pair.
+
+    Which pairs are slow is asked of the model as it is, of its scaled angles in its present window.
+    Raises InputError if one of the two depends on the length of the sequence.
+    """
+    if rope.depends_on_length(first) or rope.depends_on_length(second):
+        modes = f"{second['rope_type']} scaling on top of this model's {first['rope_type']}"
+        raise InputError(f"{modes}: one depends on the length; start from its base model")
+    if _without_sizes(first) == _without_sizes(second):  # together they are one stretch of the first window
+        return second | first | {"factor": first["factor"] * second["factor"]}
+    f, attention_factor = rope.rope_frequencies(dim, theta, first)
+    inv_freq, attention_factor_on_top = rope.rope_frequencies(dim, theta, second, f=f)
+    original = first.get("original_max_position_embeddings") or second["original_max_position_embeddings"]
+    factor = first.get("factor", 1.0) * second["factor"]
+    return _as_longrope(dim, theta, inv_freq, attention_factor * attention_factor_on_top, factor, original)
+
+
+def _without_sizes(scaling):
+    """Return the settings of a rope_scaling that are neither its factor nor its window."""
+    return {k: v for k, v in scaling.items() if k not in ("factor", "original_max_position_embeddings")}
+
+
+# ---------------------------------------------------------------- written for stock loaders
+
+
+def stock_terms(dim, theta, scaling):
+    """Return (theta, rope_scaling or None) that give the same angles in terms that stock loaders have.
+
+    Static NTK becomes another base, NTK-by-parts YaRN without its factor on cos and sin, and revised
+    YaRN LongRoPE's factors.
+    """
+    scaling = scaling or {"rope_type": "default"}
+    mode = scaling["rope_type"]
+    query_scale = {}
+    if rope.has_query_scale(scaling):
+        query_scale = {k: scaling[k] for k in ("llama_4_scaling_beta", "original_max_position_embeddings")}
+
+    if mode == "ntk":
+        theta, mode = theta * scaling["factor"] ** (dim / (dim - 2)), "default"
+    if mode == "default":
+        return theta, {"rope_type": "default"} | query_scale if query_scale else None
+    if mode == "ntk_by_parts":
+        return theta, scaling | {"rope_type": "yarn", "attention_factor": 1.0}
+    if mode not in ("yarn_revised", "longrope"):
+        return theta, scaling
+    inv_freq, attention_factor = rope.rope_frequencies(dim, theta, scaling)
+    if mode == "yarn_revised":
+        original = scaling["original_max_position_embeddings"]
+        scaling = _as_longrope(dim, theta, inv_freq, attention_factor, scaling["factor"], original)
+    # Loaders derive the attention factor from the windows in different ways, and vLLM has two names of
+    # its own for it.
+    spelled_out = dict.fromkeys(("attention_factor", "short_mscale", "long_mscale"), attention_factor)
+    return theta, scaling | spelled_out | query_scale
+
+
+def _as_longrope(dim, theta, inv_freq, attention_factor, factor, original):
+    """Return the rope_scaling of LongRoPE that has these frequencies at every length."""
+    factors = (rope.default_frequencies(dim, theta) / inv_freq).tolist()
+    return {
+        "rope_type": "longrope",
+        "short_factor": factors,
+        "long_factor": factors,
+        "attention_factor": attention_factor,
+        "factor": factor,
+        "original_max_position_embeddings": original,
+    }
+
+
+# ---------------------------------------------------------------- read from config.json
+
+
+def read_rope(c, window):
+    """Return (rope_theta, rope_scaling as rope.py reads it or None, share of each head that is turned)
+    of a config.json.
+
+    c: its content. window: its max_position_embeddings. Both spellings are read: rope_scaling beside
+    rope_theta (transformers before 5) and rope_parameters that holds both (since 5). Raises ValueError
+    for terms that are not known.
+    """
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(c.get(key) or {}, dict):
+            raise ValueError(f"{key} {c[key]!r} is not a JSON object")
+    parameters = dict(c.get("rope_parameters") or {})
+    scaling = dict(c.get("rope_scaling") or parameters)
+    theta = parameters.get("rope_theta") or scaling.get("rope_theta") or c.get("rope_theta") or 10000.0
+    partial = (
+        scaling.pop("partial_rotary_factor", None)
+        or parameters.get("partial_rotary_factor")
+        or c.get("partial_rotary_factor")
+        or 1
+    )
+    mode = scaling.get("rope_type") or scaling.get("type") or "default"
+    for key in ("type", "rope_theta"):
+        scaling.pop(key, None)
+    scaling["rope_type"] = mode
+    if scaling.get("llama_4_scaling_beta") is None:
+        scaling.pop("llama_4_scaling_beta", None)
+
+    _add_original_window(scaling, c.get("original_max_position_embeddings"), window)
+    if rope.has_query_scale(scaling):
+        beta, original = scaling["llama_4_scaling_beta"], scaling.get("original_max_position_embeddings")
+        if not all(isinstance(x, (int, float)) and x > 0 for x in (beta, original)):
+            raise ValueError(
+                f"llama_4_scaling_beta {beta!r} from {original!r} tokens on: not positive numbers"
+            )
+    elif mode == "default":
+        scaling = None
+    return float(theta), scaling, partial
+
+
+def _add_original_window(scaling, beside, window):
+    """Put the original window into a rope_scaling as stock loaders understand it. beside: the key of
+    that name beside it."""
+    mode = scaling["rope_type"]
+    if mode == "dynamic":
+        scaling["original_max_position_embeddings"] = window  # stock loaders look at nothing else
+    elif beside:
+        scaling["original_max_position_embeddings"] = beside  # it counts more than the one inside
+    elif mode != "linear":
+        scaling.setdefault("original_max_position_embeddings", window)
+    if mode == "longrope" and scaling["original_max_position_embeddings"]:
+        scaling.setdefault("factor", window / scaling["original_max_position_embeddings"])

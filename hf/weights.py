@@ -1,0 +1,168 @@
+"""Load a model from a Hugging Face folder and save one as such a folder.
+
+As a command:
+
+    python -m hf.weights show PATH             # family, sizes, window, scaling; or what is wrong
+    python -m hf.weights convert SOURCE DEST   # .bin, .pth or GGUF -> a safetensors folder
+
+Both check the folder whole before a weight is read.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import cli
+from hf import families
+from hf.builtin import open_model
+from hf.convert import convert
+from hf.writing import save_tensors, shard_name, split_by_size, write_index
+from model import Transformer
+from storage.files import new_folder
+
+
+def load(name, device="cpu", dtype=None):
+    """Return the model of a folder or a built-in name, in eval mode. dtype: of its weights, by default
+    as on disk.
+
+    Raises InputError if anything about the folder is wrong: a file, the architecture, a name or a shape."""
+    folder = open_model(name)
+    model = folder.empty_model()
+    model.to(dtype or getattr(torch, folder.config.dtype))
+    model.to_empty(device=device)
+    folder.read_into(model)
+    return model.eval()
+
+
+def save(model, tokenizer, path):
+    """Write a model as a Hugging Face folder: config.json, safetensors files of at most 5 GiB, the
+    tokenizer's files.
+
+    Under torch.distributed every process calls it, since sharded weights are gathered one at a time;
+    process 0 writes."""
+    path = Path(path)
+    config = families.as_written(model.config)
+    dtype = getattr(torch, config.dtype)
+    sizes = {name: p.numel() * dtype.itemsize for name, p in _written_parameters(config).items()}
+    shards = split_by_size(sizes)
+    file_of = {}  # our name of a weight -> the file that it goes into
+    for i, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else shard_name(i, len(shards))
+        file_of |= dict.fromkeys(names, file)
+
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    with new_folder(path) if writes else contextlib.nullcontext() as aside:
+        for names in shards:
+            tensors = {}
+            for name in names:
+                tensor = _gather(model, name, config)
+                if writes:
+                    tensors[families.published_name(name, config.model_type)] = tensor.to(
+                        "cpu", dtype
+                    ).contiguous()
+            if writes:
+                save_tensors(tensors, aside / file_of[names[0]])
+        if writes:
+            if len(shards) > 1:
+                published = {
+                    families.published_name(name, config.model_type): file for name, file in file_of.items()
+                }
+                write_index(aside, published, sum(sizes.values()))
+            (aside / "config.json").write_text(json.dumps(families.hf_config(config), indent=2) + "\n")
+            for name, content in families.tokenizer_files(model.config, tokenizer.files).items():
+                (aside / name).write_bytes(content)
+
+
+def _written_parameters(config):
+    """Return {our name: parameter on the meta device} of what a model of this Config has on disk."""
+    with torch.device("meta"):
+        parameters = Transformer(config).state_dict()
+    if config.tie_embeddings:
+        del parameters["head.weight"]
+    return parameters
+
+
+def _gather(model, name, config):
+    """Return a whole weight of the model for a folder of the given Config. Every process takes part."""
+    parameters = model.state_dict()
+    if name not in parameters:  # a bias that GPT-J does not have and Phi does
+        return torch.zeros(_written_parameters(config)[name].shape)
+    tensor = parameters[name].detach()
+    if hasattr(tensor, "full_tensor"):  # a DTensor
+        tensor = tensor.full_tensor()
+    if name == "head.weight" and model.config.normalised_head:
+        tensor = F.normalize(tensor.float())
+    return tensor
+
+
+# ---------------------------------------------------------------- the command
+
+
+def show(name):
+    """Print what a checkpoint is. The InputError of one that cannot be used says what is wrong with it."""
+    folder = open_model(name)
+    tokenizer = folder.load_tokenizer()
+    config = folder.config
+    parameters = f"{folder.parameter_count():,} parameters"
+    print(f"{folder.path}: {config.model_type}, {parameters}, {config.dtype}, {len(folder.files)} file(s)")
+    head = "tied to the embedding" if config.tie_embeddings else "own"
+    if config.normalised_head:
+        head += ", of unit rows"
+    print(f"layers {config.n_layers}, hidden {config.hidden_dim}, MLP {config.intermediate_dim}, head {head}")
+    attention = f"attention heads {config.n_heads} of {config.head_dim} dimensions"
+    if config.rotary_dim != config.head_dim:
+        attention += f", {config.rotary_dim} of them rotary"
+    attention += f", key/value heads {config.n_kv_heads}"
+    if config.qkv_bias:
+        attention += ", biases on q, k, v"
+    if config.o_bias:
+        attention += ", o"
+    print(attention)
+    vocabulary = f"vocabulary {config.vocab_size:,}, tokenizer {type(tokenizer).__name__}"
+    print(f"{vocabulary} with {tokenizer.vocab_size:,}, begins with {tokenizer.bos_id}")
+    print(f"window {config.max_position_embeddings:,} tokens, rope_theta {config.rope_theta:g}")
+    scaling = [f"{k} {v}" for k, v in (config.rope_scaling or {}).items() if not isinstance(v, list)]
+    print("scaling " + (", ".join(scaling) or "none"))
+
+
+def main():
+    p = cli.ArgumentParser(
+        prog="hf.weights", description="Look at a checkpoint, or convert one to safetensors."
+    )
+    commands = p.add_subparsers(dest="command", required=True)
+    command = commands.add_parser(
+        "show", help="show family, sizes, window and scaling, or what is wrong with the checkpoint"
+    )
+    command.add_argument("path", help="a Hugging Face folder or a built-in name")
+    command = commands.add_parser(
+        "convert", help="convert .bin or .pth weights or a .gguf file to a safetensors folder"
+    )
+    command.add_argument(
+        "source",
+        type=Path,
+        help="a folder with pytorch_model*.bin, one with Meta's consolidated.*.pth, or a .gguf file",
+    )
+    command.add_argument("dest", type=Path, help="a new folder")
+    command.add_argument(
+        "--window",
+        type=cli.whole_number(1),
+        metavar="TOKENS",
+        help=(
+            "the model's window, for Meta's layout, which does not record it (2048 for LLaMA 1, 4096 "
+            "for LLaMA 2)"
+        ),
+    )
+    args = p.parse_args()
+    if args.command == "convert":
+        convert(args.source, args.dest, args.window)
+        show(args.dest)
+    else:
+        show(args.path)
+
+
+if __name__ == "__main__":
+    cli.run(main)

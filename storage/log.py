@@ -1,0 +1,71 @@
+"""What a run writes and shows of each step: metrics.jsonl, TensorBoard's events, and the progress line."""
+
+import json
+import math
+import os
+import sys
+
+from tqdm import tqdm
+
+
+class Log:
+    """metrics.jsonl of a run, a JSON object a line and step."""
+
+    def __init__(self, out, first_step, tensorboard=False):
+        """Open the file in the folder `out` and cut it back to its first `first_step` lines: the steps
+        after them will be done again. tensorboard: write events into out/tensorboard too."""
+        self.file = open(out / "metrics.jsonl", "a+b", buffering=0)  # each line reaches the disk at once
+        self.file.seek(0)
+        kept_bytes = sum(len(self.file.readline()) for _ in range(first_step))
+        if self.file.seek(0, os.SEEK_END) > kept_bytes:
+            self.file.truncate(kept_bytes)
+        self.board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(out / "tensorboard", purge_step=first_step + 1)
+
+    def write(self, line):
+        """Write the figures of a step, a dict with its number as `step`."""
+        line = without_nan(line)
+        self.file.write(json.dumps(line).encode() + b"\n")
+        if self.board is None:
+            return
+        validation = {f"validation/{length}": nats for length, nats in line.get("validation", {}).items()}
+        for key, value in (line | validation).items():
+            if type(value) in (int, float) and key != "step":
+                self.board.add_scalar(key, value, line["step"])
+        self.board.flush()
+
+
+def without_nan(value):
+    """Return the value, or the dict of values, with null for every NaN and infinity, which JSON does
+    not know."""
+    if isinstance(value, dict):
+        return {key: without_nan(v) for key, v in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def show_progress(bar, line):
+    """Show the figures of a step beside tqdm's bar, or, where there is no terminal, as a line of text
+    now and then."""
+    mfu = f"{line['mfu']:.0%}" if line["mfu"] else "-"
+    shown = {
+        "loss": f"{line['loss']:.3f}",
+        "tok/s": f"{line['tokens_per_second']:,.0f}",
+        "MFU": mfu,
+        "GiB": f"{line['peak_memory_gib']:.1f}",
+    }
+    bar.set_postfix(shown, refresh=False)
+    if bar.disable and line["step"] % max(1, bar.total // 20) == 0:
+        figures = ", ".join(f"{key} {value}" for key, value in shown.items())
+        tqdm.write(f"step {line['step']} of {bar.total}: {figures}", file=sys.stderr)
+
+
+def is_finished(out, steps):
+    """Return whether the run in the folder `out` made all its steps. (An interrupted one has a model
+    too.)"""
+    metrics = out / "metrics.jsonl"
+    return (out / "model").exists() and len(metrics.read_text().splitlines()) >= steps

@@ -1,0 +1,268 @@
+"""What did the longer window cost on ordinary tasks (Table 3 of the paper)? lm-evaluation-harness on local
+files, no network.
+
+Tasks, prompts, few-shot examples and metrics are the harness's own (`pip install lm_eval`). This file gives
+it two things: items, read from JSON Lines files and turned into the layout that its tasks expect, and our
+model behind its model interface.
+"""
+
+import functools
+import importlib.util
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from data import read_json_lines
+from storage.files import InputError
+
+SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+# ---------------------------------------------------------------- items in the layout of the harness's tasks
+# Each of these functions takes the object of one line and returns an item. It raises ValueError, KeyError,
+# TypeError or AttributeError where the object is not an item of its benchmark.
+
+
+def arc(line):
+    """Return an item of the ARC challenge."""
+    choices = line["question"]["choices"]
+    labels = [choice["label"] for choice in choices]
+    answers = checked_texts(choice["text"] for choice in choices)
+    index_of(labels, line["answerKey"])  # only checked: the harness wants the label itself
+    return {
+        "question": line["question"]["stem"],
+        "choices": {"text": answers, "label": labels},
+        "answerKey": line["answerKey"],
+    }
+
+
+def boolq(line):
+    """Return an item of BoolQ in the layout of SuperGLUE."""
+    passage = f"{line['title']} -- {line['passage']}"
+    return {"passage": passage, "question": line["question"], "label": (False, True).index(line["answer"])}
+
+
+def hellaswag(line):
+    """Return an item of HellaSwag, processed as the harness's own `process_docs` does."""
+    # The harness capitalises the second half of the context, an unfinished sentence. These files have the
+    # halves joined.
+    context = re.sub(r"(?<=[.!?] )[a-z][^.!?]*$", lambda half: half[0].capitalize(), line["ctx"])
+    endings = checked_texts(line["endings"])
+    label = index_of(range(len(endings)), line["label"])
+    return {"query": f"{line['activity_label']}: {context}", "choices": endings, "label": label}
+
+
+def truthfulqa(line):
+    """Return an item of TruthfulQA with several right answers (mc2)."""
+    item = {"question": line["question"]}
+    for kind in ("mc1_targets", "mc2_targets"):
+        item[kind] = {"choices": checked_texts(line[kind]), "labels": list(line[kind].values())}
+    return item
+
+
+def piqa(line):
+    """Return an item of PIQA."""
+    first, second = checked_texts([line["sol1"], line["sol2"]])
+    return {"goal": line["goal"], "sol1": first, "sol2": second, "label": index_of((0, 1), line["label"])}
+
+
+def winogrande(line):
+    """Return an item of WinoGrande."""
+    first, second = checked_texts([line["option1"], line["option2"]])
+    answer = ("1", "2")[index_of((1, 2), line["answer"])]
+    return {"sentence": line["sentence"], "option1": first, "option2": second, "answer": answer}
+
+
+def checked_texts(values):
+    """Return the values as a list. Raise ValueError if one of them is not a non-empty string (the harness
+    does not check)."""
+    values = list(values)
+    for value in values:
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"an answer that is no text: {value!r}")
+    return values
+
+
+def index_of(names, answer):
+    """Return the index of the name that the answer is, compared as text. Raise ValueError if it is none of
+    them."""
+    return [str(name) for name in names].index(str(answer))
+
+
+class Benchmark(NamedTuple):
+    """A row of BENCHMARKS: how a file is evaluated."""
+
+    task: str  # the harness's name
+    metric: str  # the harness's name
+    shots: int  # few-shot examples in front of each item
+    convert: Callable  # one of the functions above
+    examples: str | None = None  # file of the few-shot examples; None: other items of the same file
+
+
+BENCHMARKS = {  # by the name of the file, without its suffix
+    "boolq": Benchmark("boolq", "acc", 0, boolq),
+    "piqa": Benchmark("piqa", "acc", 0, piqa),
+    "winogrande": Benchmark("winogrande", "acc", 0, winogrande),
+    "truthfulqa_mc": Benchmark("truthfulqa_mc2", "acc", 0, truthfulqa),
+    "arc_challenge": Benchmark("arc_challenge", "acc_norm", 25, arc, "arc_challenge_train"),
+    "hellaswag": Benchmark("hellaswag", "acc_norm", 10, hellaswag),
+}
+EXPECTED_FILES = f"{', '.join(BENCHMARKS)} ({' or '.join(SUFFIXES)})"
+
+
+# ---------------------------------------------------------------- files
+
+
+def find_files(folder):
+    """Return the benchmarks in a folder, {name: {"test": file, "train": file of its few-shot examples if it
+    has one}}.
+
+    They come in the order of BENCHMARKS. Raise InputError if the harness is not installed or the folder
+    holds something else.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError(
+            "lm-evaluation-harness, which runs the benchmarks, is not installed here; pip install lm_eval"
+        )
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder; name one with files of {EXPECTED_FILES}")
+    known = {*BENCHMARKS, *(benchmark.examples for benchmark in BENCHMARKS.values())}
+    files = {}
+    for path in sorted(Path(folder).iterdir()):
+        if not path.name.endswith(SUFFIXES):
+            continue
+        name = path.name.removesuffix(".gz").removesuffix(".jsonl")
+        if name not in known:
+            raise InputError(
+                f"{path}: not a benchmark that this code knows; they are {', '.join(BENCHMARKS)}"
+            )
+        files[name] = path
+
+    found = {}
+    for name, benchmark in BENCHMARKS.items():
+        if name not in files:
+            continue
+        found[name] = {"test": files[name]}
+        if benchmark.examples:
+            if benchmark.examples not in files:
+                missing = f"{benchmark.examples}.jsonl"
+                raise InputError(f"{files[name]}: its few-shot examples, {missing}, are missing beside it")
+            found[name]["train"] = files[benchmark.examples]
+    if not found:
+        raise InputError(f"{folder}: no {EXPECTED_FILES} inside")
+    return found
+
+
+def read(path, convert):
+    """Return the items of a JSON Lines file as a datasets.Dataset, which the harness wants. convert: as in a
+    Benchmark.
+
+    Raise InputError, which names the line, if a line is not an item.
+    """
+    import datasets
+
+    items = list(read_json_lines(path, convert))
+    if not items:
+        raise InputError(f"{path}: is empty; remove it or copy it again")
+    return datasets.Dataset.from_list(items)
+
+
+# ---------------------------------------------------------------- the harness
+
+
+def as_model(config, tokenizer, log_likelihoods):
+    """Return our model behind the harness's interface. It counts tokens as the harness's own `hf` model
+    does.
+
+    config: the model's Config. log_likelihoods: a function from pairs (context, continuation) of lists of
+    token ids to pairs (the continuation's summed log-likelihood in nats, whether greedy decoding gives it).
+    """
+    from lm_eval.api.model import TemplateLM
+
+    class Model(TemplateLM):
+        eot_token_id = config.eos_token_id
+        # What stands before a text without context:
+        prefix_token_id = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
+
+        def tok_encode(self, string, add_special_tokens=None, **_):
+            ids = tokenizer.encode(string)
+            if tokenizer.bos_id is None or add_special_tokens is False:
+                return ids
+            return [tokenizer.bos_id, *ids]
+
+        def loglikelihood(self, requests, disable_tqdm=False):
+            return super().loglikelihood(
+                requests, disable_tqdm=True
+            )  # log_likelihoods shows its own progress
+
+        def _loglikelihood_tokens(self, requests, **_):
+            room = config.max_position_embeddings + 1  # the last token is never read, only predicted
+            pairs = []
+            for _, context, continuation in requests:
+                # An answer longer than the window stays whole, behind one token of its context.
+                kept = max(room, len(continuation) + 1)
+                whole = (context + continuation)[-kept:]
+                pairs.append((whole[: -len(continuation)], continuation))
+            return log_likelihoods(pairs)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            raise NotImplementedError("none of BENCHMARKS asks for it")
+
+        generate_until = loglikelihood_rolling
+
+    return Model()
+
+
+def evaluate(name, files, lm, limit=None):
+    """Return the entry of `results` of one benchmark, on its first `limit` items (None: all).
+
+    files: its entry of `find_files`. lm: what `as_model` returns, or a model of the harness.
+    """
+    import lm_eval
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    benchmark = BENCHMARKS[name]
+    # In a group a registered task takes other settings and still is that task.
+    group = {"group": "local", "task": [task_config(name, files)]}
+    found = lm_eval.simple_evaluate(
+        lm, tasks=[group], task_manager=task_manager(), limit=limit, log_samples=False
+    )
+    metrics = found["results"][benchmark.task]
+    error = metrics[f"{benchmark.metric}_stderr,none"]
+    return {
+        "benchmark": name,
+        "metric": benchmark.metric,
+        "shots": benchmark.shots,
+        "items": found["n-samples"][benchmark.task]["effective"],
+        "score": float(metrics[f"{benchmark.metric},none"]),
+        "standard_error": None if error == "N/A" else float(error),  # N/A: a single item has none
+    }
+
+
+def task_config(name, files):
+    """Return the settings of the harness's own task, with the local items in place of its download."""
+    benchmark = BENCHMARKS[name]
+    splits = {split: read(path, benchmark.convert) for split, path in files.items()}
+    config = {
+        "task": benchmark.task,
+        "num_fewshot": benchmark.shots,
+        "custom_dataset": lambda **_: splits,
+        "dataset_path": str(files["test"]),
+        "training_split": None,
+        "validation_split": None,
+        "test_split": "test",
+        "fewshot_split": "train" if "train" in files else "test",
+    }
+    if name == "hellaswag":
+        config["process_docs"] = None  # the function `hellaswag` has done the same already
+    return config
+
+
+@functools.cache
+def task_manager():
+    """Return the harness's list of tasks, made once: it reads some ten thousand files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()

@@ -1,0 +1,245 @@
+"""Make the prompts of the retrieval tests: the paper's passkey, and door codes hidden in real text. Token
+ids only, no model.
+
+Notable choices:
+- A length is exact: a prompt and its answer have so many tokens together. (A passkey prompt has a few tokens
+  less where no filling fits with a tokenizer.)
+- Long passkey prompts repeat the ids of one line instead of encoding a long text: a million tokens take
+  milliseconds.
+- Needles stand in lines of their own, between lines or sentences of the text, so that no word of it is torn
+  apart.
+"""
+
+import functools
+
+import numpy as np
+
+from storage.files import InputError
+
+# The passkey prompt of Mohtashami & Jaggi (2023), used in section 4.2 of the paper.
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there."
+)
+GARBAGE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+KEY = "The pass key is {key}. Remember it. {key} is the pass key."
+QUESTION = "What is the pass key? The pass key is"
+
+NEEDLE_TASK = (
+    "The text below hides the door codes of {keys} cities. Remember them: the last line asks for one."
+)
+NEEDLE = "The door code of {city} is {key}."
+NEEDLE_QUESTION = "What is the door code of {city}? The door code of {city} is"
+CITIES = (
+    "Amsterdam", "Baghdad", "Cairo", "Delhi", "Edinburgh", "Florence", "Geneva", "Helsinki",
+    "Istanbul", "Jakarta", "Kyoto", "Lisbon", "Madrid", "Nairobi", "Oslo", "Prague",
+)  # fmt: skip
+
+FEW = 2  # lines of garbage on each side of the key that are really encoded; every further line adds the same ids
+
+
+# ---------------------------------------------------------------- passkey
+
+
+def passkey_prompt(tokenizer, length, depth, key):
+    """Return the token ids of a passkey prompt and of its answer, together `length` tokens.
+
+    depth: from 0 to 1, where among the lines of garbage the key stands. key: its digits, a string. The
+    prompt has as many whole lines of garbage as fit. What is left over is filled in front of them (see
+    `fillings`): behind them a broken sentence would meet the question and cost small models answers. If no
+    filling is exact, the longest that fits is taken. Raises InputError if not even a prompt without garbage
+    fits.
+    """
+    encode = functools.partial(passkey_ids, tokenizer, key)
+    before, after, left_over = lines_that_fit(encode, length, depth)
+
+    fitting = {}
+    for cut, added_tokens in fillings(tokenizer, min(before, FEW), min(after, FEW)).items():
+        if added_tokens <= left_over:
+            fitting[cut] = added_tokens
+    longest_cut = max(fitting, key=fitting.get)  # of equally long ones the first, which is the nicest
+
+    tokens = repeat_lines(functools.partial(encode, cut=longest_cut), before, after)
+    answer_len = len(tokenizer.encode(f"{QUESTION} {key}")) - len(tokenizer.encode(QUESTION))
+    return tokens[:-answer_len], tokens[-answer_len:]
+
+
+def passkey_ids(tokenizer, key, before, after, cut=""):
+    """Return the token ids of a passkey prompt with its answer.
+
+    before, after: the lines of garbage on each side of the key. cut: a piece of garbage in front of them.
+    """
+    garbage_before = " ".join([cut] + [GARBAGE] * before).strip(" ")
+    garbage_after = " ".join([GARBAGE] * after)
+    lines = [TASK, garbage_before, KEY.format(key=key), garbage_after, f"{QUESTION} {key}"]
+    ids = tokenizer.encode("\n".join(line for line in lines if line))
+    return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+
+
+def lines_that_fit(encode, length, depth):
+    """Return how many lines of garbage fit before the key, how many after it, and how many tokens are left
+    over then.
+
+    encode(before, after): the ids of the prompt with so many lines. Raises InputError if not even a prompt
+    without lines fits.
+    """
+    tokens_of_four_lines = len(encode(2, 2))
+    tokens_of_a_line = len(encode(2, 3)) - tokens_of_four_lines
+    most = (
+        5 + (length - tokens_of_four_lines) // tokens_of_a_line
+    )  # one more than fits, counted down to what fits
+    for lines in range(max(0, most), -1, -1):
+        before = round(depth * lines)
+        after = lines - before
+        few_before, few_after = min(before, FEW), min(after, FEW)
+        repeated_lines = lines - few_before - few_after
+        left_over = length - len(encode(few_before, few_after)) - repeated_lines * tokens_of_a_line
+        if left_over >= 0:
+            return before, after, left_over
+    needed = len(encode(0, 0))
+    raise InputError(
+        f"{length} tokens: too short for the passkey prompt, which needs {needed} with this tokenizer"
+    )
+
+
+@functools.cache
+def fillings(tokenizer, before, after):
+    """Return what can be put in front of the garbage, {text: number of tokens that it adds}, the nicest
+    first.
+
+    A filling is the end of one more line of garbage: best from the beginning of a word on, next best after
+    one or two blank lines, else from inside a word. before, after: lines of garbage in the prompt, as for
+    `passkey_ids`.
+    """
+    from_inside_a_word = [GARBAGE[i:] for i in range(1, len(GARBAGE) + 1)]
+    from_a_word = [end for end in from_inside_a_word if GARBAGE.endswith(" " + end) or not end]
+    lengths = {}
+    for ends in (from_a_word, from_inside_a_word):
+        for blank_lines in ("", "\n", "\n\n"):
+            for end in ends:
+                cut = blank_lines + end
+                # The filling does not touch the key, so the lengths hold for any key.
+                lengths[cut] = len(passkey_ids(tokenizer, "12345", before, after, cut))
+    without = lengths[""]
+    return {cut: length - without for cut, length in lengths.items()}
+
+
+def repeat_lines(encode, before, after):
+    """Return encode(before, after), the ids of a prompt, though at most FEW + 1 lines are encoded on each
+    side of the key.
+
+    Every further line adds the same ids at the same place, so they are repeated there.
+    """
+    few_before, few_after = min(before, FEW), min(after, FEW)
+    base = encode(few_before, few_after)
+    tokens = base
+    # The later place comes first: what is inserted there does not move the earlier one.
+    if after > few_after:
+        tokens = _insert_repeatedly(tokens, base, encode(few_before, few_after + 1), after - few_after)
+    if before > few_before:
+        tokens = _insert_repeatedly(tokens, base, encode(few_before + 1, few_after), before - few_before)
+    return tokens
+
+
+def _insert_repeatedly(tokens, base, longer, times):
+    """Return `tokens` with the ids that `longer` has more than `base` inserted `times` times, where the two
+    begin to differ."""
+    place = next(i for i, (a, b) in enumerate(zip(base, longer)) if a != b)
+    added = longer[place : place + len(longer) - len(base)]
+    return tokens[:place] + added * times + tokens[place:]
+
+
+# ---------------------------------------------------------------- needle
+
+
+def needle_prompt(tokenizer, corpus, length, depth, rng, keys):
+    """Return the token ids of a needle prompt and of its answer, together `length` tokens.
+
+    The prompt is a random stretch of `corpus` (a 1-d array of ids) in which the door codes of `keys` cities
+    stand in lines of their own, and a question for one of them. depth: from 0 to 1, where in the text that
+    one stands, as nearly as a line or a sentence ends there; the others stand anywhere. rng: a numpy
+    Generator. Raises InputError if the length is too short for the prompt or the corpus too short for the
+    length.
+    """
+    cities = rng.choice(CITIES, keys, replace=False).tolist()
+    codes = rng.choice(np.arange(10000, 100000), keys, replace=False).tolist()
+    newline = _ids_of_line(tokenizer, "")
+    opening = tokenizer.encode(NEEDLE_TASK.format(keys=keys)) + newline
+    if tokenizer.bos_id is not None:
+        opening = [tokenizer.bos_id, *opening]
+    needles = []
+    for city, code in zip(cities, codes):
+        needles.append(_ids_of_line(tokenizer, NEEDLE.format(city=city, key=code)) + newline)
+    question = NEEDLE_QUESTION.format(city=cities[0])
+    question_and_answer = _ids_of_line(tokenizer, f"{question} {codes[0]}")
+
+    fixed = len(opening) + sum(len(needle) for needle in needles) + len(question_and_answer)
+    room = length - fixed  # for the text
+    if room < 1:
+        needed = f"which needs {fixed + 1} with this tokenizer; take a longer one or hide fewer codes"
+        raise InputError(f"{length} tokens: too short for the needle prompt with {keys} codes, {needed}")
+    if room > len(corpus):
+        raise InputError(
+            f"the texts have {len(corpus):,} tokens in all, too few for a needle prompt of {length}; add texts"
+        )
+    start = rng.integers(len(corpus) - room + 1)
+    text = corpus[start : start + room]
+
+    ends = line_ends(tokenizer, text)
+    nearest_to_depth = ends[np.abs(ends - depth * room).argmin()]
+    places = [nearest_to_depth, *rng.choice(ends, keys - 1)]
+    tokens = opening + _insert_at(text, places, needles) + question_and_answer
+    answer_len = len(question_and_answer) - len(_ids_of_line(tokenizer, question))
+    return tokens[:-answer_len], tokens[-answer_len:]
+
+
+def _ids_of_line(tokenizer, line):
+    """Return the token ids of a newline and a line behind it, as they are in the middle of a text."""
+    return tokenizer.encode("x\n" + line)[len(tokenizer.encode("x")) :]
+
+
+def _insert_at(text, places, pieces):
+    """Return the ids of `text` (a 1-d array) as a list, with each piece (a list of ids) inserted at its
+    place in the text."""
+    tokens = []
+    done = 0
+    for i in np.argsort(places, kind="stable"):
+        tokens += text[done : places[i]].tolist() + pieces[i]
+        done = places[i]
+    return tokens + text[done:].tolist()
+
+
+def line_ends(tokenizer, text):
+    """Return the places in a text (a 1-d array of ids) where something can be put in: 0, and wherever a line
+    or a sentence ends."""
+    newline, stop, space = token_kinds(tokenizer)
+    this, following = text[:-1], text[1:]
+    ends_here = newline[this] | (stop[this] & space[following])
+    return np.concatenate([[0], 1 + np.flatnonzero(ends_here)])
+
+
+# ---------------------------------------------------------------- what a token adds to a text
+
+
+@functools.cache
+def token_kinds(tokenizer):
+    """Return three boolean arrays (vocab_size,): does a token end a line, may it end a sentence, does it
+    begin with a space?"""
+    texts = token_texts(tokenizer)
+    ends_line = [text.endswith("\n") for text in texts]
+    may_end_sentence = [text.rstrip("\"')”’").endswith((".", "!", "?")) for text in texts]
+    begins_with_space = [text[:1].isspace() for text in texts]
+    return np.array(ends_line), np.array(may_end_sentence), np.array(begins_with_space)
+
+
+@functools.cache
+def token_texts(tokenizer):
+    """Return, for each token id, the text that it adds in the middle of a text."""
+    before = tokenizer.encode("x")
+    return [tokenizer.decode([*before, i])[1:] for i in range(tokenizer.vocab_size)]
+
+
+@functools.cache
+def digit_tokens(tokenizer):
+    """Return the set of token ids that would make a number go on."""
+    return {i for i, text in enumerate(token_texts(tokenizer)) if text[:1].isdigit()}

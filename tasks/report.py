@@ -1,0 +1,286 @@
+"""Say what eval.py measured, with its uncertainty: a table, sentences, and a JSON file that an interrupted
+evaluation goes on from.
+
+A report is what is known of one model: {"task", "model", "results": [one entry for each length or
+benchmark]}. All models of a call stand in one table and one file. A task is shown by one of the tables
+below: shares of right answers, perplexities, scores.
+"""
+
+import json
+import math
+
+import numpy as np
+
+from storage.files import InputError, describe_changes, write_json
+
+WORKS = 0.95  # a model works at a length where it gives at least this share of right answers
+HOLDS = 1.05  # a perplexity holds up to this ratio to that at the shortest length
+DEPTHS = 5  # ranges of depth in the table of right answers
+
+
+# ---------------------------------------------------------------- uncertainty
+
+
+def wilson(right, n, z=1.96):
+    """Return the 95% interval [low, high] of a share, `right` out of n (Wilson 1927).
+
+    It stays sensible at 0% and 100%, where the mean plus or minus a deviation does not.
+    """
+    centre = right + z * z / 2
+    half = z * math.sqrt(right * (n - right) / n + z * z / 4)
+    low, high = (centre - half) / (n + z * z), (centre + half) / (n + z * z)
+    return [max(0.0, low), min(1.0, high)]
+
+
+def over_documents(nats, count):
+    """Return the perplexity of all tokens and its standard error, which is None for a single document.
+
+    nats, count: summed loss and number of tokens of each document, 1-d arrays. Documents differ more than
+    tokens do, so they are the sample: the error is that of a ratio of two sums over documents (the delta
+    method).
+    """
+    loss = nats.sum() / count.sum()
+    ppl = math.exp(min(loss, 700))  # exp of more is not a float
+    n = len(nats)
+    if n == 1:
+        return ppl, None
+    residuals = nats - loss * count
+    error_of_loss = math.sqrt(n / (n - 1) * (residuals**2).sum()) / count.sum()
+    return ppl, ppl * error_of_loss
+
+
+def loss_change(first, result):
+    """Return the mean change of the loss from one length to another, in nats a token, with its standard
+    error, as text.
+
+    Both must have scored the same tokens of the same documents. What documents differ in cancels, so this
+    error is far smaller than those of the two perplexities.
+    """
+    before, after = (
+        np.array([document["nats"] / document["tokens"] for document in entry["by_document"]])
+        for entry in (first, result)
+    )
+    change = after - before
+    mean = f"{change.mean():+.3f}"
+    if len(change) == 1:
+        return mean
+    return f"{mean} ± {change.std(ddof=1) / math.sqrt(len(change)):.3f}"
+
+
+def by_depth(by_trial, ranges):
+    """Return the share of right answers in each of so many equal ranges of depth; None for a range without a
+    trial."""
+    correct = [[] for _ in range(ranges)]
+    for trial in by_trial:
+        i = min(int(trial["depth"] * ranges), ranges - 1)
+        correct[i].append(trial["correct"])
+    return [sum(answers) / len(answers) if answers else None for answers in correct]
+
+
+# ---------------------------------------------------------------- the JSON file
+
+
+def read(path, settings):
+    """Return the reports that an earlier call left in a file.
+
+    Raise InputError if the file holds something else, or results of an evaluation with other settings.
+    """
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        last = {key: written[key] for key in ("task", "model", "results")}
+        earlier = dict(written["settings"])
+        reports = [*written.get("compared", []), last]
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{path}: holds no results to go on from; remove it or name another file") from None
+    if changes := describe_changes(earlier, settings):
+        raise InputError(
+            f"{path}: holds results of another evaluation ({changes}); remove it or name another file"
+        )
+    return reports
+
+
+def write(path, settings, reports):
+    """Write all reports: the last model's on top, the others under `compared`."""
+    *others, last = reports
+    content = dict(last)
+    if others:
+        content["compared"] = others
+    write_json(path, content | {"settings": settings})
+
+
+# ---------------------------------------------------------------- one table for each kind of result
+
+
+class AccuracyTable:
+    """Shows shares of right answers, also by the depth of the answer in the text: passkey and needle."""
+
+    def introduction(self, results):
+        """Return the line above the table."""
+        depths = "on the right, the share of correct answers by the key's depth in the text"
+        return f"{results[0]['trials']} prompts a length; {depths}"
+
+    def headings(self, results):
+        """Return the headings of the columns, first those of `figure`, then those of `details`."""
+        ranges = [f"{100 * i // DEPTHS}-{100 * (i + 1) // DEPTHS}%" for i in range(DEPTHS)]
+        return ["correct", "95% interval", *ranges]
+
+    def figure(self, result):
+        """Return what counts in a result and its uncertainty, two texts."""
+        low, high = result["interval"]
+        return [percent(result["accuracy"]), f"{100 * low:.0f}-{100 * high:.0f}%"]
+
+    def details(self, result, first):
+        """Return the further columns of a result. first: the model's result at the shortest length."""
+        return [percent(share) for share in by_depth(result["by_trial"], DEPTHS)]
+
+    def conclusions(self, results):
+        """Yield what the results of one model say, in sentences that go on after its name."""
+        if results[0]["accuracy"] < WORKS:
+            yield f"is below {WORKS:.0%} already at {results[0]['length']:,} tokens"
+        else:
+            works_to = longest_that_holds(results, lambda result: result["accuracy"] >= WORKS)
+            and_so = ", the longest asked for" if works_to == results[-1]["length"] else ""
+            yield f"works to {works_to:,} tokens ({WORKS:.0%} or more at every length){and_so}"
+        checked = [trial for result in results for trial in result["by_trial"] if "agrees" in trial]
+        if checked:
+            agree = sum(trial["agrees"] for trial in checked)
+            yield f"decoded greedily gives the verdict of one-pass scoring on {agree} of {len(checked)} prompts"
+
+
+class PerplexityTable:
+    """Shows perplexities by length; where all lengths scored the same tokens, also the change of the
+    loss."""
+
+    def introduction(self, results):
+        """Return no line: the headings say enough."""
+        return None
+
+    def headings(self, results):
+        """Return the headings of the columns, first those of `figure`, then those of `details`."""
+        headings = ["perplexity", "± error", "documents", "left out", "tokens scored"]
+        if results[0]["tail"]:
+            headings.append(f"loss against {results[0]['length']:,}")
+        return headings
+
+    def figure(self, result):
+        """Return what counts in a result and its uncertainty, two texts."""
+        return with_error(result["ppl"], result["standard_error"], "{:,.2f}")
+
+    def details(self, result, first):
+        """Return the further columns of a result. first: the model's result at the shortest length."""
+        cells = [f"{result[key]:,}" for key in ("documents", "left_out", "tokens")]
+        if result["tail"]:
+            cells.append("" if result["length"] == first["length"] else loss_change(first, result))
+        return cells
+
+    def conclusions(self, results):
+        """Yield what the results of one model say, in sentences that go on after its name."""
+        filled = [result for result in results if result["documents"]]
+        shortest, longest = filled[0], filled[-1]
+        # A perplexity of other documents cannot be compared.
+        same = [result for result in filled if result["documents"] == shortest["documents"]]
+        if (
+            len(same) > 1 and not shortest["tail"]
+        ):  # with a tail the change in the table and its error say more
+            held_to = longest_that_holds(same, lambda result: result["ppl"] <= HOLDS * shortest["ppl"])
+            others = "" if len(same) == len(filled) else "; other lengths have other documents"
+            meaning = f"at no length more than {HOLDS - 1:.0%} above that at {shortest['length']:,}{others}"
+            yield f"holds its perplexity to {held_to:,} tokens ({meaning})"
+        if longest.get("by_position"):
+            bins = [f"{b['from']:,}-{b['to'] - 1:,}: {b['loss']:.3f}" for b in longest["by_position"]]
+            windows = f"windows of {longest['length']:,}"
+            yield f"has this loss by position in {windows}: {', '.join(bins)} (nats a token)"
+
+
+class ScoreTable:
+    """Shows the scores of ordinary benchmarks."""
+
+    def introduction(self, results):
+        """Return no line: the headings say enough."""
+        return None
+
+    def headings(self, results):
+        """Return the headings of the columns, first those of `figure`, then those of `details`."""
+        return ["score", "± error", "metric", "shots", "items"]
+
+    def figure(self, result):
+        """Return what counts in a result and its uncertainty, two texts."""
+        return with_error(result["score"], result["standard_error"], "{:.1%}")
+
+    def details(self, result, first):
+        """Return the further columns of a result."""
+        return [result["metric"], str(result["shots"]), f"{result['items']:,}"]
+
+    def conclusions(self, results):
+        """Yield what the results of one model say, in sentences that go on after its name."""
+        average = np.mean([result["score"] for result in results])
+        yield f"scores {average:.1%} on average of {len(results)} benchmarks"
+
+
+def percent(share):
+    """Return a share as text, "" for None."""
+    return "" if share is None else f"{share:.0%}"
+
+
+def with_error(value, error, form):
+    """Return a value and its standard error as two texts, "-" for what is None. form: how a number is
+    written."""
+    shown_value = "-" if value is None else form.format(value)
+    shown_error = "-" if error is None else "± " + form.format(error)
+    return [shown_value, shown_error]
+
+
+def longest_that_holds(results, holds):
+    """Return the longest length up to which holds(result) is true at every length. It must be true at the
+    first."""
+    reached = results[0]
+    for result in results:
+        if not holds(result):
+            break
+        reached = result
+    return reached["length"]
+
+
+# ---------------------------------------------------------------- printing
+
+
+def print_reports(reports, task, table):
+    """Print the table of all models, the models one below the other at each length or benchmark, and what
+    follows from it.
+
+    task: its name. table: one of the classes above.
+    """
+    introduction = table.introduction(reports[0]["results"])
+    if introduction:
+        print(introduction)
+    print_columns(table_rows(reports, task, table))
+    if any(result.get("beyond_window") for report in reports for result in report["results"]):
+        print("* longer than the model's window")
+    for report in reports:
+        for sentence in table.conclusions(report["results"]):
+            print(report["model"], sentence)
+
+
+def table_rows(reports, task, table):
+    """Return the rows of the table, lists of texts, the headings first."""
+    first_results = reports[0]["results"]
+    by_length = "length" in first_results[0]
+    rows = [["length" if by_length else "", task, *table.headings(first_results)]]
+    for i in range(len(first_results)):
+        for report in reports:
+            result = report["results"][i]
+            label = ""
+            if report is reports[0]:
+                label = f"{result['length']:,}" if by_length else result["benchmark"]
+            model = report["model"] + ("*" if result.get("beyond_window") else "")
+            rows.append([label, model, *table.figure(result), *table.details(result, report["results"][0])])
+    return rows
+
+
+def print_columns(rows):
+    """Print rows of texts in columns: the first two flush left, the others flush right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    for row in rows:
+        left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2])]
+        right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:])]
+        print("  ".join(left + right).rstrip())
