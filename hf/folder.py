@@ -1,0 +1,209 @@
+"""A Hugging Face checkpoint folder that has been checked whole (config, every name, every shape) before
+a weight is read.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor
+
+from fsdp import own_rows
+from hf import families, tokenizer
+from model import Transformer
+from storage.files import InputError, read_json
+
+INDEX = "model.safetensors.index.json"
+
+
+class CheckpointFolder:
+    """A folder whose weights fit its config.json. Nothing but headers has been read, and no memory is
+    taken.
+
+    path: the folder. config: its Config. files: {path of a safetensors file: {published name of a
+    tensor: its shape}}."""
+
+    def __init__(self, path):
+        """Check the folder `path`. Raise InputError if a file, the architecture, a name or a shape is
+        wrong."""
+        self.path = Path(path)
+        self.config = families.read_config(self.path)
+        self._parameters = {}  # published name -> our names of the parameters in it, in their order
+        self._shapes = {}  # published name -> its shape
+        for name, parameter in self.empty_model().state_dict().items():
+            self._expect(name, tuple(parameter.shape))
+        self.files = find_tensors(self.path)
+        self._check_names_and_shapes()
+
+    def _expect(self, name, shape):
+        """Note under which published name a parameter of ours is found. Those that share one are
+        stacked there by rows."""
+        published = families.published_name(name, self.config.model_type)
+        if self.config.tie_embeddings and name == "head.weight":
+            return
+        rows = self._shapes[published][0] if published in self._shapes else 0
+        self._parameters.setdefault(published, []).append(name)
+        self._shapes[published] = (rows + shape[0], *shape[1:])
+
+    def empty_model(self):
+        """Return the model on the meta device."""
+        with torch.device("meta"):
+            return Transformer(self.config)
+
+    def parameter_count(self):
+        """Return how many numbers the weights hold."""
+        return sum(math.prod(shape) for shape in self._shapes.values())
+
+    @torch.no_grad()
+    def read_into(self, model):
+        """Read the weights into the parameters of a model of this Config, rounded to their dtype.
+
+        Of a parameter that is sharded (a DTensor) each process reads its own rows, so that its memory
+        stays near its share and one tensor."""
+        parameters = model.state_dict()
+        for path, names in self.files.items():
+            with safe_open(path, "pt") as f:
+                for published in names:
+                    if published in self._parameters:
+                        self._read_tensor(f.get_slice(published), self._parameters[published], parameters)
+
+    def _read_tensor(self, published, names, parameters):
+        """Copy a published tensor, a slice of a safetensors file, into the parameters that are stacked
+        in it."""
+        first_row = 0
+        for name in names:
+            parameter = parameters[name]
+            local, rows = parameter, slice(0, len(parameter))
+            if isinstance(parameter, DTensor):
+                local, rows = parameter.to_local(), own_rows(parameter)
+            if families.has_interleaved_rotary(
+                name, self.config
+            ):  # its rows change places across the borders of shards
+                whole = families.half_split(published[:], self.config.head_dim, self.config.rotary_dim)
+                local.copy_(whole[rows])
+            else:
+                local.copy_(published[first_row + rows.start : first_row + rows.stop])
+            first_row += len(parameter)
+
+    def fingerprint(self):
+        """Return 16 hexadecimal digits of the SHA-256 of the config and of each tensor's first row. Two
+        checkpoints of one shape differ in it, though little is read."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for path, names in self.files.items():
+            with safe_open(path, "pt") as f:
+                for published in names:
+                    if not families.is_recomputed(published):
+                        first_row = f.get_slice(published)[:1].contiguous()
+                        digest.update(first_row.view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    def load_tokenizer(self):
+        """Return the tokenizer beside the weights. Raise InputError if it makes ids that the model has
+        no embedding for."""
+        loaded = tokenizer.load(self.path)
+        if loaded.vocab_size > self.config.vocab_size:
+            raise InputError(
+                f"{self.path}: the tokenizer has {loaded.vocab_size} tokens, the model only "
+                f"{self.config.vocab_size}; use the tokenizer it was trained with"
+            )
+        return loaded
+
+    def _check_names_and_shapes(self):
+        """Raise InputError unless the files hold exactly the weights that config.json asks for."""
+        found = {}
+        for shapes in self.files.values():
+            found |= {name: shape for name, shape in shapes.items() if not families.is_recomputed(name)}
+        tied_twice = False
+        if self.config.tie_embeddings:  # old exports hold the tied head a second time
+            tied_twice = found.pop("lm_head.weight", None) is not None
+        missing, unexpected = self._shapes.keys() - found.keys(), found.keys() - self._shapes.keys()
+        for what, names in (("missing", missing), ("unexpected", unexpected)):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise InputError(
+                    f"{self.path}: weight {min(names)}{more} {what}; config.json and the weights are of "
+                    "different models"
+                )
+        for name, shape in found.items():
+            if shape != self._shapes[name]:
+                raise InputError(
+                    f"{self.path}: weight {name} has shape {shape}, config.json says {self._shapes[name]}"
+                )
+        if tied_twice:
+            self._check_tied_head()
+
+    def _check_tied_head(self):
+        """Raise InputError if a head that config.json ties to the embedding is another tensor."""
+        embedding = self._tensor(families.published_name("embed.weight", self.config.model_type))
+        head = self._tensor("lm_head.weight")
+        if embedding.dtype != head.dtype or not torch.equal(embedding, head):
+            raise InputError(
+                f"{self.path}: config.json ties the head to the embedding, but lm_head.weight is another; "
+                "loaders disagree on which one counts; set tie_word_embeddings to false there to keep the "
+                "head, or take it out of the file"
+            )
+
+    def _tensor(self, published):
+        """Return one whole tensor."""
+        for path, names in self.files.items():
+            if published in names:
+                with safe_open(path, "pt") as f:
+                    return f.get_tensor(published)
+
+
+# ---------------------------------------------------------------- what the files hold
+
+
+def find_tensors(folder):
+    """Return {path of a safetensors file: {name of a tensor in it: its shape}} of a folder, by its
+    index where it has one. Raise InputError if a file or a tensor is missing."""
+    index = folder / INDEX
+    if not index.is_file():
+        single = folder / "model.safetensors"
+        if single.is_file():
+            return {single: read_shapes(single)}
+        hint = ""
+        if any(folder.glob("*.bin")):
+            hint = f" (its .bin weights are pickled: python -m hf.weights convert {folder} NEW_FOLDER)"
+        raise InputError(f"{folder}: no model.safetensors and no {INDEX}{hint}; is the copy complete?")
+    files = {}
+    for path, names in read_index(index).items():
+        shapes = read_shapes(path)
+        if absent := set(names) - set(shapes):
+            raise InputError(
+                f"{path}: {min(absent)} is missing, though {INDEX} names it here; copy the file again"
+            )
+        files[path] = {name: shapes[name] for name in names}
+    return files
+
+
+def read_index(index):
+    """Return {file: names of its weights} of an index file. Raise InputError if one of them is outside
+    the index's folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index}: has no weight_map; copy it again")
+    files = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file in ("", "..") or file != Path(file).name:
+            raise InputError(
+                f"{index}: {name} points to {file!r}, outside the folder; do not use this checkpoint"
+            )
+        files.setdefault(index.parent / file, []).append(name)
+    return files
+
+
+def read_shapes(path):
+    """Return {name: shape} of a safetensors file, from its header. Raise InputError if it is missing or
+    damaged."""
+    try:
+        with safe_open(path, "pt") as f:
+            return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+    except FileNotFoundError:
+        if path.exists():  # the library says the same of a file that may not be read
+            open(path).close()  # raises the system's own error
+        raise InputError(f"{path}: missing, though the index names it; copy the checkpoint again") from None
+    except SafetensorError as error:
+        raise InputError(f"{path}: truncated or not safetensors ({error}); copy it again") from None
