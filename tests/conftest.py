@@ -1,4 +1,5 @@
 """Shared fixtures. Nothing here needs a network, a GPU or a file outside the repository."""
+
 import json
 import os
 import subprocess
@@ -10,7 +11,9 @@ import torch
 import transformers
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(1)  # for models this small a second thread on a busy machine costs ten times what it saves
+torch.set_num_threads(
+    1
+)  # for models this small a second thread on a busy machine costs ten times what it saves
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -38,14 +41,15 @@ def scaling_of(mode, pairs=8):
 
 
 def hf_logits(model, tokens, positions):
-    """Logits of transformers. With neither a mask nor a cache it takes a jump in position_ids for the start of another document."""
+    """Logits of transformers. With neither a mask nor a cache it takes a jump in position_ids for the
+    start of another document."""
     return model(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions).logits
 
 
 @pytest.fixture
 def make_llama(tmp_path):
-    """make_llama(name, **config) -> a folder written by transformers with a random small LLaMA (or family: Mistral, Qwen2), and that
-    model (float32, eval)."""
+    """make_llama(name, **config) -> a folder written by transformers with a random small LLaMA (or
+    family: Mistral, Qwen2), and that model (float32, eval)."""
 
     def make(name="model", family="Llama", seed=0, max_shard_size="5GB", **changes):
         torch.manual_seed(seed)
@@ -64,7 +68,13 @@ def make_llama(tmp_path):
 def warm():
     """A process of warm.py. It has one thread: how many is settled when torch is imported."""
     command = [sys.executable, Path(__file__).parent / "warm.py"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:
         yield process
         process.stdin.close()
 
@@ -77,10 +87,18 @@ def run(warm, tmp_path_factory):
         env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
         folder = tmp_path_factory.mktemp("output")
         written = {name: folder / name for name in ("stdout", "stderr")}
-        request = {"script": ROOT / script, "arguments": [str(a) for a in arguments], "processes": processes, "cwd": cwd or Path.cwd(), "env": env}
+        request = {
+            "script": ROOT / script,
+            "arguments": [str(a) for a in arguments],
+            "processes": processes,
+            "cwd": cwd or Path.cwd(),
+            "env": env,
+        }
         warm.stdin.write(json.dumps(request | written | {"timeout": timeout}, default=str) + "\n")
         warm.stdin.flush()
         code = int(warm.stdout.readline())
-        return subprocess.CompletedProcess(request["arguments"], code, *(path.read_text() for path in written.values()))
+        return subprocess.CompletedProcess(
+            request["arguments"], code, *(path.read_text() for path in written.values())
+        )
 
     return start

@@ -1,4 +1,5 @@
 """A user's mistake: exit code 2, one line on stderr that names it, and nothing on disk changed."""
+
 import errno
 import importlib
 import io
@@ -15,8 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-import errors
-import weights
+from hf import weights
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -65,7 +65,8 @@ def call(monkeypatch, capfd):
 
 @pytest.fixture
 def refused(call):
-    """The command is refused, its one line holds every word of `says`, and the folder of the test is as it was."""
+    """The command is refused, its one line holds every word of `says`, and the folder of the test is as
+    it was."""
 
     def check(script, *arguments, says):
         before = snapshot(Path())
@@ -122,7 +123,11 @@ def test_arguments_that_are_none(call, script, arguments, says):
 
 
 def test_commands_that_are_none(run):
-    for command, *arguments in (["weights.py", "a"], ["assets/make_tiny.py"], ["pose.py", "--plots", "a.png"]):
+    for command, *arguments in (
+        ["weights.py", "a"],
+        ["assets/make_tiny.py"],
+        ["pose.py", "--plots", "a.png"],
+    ):
         done = run(command, *arguments)
         check_refusal(done.returncode, done.stderr, [f"; see python {command} --help"])
 
@@ -132,7 +137,9 @@ def test_commands_that_are_none(run):
 
 def test_no_such_folder(really_refused):
     really_refused("train.py", "--model", "nowhere/llama", *TRAIN, says=["nowhere/llama", "config.json"])
-    really_refused("eval.py", "--task", "passkey", "--model", "nowhere/llama", says=["nowhere/llama", "config.json"])
+    really_refused(
+        "eval.py", "--task", "passkey", "--model", "nowhere/llama", says=["nowhere/llama", "config.json"]
+    )
 
 
 def test_folder_without_config(refused, model):
@@ -153,7 +160,10 @@ def test_config_that_is_no_object(refused, model, content):
     refused("train", "--model", model, *TRAIN, says=[model / "config.json"])
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"])
+@pytest.mark.parametrize(
+    "key",
+    ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"],
+)
 def test_config_without_a_key(refused, model, key):
     config = json.loads((model / "config.json").read_text())
     del config[key]
@@ -176,14 +186,29 @@ def test_config_without_a_key(refused, model, key):
         ({"attention_bias": True}, ["bias"]),
         ({"hidden_act": "gelu"}, ["gelu"]),
         ({"model_type": "mistral", "sliding_window": 32}, ["mistral", "sliding_window 32"]),
-        ({"model_type": "mistral", "max_position_embeddings": 32768}, ["mistral", "sliding_window 4096"]),  # what its class assumes
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32}, ["qwen2", "sliding_window 32"]),
+        (
+            {"model_type": "mistral", "max_position_embeddings": 32768},
+            ["mistral", "sliding_window 4096"],
+        ),  # what its class assumes
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32},
+            ["qwen2", "sliding_window 32"],
+        ),
         ({"model_type": "mistral", "sliding_window": "no"}, ["sliding_window", "'no'"]),
         ({"model_type": "mixtral"}, ["mixtral"]),
         ({"model_type": "qwen2_moe"}, ["qwen2_moe"]),
         ({"num_local_experts": 8}, ["mixture of experts", "num_local_experts 8"]),
         ({"quantization_config": {"quant_method": "fp8"}}, ["quantised"]),
-        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": "64", "rope_theta": 1e4}}, ["config.json"]),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "original_max_position_embeddings": "64",
+                    "rope_theta": 1e4,
+                }
+            },
+            ["config.json"],
+        ),
         ({"dtype": "int8"}, ["int8"]),
         ({"rope_parameters": {"rope_type": "spiral", "factor": 2.0, "rope_theta": 1e4}}, ["spiral"]),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["yarn", "factor"]),
@@ -223,9 +248,13 @@ def write_index(file, only=None):
     def edit(folder):
         names = list(load_file(folder / "model.safetensors"))
         shutil.copy(folder / "model.safetensors", folder / "part-1.safetensors")
-        shutil.copy(folder / "model.safetensors", folder.parent / "x.safetensors")  # a real file, out of bounds
+        shutil.copy(
+            folder / "model.safetensors", folder.parent / "x.safetensors"
+        )  # a real file, out of bounds
         weight_map = {name: "part-1.safetensors" for name in names} | {"model.norm.weight": str(file)}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
         (folder / "model.safetensors").unlink()
 
     return edit
@@ -302,7 +331,8 @@ def test_no_tokenizer(refused, model):
     [
         (["--target_len", 64, "--train_len", 80], ["--target_len 64", "80"]),
         (["--target_len", 63, "--train_len", 16], ["--target_len 63", "window of 64"]),
-        (["--target_len", -5, "--rope", "ntk"], ["--target_len -5", "window of 64"]), (["--target_len", 2**40], ["--target_len", "at most"]),
+        (["--target_len", -5, "--rope", "ntk"], ["--target_len -5", "window of 64"]),
+        (["--target_len", 2**40], ["--target_len", "at most"]),
         (["--train_len", 0], ["--train_len 0"]),
         (["--train_len", -5], ["--train_len -5"]),
         (["--chunks", 0], ["--chunks 0"]),
@@ -316,7 +346,8 @@ def test_no_tokenizer(refused, model):
         (["--seed", -1], ["--seed -1"]),
         (["--lr", -1], ["--lr -1"]),
         (["--llama_4_scaling_beta", "nan"], ["--llama_4_scaling_beta nan"]),
-        (["--overshoot", 0.5], ["--overshoot 0.5", "from 1 to"]), (["--factor", 1e300], ["--factor 1e+300", "from 1 to"]),
+        (["--overshoot", 0.5], ["--overshoot 0.5", "from 1 to"]),
+        (["--factor", 1e300], ["--factor 1e+300", "from 1 to"]),
         (["--overshoot", 2, "--method", "pi"], ["--overshoot", "with pi"]),
         (["--factor", 0.5], ["--factor 0.5", "from 1 to"]),
         (["--factor", "nan"], ["--factor nan"]),
@@ -342,7 +373,9 @@ def test_no_cuda(call, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for script, arguments in (("train", TRAIN), ("eval", ["--task", "passkey"])):
         before = snapshot(Path())
-        check_refusal(*call(script, "--model", "tiny", *arguments, "--device", "cuda"), ["--device cuda", "CUDA"])
+        check_refusal(
+            *call(script, "--model", "tiny", *arguments, "--device", "cuda"), ["--device cuda", "CUDA"]
+        )
         assert snapshot(Path()) == before
 
 
@@ -369,7 +402,9 @@ def test_data_that_cannot_be_read(refused, model, tmp_path, name, content, says)
     Path(name).write_bytes(content)
     refused("train", "--model", model, *TRAIN[2:], "--data", name, says=[name, *says])
     tokens = tmp_path / "cache" / "tokens"
-    assert not tokens.exists() or not list(tokens.iterdir())  # no half-made token file for the next run to find
+    assert not tokens.exists() or not list(
+        tokens.iterdir()
+    )  # no half-made token file for the next run to find
 
 
 def test_no_data(really_refused, refused, model):
@@ -377,13 +412,33 @@ def test_no_data(really_refused, refused, model):
     Path("folder").mkdir()
     really_refused("train.py", "--model", model, *TRAIN[2:], "--data", "empty.txt", says=["empty.txt"])
     refused("train", "--model", model, *TRAIN[2:], "--data", "absent.txt", says=["absent.txt"])
-    refused("train", "--model", model, *TRAIN[2:], "--data", "absent.txt", "--data", "text.txt", says=["absent.txt"])  # both count
+    refused(
+        "train",
+        "--model",
+        model,
+        *TRAIN[2:],
+        "--data",
+        "absent.txt",
+        "--data",
+        "text.txt",
+        says=["absent.txt"],
+    )  # both count
     refused("train", "--model", model, *TRAIN[2:], "--data", "folder", says=["folder", ".txt"])
 
 
 def test_train_len_longer_than_every_document(refused, model):
     Path("short.txt").write_text("a cat")
-    refused("train", "--model", model, *TRAIN[2:], "--data", "short.txt", "--train_len", 50, says=["50", "--train_len"])
+    refused(
+        "train",
+        "--model",
+        model,
+        *TRAIN[2:],
+        "--data",
+        "short.txt",
+        "--train_len",
+        50,
+        says=["50", "--train_len"],
+    )
 
 
 # ---------------------------------------------------------------- the output folder
@@ -412,7 +467,9 @@ def test_out_that_holds_a_run(really_refused, refused, model, finished):
 
 
 def test_resume_without_a_run(really_refused, refused, model):
-    really_refused("train.py", "--model", model, *TRAIN, "--out", "absent", "--resume", says=["--resume", "absent"])
+    really_refused(
+        "train.py", "--model", model, *TRAIN, "--out", "absent", "--resume", says=["--resume", "absent"]
+    )
     Path("bare").mkdir()
     refused("train", "--model", model, *TRAIN, "--out", "bare", "--resume", says=["--resume", "bare"])
 
@@ -423,13 +480,26 @@ def test_resume_without_a_run(really_refused, refused, model):
         (["--lr", 1e-3], ["lr was 2e-05, now 0.001"]),
         (["--seed", 1, "--rope", "linear"], ["seed was 0, now 1", "rope was yarn, now linear"]),
         (["--train_len", 32], ["train_len was 64, now 32"]),
-        (["--rope", "default"], ["rope was yarn, now default"]),  # and not that this has no factor, which was not given
+        (
+            ["--rope", "default"],
+            ["rope was yarn, now default"],
+        ),  # and not that this has no factor, which was not given
         (["--data", "text.txt"], ["data was ['text.txt'], now ['text.txt', 'text.txt']"]),
     ],
     ids=lambda v: " ".join(map(str, v)),
 )
 def test_resume_with_other_arguments(refused, model, finished, arguments, says):
-    refused("train", "--model", model, *TRAIN, "--out", "done", "--resume", *arguments, says=["--resume", "done", *says])
+    refused(
+        "train",
+        "--model",
+        model,
+        *TRAIN,
+        "--out",
+        "done",
+        "--resume",
+        *arguments,
+        says=["--resume", "done", *says],
+    )
 
 
 def test_resume_of_a_broken_record(refused, model, finished):
@@ -451,7 +521,9 @@ def test_lengths_that_are_no_numbers(refused, model, lengths):
 
 
 def test_lengths_abc(really_refused):
-    really_refused("eval.py", "--task", "passkey", "--model", "tiny", "--lengths", "abc", says=["--lengths abc"])
+    really_refused(
+        "eval.py", "--task", "passkey", "--model", "tiny", "--lengths", "abc", says=["--lengths abc"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -497,10 +569,31 @@ def test_evaluation_arguments(refused, model, arguments, says):
     refused("eval", "--model", model, *lengths, "--task", *arguments, says=says)
 
 
-@pytest.mark.parametrize("content", ["", '{"task"', "[1]", '{"task": "passkey"}', '{"task": "passkey", "model": "tiny", "results": []}', "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '{"task"',
+        "[1]",
+        '{"task": "passkey"}',
+        '{"task": "passkey", "model": "tiny", "results": []}',
+        "\xff",
+    ],
+)
 def test_json_that_holds_nothing_to_go_on_from(refused, model, content):
     Path("r.json").write_bytes(content.encode("latin1"))
-    refused("eval", "--task", "passkey", "--model", model, "--lengths", 256, "--json", "r.json", says=["--json r.json"])
+    refused(
+        "eval",
+        "--task",
+        "passkey",
+        "--model",
+        model,
+        "--lengths",
+        256,
+        "--json",
+        "r.json",
+        says=["--json r.json"],
+    )
 
 
 def test_json_of_another_evaluation(refused, model, monkeypatch):
@@ -508,15 +601,45 @@ def test_json_of_another_evaluation(refused, model, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["eval.py", *call, "1", "--device", "cpu"])
     importlib.import_module("eval").main()
     refused("eval", *call, 2, "--seed", 5, says=["r.json", "trials was 1, now 2", "seed was 0, now 5"])
-    refused("eval", "--task", "needle", "--model", model, "--trials", 1, "--json", "r.json", says=["r.json", "task was passkey, now needle"])
-    refused("eval", *call, 1, "--model", model, "tiny", says=["r.json", f"model was ['{model}'], now ['{model}', 'tiny']"])
+    refused(
+        "eval",
+        "--task",
+        "needle",
+        "--model",
+        model,
+        "--trials",
+        1,
+        "--json",
+        "r.json",
+        says=["r.json", "task was passkey, now needle"],
+    )
+    refused(
+        "eval",
+        *call,
+        1,
+        "--model",
+        model,
+        "tiny",
+        says=["r.json", f"model was ['{model}'], now ['{model}', 'tiny']"],
+    )
     change_tensors(lambda t: t.update({UP: t[UP] + 0.01}))(model)  # trained further into the same folder
     refused("eval", *call, 1, says=["r.json", f"weights of {model} was "])
 
 
 def test_json_of_other_texts(refused, model, monkeypatch):
     """Of the same name and size as those that the results are of."""
-    call = ["--task", "ppl", "--model", str(model), "--data", "text.txt", "--json", "r.json", "--lengths", "64"]
+    call = [
+        "--task",
+        "ppl",
+        "--model",
+        str(model),
+        "--data",
+        "text.txt",
+        "--json",
+        "r.json",
+        "--lengths",
+        "64",
+    ]
     monkeypatch.setattr(sys, "argv", ["eval.py", *call, "--device", "cpu"])
     importlib.import_module("eval").main()
     Path("text.txt").write_text(Path("text.txt").read_text().replace("cat", "dog"))
@@ -525,7 +648,20 @@ def test_json_of_other_texts(refused, model, monkeypatch):
 
 def test_weights_that_give_no_number(refused, model):
     change_tensors(lambda t: t.update({UP: t[UP] * float("nan")}))(model)
-    refused("eval", "--task", "ppl", "--model", model, "--data", "text.txt", "--lengths", 64, "--json", "r.json", says=["not finite"])
+    refused(
+        "eval",
+        "--task",
+        "ppl",
+        "--model",
+        model,
+        "--data",
+        "text.txt",
+        "--lengths",
+        64,
+        "--json",
+        "r.json",
+        says=["not finite"],
+    )
 
 
 def test_plot_without_an_ending(call):
@@ -549,7 +685,9 @@ def disk_full(*_, **__):
 
 
 def safetensors_disk_full(*_, **__):
-    raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    raise safetensors.SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
 
 
 def check_disk_full(code, err):
@@ -566,7 +704,8 @@ def test_disk_full_when_the_model_is_written(call, model, monkeypatch):
 
 @pytest.mark.parametrize("room", [0, 2**16], ids=["at_once", "inside_a_tensor"])
 def test_disk_full_when_a_checkpoint_is_written(call, model, monkeypatch, room):
-    """The second checkpoint does not fit, the first stays whole. Inside a tensor PyTorch turns the OSError into a RuntimeError."""
+    """The second checkpoint does not fit, the first stays whole. Inside a tensor PyTorch turns the
+    OSError into a RuntimeError."""
     checkpoint_files = torch.distributed.checkpoint.filesystem.FileSystem
     real = checkpoint_files.create_stream
 
@@ -575,11 +714,17 @@ def test_disk_full_when_a_checkpoint_is_written(call, model, monkeypatch, room):
             return disk_full() if self.tell() + len(content) > room else super().write(content)
 
     def create_stream(self, path, mode):
-        return SmallDisk(path, mode) if mode == "wb" and Path("out/checkpoints/step-1").exists() else real(self, path, mode)
+        return (
+            SmallDisk(path, mode)
+            if mode == "wb" and Path("out/checkpoints/step-1").exists()
+            else real(self, path, mode)
+        )
 
     monkeypatch.setattr(checkpoint_files, "create_stream", create_stream)
     arguments = ("--batch_size", 2, "--target_len", 256, "--steps", 2, "--save_every", 1)
-    check_disk_full(*call("train", "--model", model, "--data", "text.txt", *arguments, "--out", "out", "--device", "cpu"))
+    check_disk_full(
+        *call("train", "--model", model, "--data", "text.txt", *arguments, "--out", "out", "--device", "cpu")
+    )
     assert Path("out/checkpoints/step-1/.metadata").is_file() and not Path("out/checkpoints/step-2").exists()
 
 
@@ -603,7 +748,10 @@ def test_a_json_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
 
 def test_results_in_a_folder_that_cannot_be_written(call, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
-    check_refusal(*call("eval", "--task", "passkey", "--model", "tiny", "--json", "r.json"), ["r.json", "cannot be written"])
+    check_refusal(
+        *call("eval", "--task", "passkey", "--model", "tiny", "--json", "r.json"),
+        ["r.json", "cannot be written"],
+    )
 
 
 def test_a_really_full_disk(run, model):

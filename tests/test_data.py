@@ -1,4 +1,7 @@
-"""data.py: what is read, what is refused and how it is said, the token cache, and batches as a pure function of (seed, step, index)."""
+"""data.py: what is read, what is refused and how it is said, the token cache, and batches as a pure
+function of (seed, step, index).
+"""
+
 import argparse
 import gzip
 import json
@@ -13,15 +16,15 @@ import sentencepiece
 import torch
 
 import data
-import tokenizer
-import weights
-from errors import UserError
+from hf import tokenizer, weights
+from storage.files import InputError
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
 
 class FakeTokenizer:
-    """The document "7 12" has the tokens 7, 8, 9, 10, 11: consecutive, so that the token after t is t + 1. Counts what it is asked."""
+    """The document "7 12" has the tokens 7, 8, 9, 10, 11: consecutive, so that the token after t is t +
+    1. Counts what it is asked."""
 
     def __init__(self, vocab_size=1000, files=None):
         self.vocab_size, self.files, self.asked = vocab_size, files or {"tokenizer.model": b"one"}, 0
@@ -53,8 +56,15 @@ def test_txt_is_one_document(tmp_path):
 
 
 def test_jsonl_is_a_document_a_line(tmp_path):
-    """Blank lines and blank texts are passed over, other keys ignored, and a line separator inside a text does not end it."""
-    lines = ['{"text": "first"}', "", '{"id": 3, "text": "sec\\nond", "meta": {"text": 1}}', '{"text": " \\n"}', '{"text": "a\u2028b"}']
+    """Blank lines and blank texts are passed over, other keys ignored, and a line separator inside a
+    text does not end it."""
+    lines = [
+        '{"text": "first"}',
+        "",
+        '{"id": 3, "text": "sec\\nond", "meta": {"text": 1}}',
+        '{"text": " \\n"}',
+        '{"text": "a\u2028b"}',
+    ]
     plain = write(tmp_path / "a.jsonl", "\n".join(lines))
     packed = write(tmp_path / "b.jsonl.gz", gzip.compress("\r\n".join(lines).encode()))
     assert texts_of(plain) == texts_of(packed) == ["first", "sec\nond", "a\u2028b"]
@@ -67,7 +77,11 @@ def test_folder_is_searched_in_order_and_other_files_are_left_alone(tmp_path):
     write(tmp_path / "d" / "picture.png", b"\xff\xfe")
     write(tmp_path / "d" / "notes.md", "not asked for")
     assert texts_of(tmp_path / "d") == ["deep 1", "deep 2", "b", "packed"]
-    assert texts_of(str(tmp_path / "d" / "b.txt"), tmp_path / "d" / "a") == ["b", "deep 1", "deep 2"]  # as named, str or Path
+    assert texts_of(str(tmp_path / "d" / "b.txt"), tmp_path / "d" / "a") == [
+        "b",
+        "deep 1",
+        "deep 2",
+    ]  # as named, str or Path
 
 
 def test_a_name_that_is_not_utf_8(tmp_path):
@@ -78,7 +92,10 @@ def test_a_name_that_is_not_utf_8(tmp_path):
 
 def test_a_named_file_of_another_suffix_is_read_as_text(tmp_path):
     source = "def f():\n    return 1\n"
-    assert texts_of(write(tmp_path / "code.py", source), write(tmp_path / "README", "read me")) == [source, "read me"]
+    assert texts_of(write(tmp_path / "code.py", source), write(tmp_path / "README", "read me")) == [
+        source,
+        "read me",
+    ]
 
 
 def test_without_paths_the_standard_library():
@@ -86,9 +103,13 @@ def test_without_paths_the_standard_library():
     library = Path(argparse.__file__).parent.resolve()
     inside = {file.resolve().relative_to(library) for file in files}
     assert {Path("argparse.py"), Path("gzip.py"), Path("json/__init__.py")} <= inside
-    assert not {"site-packages", "dist-packages", "test", "tests"} & {part for file in inside for part in file.parts}
+    assert not {"site-packages", "dist-packages", "test", "tests"} & {
+        part for file in inside for part in file.parts
+    }
     assert all(file.suffix == ".py" for file in files)
-    assert Path(argparse.__file__).read_text(encoding="utf-8") in texts_of()  # and none of the files is refused
+    assert (
+        Path(argparse.__file__).read_text(encoding="utf-8") in texts_of()
+    )  # and none of the files is refused
 
 
 PACKED = gzip.compress(jsonl(*(f"document {i} {i**5}" for i in range(2000))).encode())
@@ -124,12 +145,13 @@ GOOD = '{"text": "good"}\n\n'  # a bad line after it is number 3
     ],
 )
 def test_bad_input_is_named(tmp_path, name, content, says):
-    """One line that names the file, and the line of a .jsonl; nothing stays in the cache, even when good files came before."""
+    """One line that names the file, and the line of a .jsonl; nothing stays in the cache, even when
+    good files came before."""
     before = [] if says == ["no text"] else [write(tmp_path / "fine.jsonl", jsonl("0 5", "5 9"))]
     bad = write(tmp_path / name, content)
     fake = FakeTokenizer()
     fake.encode_batch = lambda texts: [[1] * len(text) for text in texts]
-    with pytest.raises(UserError) as error:
+    with pytest.raises(InputError) as error:
         data.prepare([*before, bad], fake, tmp_path / "cache")
     message = str(error.value)
     assert all(part in message for part in [str(bad), *says]) and "\n" not in message
@@ -139,13 +161,13 @@ def test_bad_input_is_named(tmp_path, name, content, says):
 @pytest.mark.parametrize("missing", ["nowhere", "nowhere.txt", "nowhere/deeper.jsonl"])
 def test_missing_path(tmp_path, missing):
     fine = write(tmp_path / "fine.txt", "text")
-    with pytest.raises(UserError, match=f"{tmp_path / missing}: no such file"):
+    with pytest.raises(InputError, match=f"{tmp_path / missing}: no such file"):
         data.prepare([fine, tmp_path / missing], FakeTokenizer(), tmp_path / "cache")
 
 
 def test_folder_without_texts(tmp_path):
     write(tmp_path / "empty" / "picture.png", b"\xff")
-    with pytest.raises(UserError, match=f"{tmp_path / 'empty'}: no .txt, .jsonl"):
+    with pytest.raises(InputError, match=f"{tmp_path / 'empty'}: no .txt, .jsonl"):
         data.prepare([tmp_path / "empty"], FakeTokenizer(), tmp_path / "cache")
 
 
@@ -160,11 +182,15 @@ def test_tokens_are_the_tokenizers_own(tmp_path):
     write(tmp_path / "d" / "c.jsonl", jsonl(*texts[68:]))
     documents = data.prepare([tmp_path / "d"], tokenizer.load(TINY), tmp_path / "cache")
     reference = sentencepiece.SentencePieceProcessor(model_file=str(TINY / "tokenizer.model"))
-    assert [documents[i].tolist() for i in range(len(documents))] == [reference.encode(text) for text in texts]
+    assert [documents[i].tolist() for i in range(len(documents))] == [
+        reference.encode(text) for text in texts
+    ]
     assert isinstance(documents.tokens, np.memmap) and not documents.tokens.flags.writeable
 
 
-@pytest.mark.parametrize("vocab_size, dtype", [(300, np.uint16), (2**16, np.uint16), (2**16 + 1, np.uint32), (200_000, np.uint32)])
+@pytest.mark.parametrize(
+    "vocab_size, dtype", [(300, np.uint16), (2**16, np.uint16), (2**16 + 1, np.uint32), (200_000, np.uint32)]
+)
 def test_every_id_of_the_vocabulary_fits(tmp_path, vocab_size, dtype):
     file = write(tmp_path / "a.txt", f"{vocab_size - 4} {vocab_size}")
     for _ in range(2):  # made, then found
@@ -180,7 +206,9 @@ def test_tokens_are_reused_until_something_changes(tmp_path):
         """How many documents the tokenizer was asked for, after a look at what came back."""
         fake = FakeTokenizer(**changes)
         documents = data.prepare(paths, fake, tmp_path / "cache")
-        assert [(int(d[0]), int(d[-1]) + 1) for d in (documents[i] for i in range(len(documents)))] == expected
+        assert [
+            (int(d[0]), int(d[-1]) + 1) for d in (documents[i] for i in range(len(documents)))
+        ] == expected
         return fake.asked
 
     all_three = [(0, 9), (10, 20), (30, 50)]
@@ -204,7 +232,8 @@ def test_tokens_are_reused_until_something_changes(tmp_path):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, RuntimeError, OSError])
 def test_nothing_half_written_is_left_behind(tmp_path, stop):
-    """Stopped in the second batch, when the first one is on its way to the disk; the next call starts anew and is whole."""
+    """Stopped in the second batch, when the first one is on its way to the disk; the next call starts
+    anew and is whole."""
     spans = [(i, i + 5) for i in range(100)]
     file = write(tmp_path / "a.jsonl", jsonl(*(f"{first} {last}" for first, last in spans)))
     fake = FakeTokenizer()
@@ -231,10 +260,14 @@ def test_nothing_half_written_is_left_behind(tmp_path, stop):
 
 @pytest.fixture
 def make_documents(tmp_path):
-    """make_documents(5, 80): documents of 5 and 80 tokens, number i with the ids 1000 (i + 1), 1000 (i + 1) + 1, …"""
+    """make_documents(5, 80): documents of 5 and 80 tokens, number i with the ids 1000 (i + 1), 1000 (i
+    + 1) + 1, …"""
 
     def make(*lengths):
-        file = write(tmp_path / "documents.jsonl", jsonl(*(f"{1000 * i} {1000 * i + n}" for i, n in enumerate(lengths, 1))))
+        file = write(
+            tmp_path / "documents.jsonl",
+            jsonl(*(f"{1000 * i} {1000 * i + n}" for i, n in enumerate(lengths, 1))),
+        )
         return data.prepare([file], FakeTokenizer(vocab_size=100_000), tmp_path / "cache")
 
     return make
@@ -253,20 +286,27 @@ def test_batch_is_a_pure_function_of_seed_step_and_index(make_documents):
     whole = batches(3, range(12))
     assert all(column.shape == (12, 8) and column.dtype == np.int64 for column in whole)
     batches(4, range(5))  # leaves nothing behind
-    for groups in ([range(12)], [range(6), range(6, 12)], [[i] for i in range(12)]):  # one process, two, twelve
+    for groups in (
+        [range(12)],
+        [range(6), range(6, 12)],
+        [[i] for i in range(12)],
+    ):  # one process, two, twelve
         parts = [data.Batches(documents, seed=7, **POSE)(3, group) for group in groups]
         assert same(whole, [np.concatenate(columns) for columns in zip(*parts)])
     assert same([column[[8, 2, 2]] for column in whole], batches(3, [8, 2, 2]))
 
 
 def test_steps_indices_and_seeds_all_make_other_examples(make_documents):
-    """Also across the three: (seed, step, index) is no sum. There are millions of examples to draw, so 216 never repeat by chance."""
+    """Also across the three: (seed, step, index) is no sum. There are millions of examples to draw, so
+    216 never repeat by chance."""
     documents = make_documents(900)
     examples = [
         (tokens.tobytes(), positions.tobytes())
         for seed in range(6)
         for step in range(6)
-        for tokens, positions in zip(*data.Batches(documents, seed, **POSE | {"target_len": 10**6})(step, range(6))[:2])
+        for tokens, positions in zip(
+            *data.Batches(documents, seed, **POSE | {"target_len": 10**6})(step, range(6))[:2]
+        )
     ]
     assert len(examples) == len(set(examples)) == 216
 
@@ -286,7 +326,8 @@ def test_steps_indices_and_seeds_all_make_other_examples(make_documents):
     ],
 )
 def test_target_is_the_token_that_follows_in_the_document(make_documents, sampling, bos_id):
-    """Ids are consecutive, so a target is its token + 1: at the seam of two chunks, before the end, and for the token that BOS replaced."""
+    """Ids are consecutive, so a target is its token + 1: at the seam of two chunks, before the end, and
+    for the token that BOS replaced."""
     train_len = sampling["train_len"]
     batches = data.Batches(make_documents(9, 10, 500), seed=0, bos_id=bos_id, **sampling)
     tokens, positions, targets = batches(0, range(300))
@@ -294,7 +335,10 @@ def test_target_is_the_token_that_follows_in_the_document(make_documents, sampli
         assert (targets == tokens + 1).all()
     else:
         assert (tokens[:, 0] == bos_id).all() and (targets[:, 1:] == tokens[:, 1:] + 1).all()
-        assert same(data.Batches(make_documents(9, 10, 500), seed=0, **sampling)(0, range(300))[1:], (positions, targets))
+        assert same(
+            data.Batches(make_documents(9, 10, 500), seed=0, **sampling)(0, range(300))[1:],
+            (positions, targets),
+        )
     documents, places = np.divmod(targets, 1000)
     assert (documents == documents[:, :1]).all()  # no example crosses from one document into the next
     assert (places < np.array([0, 9, 10, 500])[documents]).all() and (places >= 1).all()
@@ -304,7 +348,8 @@ def test_target_is_the_token_that_follows_in_the_document(make_documents, sampli
 
 @pytest.mark.parametrize("first, steps", [(0, 5), (3, 4)])
 def test_batches_made_ahead_are_those_of_their_steps(make_documents, first, steps):
-    """From the first step of a run, and of a resumed one; taken at once or with time in between for the thread."""
+    """From the first step of a run, and of a resumed one; taken at once or with time in between for the
+    thread."""
     batches = data.Batches(make_documents(200, 300, 90), seed=7, bos_id=1, **POSE)
     ahead = data.prefetched(batches, first, range(2, 6), torch.device("cpu"))
     for step, batch in zip(range(first, first + steps), ahead):
@@ -324,7 +369,8 @@ def test_an_error_in_a_batch_made_ahead_comes_out(make_documents):
 
 
 def test_every_place_where_a_window_can_begin_is_equally_likely(make_documents):
-    """So a document is drawn in proportion to length - train_len, the last token being a target only, and short ones never."""
+    """So a document is drawn in proportion to length - train_len, the last token being a target only,
+    and short ones never."""
     lengths, n = [8, 9, 12, 30, 3, 20], 8000
     batches = data.Batches(make_documents(*lengths), seed=1, **POSE | {"method": "pi"})
     assert batches.skipped == 2  # of 8 and 3 tokens
@@ -346,7 +392,7 @@ def test_short_documents_are_counted_and_never_drawn(make_documents, lengths, sk
 
 
 def test_only_short_documents(make_documents):
-    with pytest.raises(UserError, match="longer than train_len 8: the longest of 3 has 8 tokens"):
+    with pytest.raises(InputError, match="longer than train_len 8: the longest of 3 has 8 tokens"):
         data.Batches(make_documents(5, 8, 1), seed=0, **POSE)
 
 
@@ -357,8 +403,11 @@ def test_text_of_an_example_spans_at_most_five_windows(make_documents):
 
 
 def test_text_offset_skip_reaches_as_far_as_the_positions(make_documents):
-    """There the text of a chunk is where its positions say, up to target_len tokens away, wherever the document goes on that far."""
-    tokens, positions, _ = data.Batches(make_documents(900), seed=0, **POSE | {"offset": "skip"})(0, range(1000))
+    """There the text of a chunk is where its positions say, up to target_len tokens away, wherever the
+    document goes on that far."""
+    tokens, positions, _ = data.Batches(make_documents(900), seed=0, **POSE | {"offset": "skip"})(
+        0, range(1000)
+    )
     enough = tokens[:, 0] - 1000 + 64 < 900
     assert enough.sum() > 500 and positions[enough].max() == 63
     assert np.array_equal((tokens - tokens[:, :1])[enough], positions[enough])

@@ -1,4 +1,5 @@
 """Sharding: what each process loads, holds and computes; what a checkpoint is on disk."""
+
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import transformers
 from conftest import ROOT
 
 import fsdp
-from errors import UserError
+from storage.files import InputError
 
 BEGIN = """
 import sys
@@ -45,8 +46,11 @@ def launch(run, tmp_path):
 
 
 def gptj(tmp_path):
-    """Its rotary pairs are interleaved: the rows of q and k change places across the borders of the shards."""
-    model = transformers.GPTJForCausalLM(transformers.GPTJConfig(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=64, rotary_dim=8))
+    """Its rotary pairs are interleaved: the rows of q and k change places across the borders of the
+    shards."""
+    model = transformers.GPTJForCausalLM(
+        transformers.GPTJConfig(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=64, rotary_dim=8)
+    )
     for p in model.parameters():  # its own biases are zero
         torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.12)
     model.save_pretrained(tmp_path / "gptj")
@@ -66,7 +70,9 @@ for dtype in (torch.float32, torch.bfloat16):
 """
 
 
-@pytest.mark.parametrize("family", [{"tie_word_embeddings": True}, {"vocab_size": 321}, {"family": "Qwen2"}, "gptj"], ids=str)
+@pytest.mark.parametrize(
+    "family", [{"tie_word_embeddings": True}, {"vocab_size": 321}, {"family": "Qwen2"}, "gptj"], ids=str
+)
 def test_sharded_loading_reads_the_same_weights(launch, make_llama, tmp_path, family):
     """Three processes: no size divides by three, the last process may hold fewer rows or none."""
     launch(COMPARE, gptj(tmp_path) if family == "gptj" else make_llama(**family)[0], 3)
@@ -135,13 +141,23 @@ for activation_checkpointing in ("none", "selective", "full"):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_every_way_to_save_memory_gives_the_same_gradients(launch, make_llama, processes):
-    """Those of a plain model; and each mode computes again what it says: full all of a block, selective no matrix product."""
+    """Those of a plain model; and each mode computes again what it says: full all of a block, selective
+    no matrix product."""
     folder, _ = make_llama(tie_word_embeddings=processes == 2)
     lines = launch(GRADIENTS, folder, processes)
-    blocks, products = 2, 3 * (2 * 7 + 1)  # forward, and twice backward: seven products in each block, and the head's
+    blocks, products = (
+        2,
+        3 * (2 * 7 + 1),
+    )  # forward, and twice backward: seven products in each block, and the head's
     again = 6 * blocks  # of the last one in a block nobody needs the result again
-    expected = {"none": (products, blocks), "selective": (products, 2 * blocks), "full": (products + again, 2 * blocks)}
-    assert lines == [" ".join(map(str, (mode, *counts))) for mode, counts in expected.items() for _ in range(2)]  # offload or not
+    expected = {
+        "none": (products, blocks),
+        "selective": (products, 2 * blocks),
+        "full": (products + again, 2 * blocks),
+    }
+    assert lines == [
+        " ".join(map(str, (mode, *counts))) for mode, counts in expected.items() for _ in range(2)
+    ]  # offload or not
 
 
 # ---------------------------------------------------------------- checkpoints on disk
@@ -182,8 +198,12 @@ def test_a_checkpoint_has_its_name_only_when_it_is_on_disk(process_group, tmp_pa
     """Every file and the folder before the rename, the name before an older checkpoint goes."""
     happened = []
     fsync, rename = os.fsync, Path.rename
-    monkeypatch.setattr(os, "fsync", lambda fd: (happened.append(("sync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
-    monkeypatch.setattr(Path, "rename", lambda self, to: (happened.append(("rename", str(to))), rename(self, to)))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (happened.append(("sync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
+    )
+    monkeypatch.setattr(
+        Path, "rename", lambda self, to: (happened.append(("rename", str(to))), rename(self, to))
+    )
     checkpoints = fsdp.Checkpoints(tmp_path / "c", {}, 1)
     save(checkpoints, 1)
     happened.clear()
@@ -193,7 +213,9 @@ def test_a_checkpoint_has_its_name_only_when_it_is_on_disk(process_group, tmp_pa
     aside = tmp_path / "c" / "step-2.tmp"
     assert on_disk >= {str(aside), *(str(aside / name) for name in names(tmp_path / "c" / "step-2"))}
     after = happened[named:]
-    assert after.index(("sync", str(tmp_path / "c"))) < after.index(("rename", str(tmp_path / "c" / "step-1.old")))
+    assert after.index(("sync", str(tmp_path / "c"))) < after.index(
+        ("rename", str(tmp_path / "c" / "step-1.old"))
+    )
     assert names(tmp_path / "c") == {"step-2"}
 
 
@@ -227,5 +249,5 @@ def test_every_file_of_a_checkpoint_is_checked(process_group, tmp_path):
 
 def test_what_differs_from_the_run_of_a_checkpoint_is_named(process_group, tmp_path):
     save(fsdp.Checkpoints(tmp_path, {"lr": 1.0, "seed": 0}, 2), 3)
-    with pytest.raises(UserError, match="step-3 is of another run: lr was 1.0, now 2.0;"):
+    with pytest.raises(InputError, match="step-3 is of another run: lr was 1.0, now 2.0;"):
         load(fsdp.Checkpoints(tmp_path, {"lr": 2.0, "seed": 0}, 2))

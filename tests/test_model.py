@@ -9,15 +9,19 @@ from transformers.models.ministral3 import modeling_ministral3 as ministral3
 
 import model as decoder
 import pose
-import weights
+from hf import weights
 
 
 def pose_positions(T, target_len, rows, seed=0):
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    positions = torch.from_numpy(np.stack([pose.sample("pose", rng, T + 1, T, target_len)[1] for _ in range(rows)]))
-    positions[:, -1] = positions.max()  # transformers takes the length of `dynamic` from the whole batch, we from each row
+    positions = torch.from_numpy(
+        np.stack([pose.sample("pose", rng, T + 1, T, target_len)[1] for _ in range(rows)])
+    )
+    positions[:, -1] = (
+        positions.max()
+    )  # transformers takes the length of `dynamic` from the whole batch, we from each row
     return positions
 
 
@@ -45,13 +49,16 @@ def test_logits_and_gradients_equal_transformers(make_llama, shape):
         grads = dict(theirs.named_parameters())
         for name, p in ours.named_parameters():
             expected_grad = grads[weights.hf_name(name)].grad
-            torch.testing.assert_close(p.grad, expected_grad, rtol=1e-3, atol=1e-3 * expected_grad.abs().max().item())
+            torch.testing.assert_close(
+                p.grad, expected_grad, rtol=1e-3, atol=1e-3 * expected_grad.abs().max().item()
+            )
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 def test_logits_on_a_gpu_equal_transformers_on_the_cpu(make_llama, dtype, error):
-    """Windows of 4,096 tokens at positions up to 131,072, where bfloat16 positions or angles would be off by hundreds."""
+    """Windows of 4,096 tokens at positions up to 131,072, where bfloat16 positions or angles would be
+    off by hundreds."""
     folder, theirs = make_llama(head_dim=64)
     ours = weights.load(folder, "cuda", dtype)
     tokens, positions = torch.randint(0, 320, (2, 4096)), pose_positions(4096, 131072, 2)
@@ -62,15 +69,25 @@ def test_logits_on_a_gpu_equal_transformers_on_the_cpu(make_llama, dtype, error)
     assert (got - expected).norm() < error * expected.norm()
 
 
-SCALED = {"rope_theta": 10000.0, "rope_type": "default", "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.3}
+SCALED = {
+    "rope_theta": 10000.0,
+    "rope_type": "default",
+    "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.3,
+}
 
 
 def test_scaled_queries_equal_transformers(make_llama, monkeypatch):
-    """Ministral 3 in three windows of 16: logits, gradients and greedy decoding. It scales by position, as any loader may that never skips;
-    with skips ours is still by the number of keys, which it gets from its own function given the indices."""
+    """Ministral 3 in three windows of 16: logits, gradients and greedy decoding. It scales by position,
+    as any loader may that never skips; with skips ours is still by the number of keys, which it gets
+    from its own function given the indices."""
     folder, theirs = make_llama(family="Ministral3", rope_parameters=SCALED)
     ours = weights.load(folder)
-    tokens, near, far = torch.randint(0, 320, (2, 48)), torch.arange(48).expand(2, -1), pose_positions(48, 2048, 2)
+    tokens, near, far = (
+        torch.randint(0, 320, (2, 48)),
+        torch.arange(48).expand(2, -1),
+        pose_positions(48, 2048, 2),
+    )
     scale = ministral3.get_llama_4_attn_scale
     for positions in (near, far):
         monkeypatch.setattr(ministral3, "get_llama_4_attn_scale", lambda _, *settings: scale(near, *settings))
@@ -83,10 +100,14 @@ def test_scaled_queries_equal_transformers(make_llama, monkeypatch):
         grads = dict(theirs.named_parameters())
         for name, p in ours.named_parameters():
             expected_grad = grads[weights.hf_name(name)].grad
-            torch.testing.assert_close(p.grad, expected_grad, rtol=1e-3, atol=1e-3 * expected_grad.abs().max().item())
+            torch.testing.assert_close(
+                p.grad, expected_grad, rtol=1e-3, atol=1e-3 * expected_grad.abs().max().item()
+            )
     monkeypatch.undo()
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = theirs.generate(tokens[:, :37], attention_mask=torch.ones_like(tokens[:, :37]), **settings)[:, 37:]
+    expected = theirs.generate(tokens[:, :37], attention_mask=torch.ones_like(tokens[:, :37]), **settings)[
+        :, 37:
+    ]
     for prefill_chunk in (1, 7, 16, 2048):
         assert torch.equal(ours.generate(tokens[:, :37], 12, prefill_chunk=prefill_chunk), expected)
 
@@ -107,14 +128,19 @@ def test_every_stock_interpolation_equals_transformers(make_llama, mode):
     tokens = torch.randint(0, 320, (2, 96))
     for positions in (torch.arange(96).expand(2, -1), pose_positions(96, 512, 2)):
         with torch.no_grad():
-            torch.testing.assert_close(ours(tokens, positions), hf_logits(theirs, tokens, positions), rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                ours(tokens, positions), hf_logits(theirs, tokens, positions), rtol=0, atol=1e-4
+            )
 
 
 def test_positions_enter_only_through_their_differences(make_llama):
-    """RoPE is relative: moving every position by a million changes nothing but rounding (and no table has to reach that far)."""
+    """RoPE is relative: moving every position by a million changes nothing but rounding (and no table
+    has to reach that far)."""
     ours = weights.load(make_llama()[0])
     tokens, positions = torch.randint(0, 320, (1, 32)), pose_positions(32, 2000, 1)
-    torch.testing.assert_close(ours(tokens, positions), ours(tokens, positions + 1_000_000), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        ours(tokens, positions), ours(tokens, positions + 1_000_000), rtol=0, atol=1e-3
+    )
     assert (ours(tokens, positions) - ours(tokens)).abs().max() > 0.1  # a skip does change something
 
 
@@ -147,7 +173,12 @@ def test_generation_equals_transformers_whatever_the_prefill(make_llama, scaling
     ours = weights.load(folder)
     prompt = torch.randint(0, 320, (2, 37))
     expected = theirs.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     )[:, 37:]
     for prefill_chunk in (1, 8, 36, 37, 2048):
         assert torch.equal(ours.generate(prompt, 12, prefill_chunk=prefill_chunk), expected)
@@ -155,18 +186,27 @@ def test_generation_equals_transformers_whatever_the_prefill(make_llama, scaling
 
 @pytest.mark.parametrize("mode, n", [("dynamic", 200), ("longrope", 200), ("longrope", 64), ("longrope", 65)])
 def test_generation_with_angles_that_depend_on_the_length(make_llama, mode, n):
-    """The frequencies of the n tokens that are read in all (the last new one is not) hold from the first token on: those of a model that has
-    them at every length."""
+    """The frequencies of the n tokens that are read in all (the last new one is not) hold from the
+    first token on: those of a model that has them at every length."""
     folder, _ = make_llama()
     ours = weights.load(folder)
     L, d = 64, 16  # the original window, rotated dimensions
     scaling = {"rope_type": mode, "original_max_position_embeddings": L}
     if mode == "dynamic":
         ours.config.rope_scaling = scaling | {"factor": 2.0}
-        _, same = make_llama("same", rope_parameters={"rope_theta": 10000.0 * (2 * n / L - 1) ** (d / (d - 2))})
+        _, same = make_llama(
+            "same", rope_parameters={"rope_theta": 10000.0 * (2 * n / L - 1) ** (d / (d - 2))}
+        )
     else:
-        ours.config.rope_scaling = scaling | {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "attention_factor": 1.0}
-        _, same = make_llama("same", rope_parameters={"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0 if n > L else 1.0})
+        ours.config.rope_scaling = scaling | {
+            "short_factor": [1.0] * 8,
+            "long_factor": [4.0] * 8,
+            "attention_factor": 1.0,
+        }
+        _, same = make_llama(
+            "same",
+            rope_parameters={"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0 if n > L else 1.0},
+        )
     prompt = torch.randint(0, 320, (2, n - 11))
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = same.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[:, n - 11 :]
@@ -196,13 +236,21 @@ def test_a_long_text_in_rows_holds_nothing_twice(make_llama, monkeypatch):
         return made
 
     monkeypatch.setattr(decoder.Block, "qkv", noted)
-    monkeypatch.setattr(decoder, "attention", lambda *qkv: alive.append(sum(p() is not None for p in pieces)) or attention(*qkv))
+    monkeypatch.setattr(
+        decoder,
+        "attention",
+        lambda *qkv: alive.append(sum(p() is not None for p in pieces)) or attention(*qkv),
+    )
     with torch.no_grad():
         ours.hidden(torch.randint(0, 320, (1, 50)))
     assert len(pieces) == 2 * 4 * 3 and alive == [0, 0]
 
 
-@pytest.mark.parametrize("family", [{"family": "Llama"}, {"family": "Phi"}, {"family": "Ministral3", "rope_parameters": SCALED}], ids=str)
+@pytest.mark.parametrize(
+    "family",
+    [{"family": "Llama"}, {"family": "Phi"}, {"family": "Ministral3", "rope_parameters": SCALED}],
+    ids=str,
+)
 def test_a_long_text_in_rows_equals_one_piece(make_llama, monkeypatch, family):
     """Without gradients each block takes ROWS tokens at a time; the hidden states are those of the whole."""
     ours = weights.load(make_llama(**family)[0])
@@ -216,8 +264,9 @@ def test_a_long_text_in_rows_equals_one_piece(make_llama, monkeypatch, family):
 
 @pytest.mark.parametrize("family", ["Llama", "Phi"])
 def test_float32_master_weights_compute_what_their_roundings_do(make_llama, family):
-    """A single process trains so. Every matrix is rounded where it is used, so nothing differs from a bfloat16 model; gradients arrive in
-    float32. A norm's weight is not: an update far below bfloat16's step near 1 shows."""
+    """A single process trains so. Every matrix is rounded where it is used, so nothing differs from a
+    bfloat16 model; gradients arrive in float32. A norm's weight is not: an update far below bfloat16's
+    step near 1 shows."""
     folder, _ = make_llama(family=family)
     master, rounded = (weights.load(folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     with torch.no_grad():
@@ -241,7 +290,8 @@ def test_float32_master_weights_compute_what_their_roundings_do(make_llama, fami
 
 
 def test_flops_count_every_matrix_product(make_llama):
-    """6 FLOPs per weight of a matrix product, and two products of half the T x T square a head, forward and twice backward."""
+    """6 FLOPs per weight of a matrix product, and two products of half the T x T square a head, forward
+    and twice backward."""
     ours = weights.load(make_llama()[0])
     products = sum(m.weight.numel() for m in ours.modules() if isinstance(m, torch.nn.Linear))
     T, layers, heads, head_dim = 128, 2, 4, 16
@@ -251,5 +301,7 @@ def test_flops_count_every_matrix_product(make_llama):
 
 def test_meta_construction_has_no_buffers():
     with torch.device("meta"):
-        model = decoder.Transformer(decoder.Config(320, 64, 96, 2, 4, 2, 16, 64, rope_scaling={"rope_type": "linear", "factor": 2.0}))
+        model = decoder.Transformer(
+            decoder.Config(320, 64, 96, 2, 4, 2, 16, 64, rope_scaling={"rope_type": "linear", "factor": 2.0})
+        )
     assert not list(model.buffers())

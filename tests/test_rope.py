@@ -1,4 +1,7 @@
-"""rope.py against transformers, against the papers' equations written again with scalars, and against exact arithmetic."""
+"""rope.py against transformers, against the papers' equations written again with scalars, and against
+exact arithmetic.
+"""
+
 import math
 from decimal import Decimal, getcontext
 
@@ -11,7 +14,13 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from rope import MODES, apply_rope, ntk_factor, rope_cos_sin, rope_frequencies
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 2048}
 LONGROPE = {"rope_type": "longrope", "factor": 32.0, "original_max_position_embeddings": 4096}
 LONGROPE |= {"short_factor": [1 + j / 100 for j in range(32)], "long_factor": [1.5**j for j in range(32)]}
@@ -45,11 +54,18 @@ def relative_error(got, want):
 
 def llama_config(scaling, theta, dim, window):
     scaling = scaling | {"rope_theta": theta}
-    return LlamaConfig(hidden_size=4 * dim, num_attention_heads=4, head_dim=dim, max_position_embeddings=window, rope_parameters=scaling)
+    return LlamaConfig(
+        hidden_size=4 * dim,
+        num_attention_heads=4,
+        head_dim=dim,
+        max_position_embeddings=window,
+        rope_parameters=scaling,
+    )
 
 
 def theirs(scaling, theta, dim, seq_len=None):
-    # `dynamic` ignores original_max_position_embeddings and takes the model's own window for the original length.
+    # `dynamic` ignores original_max_position_embeddings and takes the model's own window for the
+    # original length.
     config = llama_config(scaling, theta, dim, window=scaling.get("original_max_position_embeddings", 2048))
     if scaling["rope_type"] == "default":
         return LlamaRotaryEmbedding.compute_default_rope_parameters(config)
@@ -67,7 +83,8 @@ class Float64Torch:
 
 @pytest.fixture
 def transformers_in_float64(monkeypatch):
-    """Its functions ask for float32 by name: here they get float64, so that nothing but the mathematics can differ."""
+    """Its functions ask for float32 by name: here they get float64, so that nothing but the mathematics
+    can differ."""
     for module in (modeling_rope_utils, modeling_llama):
         monkeypatch.setattr(module, "torch", Float64Torch())
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -86,7 +103,11 @@ def transformers_in_float64(monkeypatch):
         (YARN | {"factor": 1.0}, None),
         (YARN | {"beta_fast": 16.0, "beta_slow": 2.0}, None),
         (YARN | {"truncate": False}, None),
-        (YARN | {"truncate": False, "beta_fast": 20, "beta_slow": 3, "original_max_position_embeddings": 8192}, None),
+        (
+            YARN
+            | {"truncate": False, "beta_fast": 20, "beta_slow": 3, "original_max_position_embeddings": 8192},
+            None,
+        ),
         (YARN | {"original_max_position_embeddings": 6}, None),  # the ramp's two ends meet at the first pair
         (YARN | {"truncate": False, "beta_fast": 4, "beta_slow": 4}, None),  # and between two pairs
         (YARN | {"original_max_position_embeddings": 131_072}, None),  # the ramp ends beyond the last pair
@@ -119,7 +140,8 @@ def test_same_as_transformers(transformers_in_float64, scaling, seq_len, theta):
 
 
 def by_hand(mode, theta, dim, s, original, n, low_freq_factor=1.0, high_freq_factor=4.0):
-    """The frequencies and the factor on cos and sin, pair by pair, from the papers and the reference code."""
+    """The frequencies and the factor on cos and sin, pair by pair, from the papers and the reference
+    code."""
     f = [math.exp(-2 * j / dim * math.log(theta)) for j in range(dim // 2)]
     wavelength = [2 * math.pi / x for x in f]
     temperature = 1 if s <= 1 else 0.1 * math.log(s) + 1  # YaRN: sqrt(1/t) = 0.1 ln(s) + 1
@@ -127,12 +149,15 @@ def by_hand(mode, theta, dim, s, original, n, low_freq_factor=1.0, high_freq_fac
     def with_base(base):
         return [math.exp(-2 * j / dim * math.log(base)) for j in range(dim // 2)]
 
-    # YaRN's ramp: pair j turns L / wavelength_j times in the window; j as a real number, rounded outwards to whole pairs.
+    # YaRN's ramp: pair j turns L / wavelength_j times in the window; j as a real number, rounded
+    # outwards to whole pairs.
     def pair(turns):
         return dim / 2 * math.log(original / (2 * math.pi * turns), theta)
 
     first, last = max(math.floor(pair(32)), 0), min(math.ceil(pair(1)), dim - 1)
-    ramp = [0.0 if j <= first else 1.0 if j >= last else (j - first) / (last - first) for j in range(dim // 2)]
+    ramp = [
+        0.0 if j <= first else 1.0 if j >= last else (j - first) / (last - first) for j in range(dim // 2)
+    ]
 
     if mode == "default":
         return f, 1
@@ -165,7 +190,11 @@ def by_hand(mode, theta, dim, s, original, n, low_freq_factor=1.0, high_freq_fac
 @pytest.mark.parametrize(
     "theta, dim, factor, original",
     [
-        (1e4, 128, 16.0, 2048), (1e4, 64, 3.7, 4096), (5e5, 128, 8.0, 8192), (1e6, 16, 512.0, 256), (1e4, 64, 1.0, 2048),
+        (1e4, 128, 16.0, 2048),
+        (1e4, 64, 3.7, 4096),
+        (5e5, 128, 8.0, 8192),
+        (1e6, 16, 512.0, 256),
+        (1e4, 64, 1.0, 2048),
         (1e4, 64, 4.0, 131_072),  # the ramp ends beyond the last pair
     ],  # fmt: skip
 )
@@ -193,22 +222,34 @@ def test_ntk_divides_the_slowest_pair_by_exactly_the_factor(factor):
     assert float(got[0]) == 1
 
 
-@pytest.mark.parametrize("dim, theta, window", [(64, 1e5, 8192), (128, 1e4, 2048), (128, 1e4, 4096), (128, 5e5, 8192), (32, 1e4, 256)])
+@pytest.mark.parametrize(
+    "dim, theta, window",
+    [(64, 1e5, 8192), (128, 1e4, 2048), (128, 1e4, 4096), (128, 5e5, 8192), (32, 1e4, 256)],
+)
 def test_ntk_by_its_own_factor_slows_the_critical_pair_by_the_ratio(dim, theta, window):
-    """Pair ceil(d/2 log_theta(window / 2 pi)) is the first that does not come round in the window (Liu et al. 2023: the critical dimension)."""
+    """Pair ceil(d/2 log_theta(window / 2 pi)) is the first that does not come round in the window (Liu
+    et al. 2023: the critical dimension)."""
     critical = math.ceil(dim / 2 * math.log(window / 2 / math.pi, theta))
     ratio = 16.0
     scaling = {"rope_type": "ntk", "factor": ntk_factor(dim, theta, None, window, ratio)}
-    slowed = [float(a / b) for a, b in zip(rope_frequencies(dim, theta)[0], rope_frequencies(dim, theta, scaling)[0])]
+    slowed = [
+        float(a / b)
+        for a, b in zip(rope_frequencies(dim, theta)[0], rope_frequencies(dim, theta, scaling)[0])
+    ]
     assert slowed[critical] == pytest.approx(ratio, rel=1e-12)
     assert max(slowed[:critical]) < ratio < min(slowed[critical + 1 :])
 
 
 def test_ntks_factor_of_a_scaled_model_looks_at_its_angles_now():
-    """Four times slower in a window four times as long is where it was; slowed by 1,000 no pair but the first comes round."""
+    """Four times slower in a window four times as long is where it was; slowed by 1,000 no pair but the
+    first comes round."""
     of_base = ntk_factor(64, 1e5, None, 8192, 4.0)
-    assert ntk_factor(64, 1e5, {"rope_type": "linear", "factor": 4.0}, 32768, 4.0) == pytest.approx(of_base, rel=1e-12)
-    assert ntk_factor(64, 1e5, {"rope_type": "linear", "factor": 1000.0}, 8192, 2.0) == pytest.approx(2.0**31, rel=1e-12)
+    assert ntk_factor(64, 1e5, {"rope_type": "linear", "factor": 4.0}, 32768, 4.0) == pytest.approx(
+        of_base, rel=1e-12
+    )
+    assert ntk_factor(64, 1e5, {"rope_type": "linear", "factor": 1000.0}, 8192, 2.0) == pytest.approx(
+        2.0**31, rel=1e-12
+    )
 
 
 def test_ntks_factor_is_the_ratio_where_every_pair_comes_round():
@@ -226,11 +267,17 @@ def test_dynamic_depends_on_this_call_only():
 
 
 def test_yarn_and_its_revision_differ_only_on_the_ramp():
-    """Both leave fast pairs alone and divide slow ones by s; between them wavelengths blended are longer than frequencies blended."""
-    frequencies = {mode: rope_frequencies(128, 1e4, full_scaling(mode, 16.0, 2048, 128))[0] for mode in ("default", "yarn", "yarn_revised")}
+    """Both leave fast pairs alone and divide slow ones by s; between them wavelengths blended are
+    longer than frequencies blended."""
+    frequencies = {
+        mode: rope_frequencies(128, 1e4, full_scaling(mode, 16.0, 2048, 128))[0]
+        for mode in ("default", "yarn", "yarn_revised")
+    }
     change = frequencies["yarn"] / frequencies["default"]
     between = (change > 1 / 16 + 1e-9) & (change < 1 - 1e-9)
-    assert torch.allclose(frequencies["yarn"][~between], frequencies["yarn_revised"][~between], rtol=1e-12, atol=0)
+    assert torch.allclose(
+        frequencies["yarn"][~between], frequencies["yarn_revised"][~between], rtol=1e-12, atol=0
+    )
     assert between.sum() > 20 and (frequencies["yarn_revised"][between] < frequencies["yarn"][between]).all()
 
 
@@ -275,14 +322,16 @@ def test_cos_and_sin_are_right_at_position_1_000_000(theta):
     for t, position in enumerate(positions):
         for j in range(32):
             angle = exact_angle(position, j, 64, theta)
-            # Half a unit in the last place of a float32 below 1, and what float64 loses on an angle of 1,000,000 radians.
+            # Half a unit in the last place of a float32 below 1, and what float64 loses on an angle of
+            # 1,000,000 radians.
             assert abs(float(cos[0, t, 0, j]) - math.cos(angle)) <= 2**-25 + 1e-9
             assert abs(float(sin[0, t, 0, j]) - math.sin(angle)) <= 2**-25 + 1e-9
 
 
 @pytest.mark.parametrize("start", [0, 1_000_000])
 def test_scores_depend_on_distance_only(start):
-    """A pair as a complex number z turns by exp(i m f), so the score of q at m and k at n is Re(sum q conj(k) exp(i (m - n) f))."""
+    """A pair as a complex number z turns by exp(i m f), so the score of q at m and k at n is Re(sum q
+    conj(k) exp(i (m - n) f))."""
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 64, generator=generator)
     distances = [0, 1, 7, 500, 30_000]
@@ -301,14 +350,17 @@ def test_scores_depend_on_distance_only(start):
 
 
 def test_same_rotation_as_transformers():
-    """Their half-split layout, their frequencies and their attention factor, with every row at positions of its own."""
+    """Their half-split layout, their frequencies and their attention factor, with every row at
+    positions of its own."""
     config = llama_config(YARN, 1e4, 64, window=2048)
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 3, 10, 4, 64, generator=generator)  # B, T, H, D
     positions = torch.randint(0, 60, (3, 10), generator=generator)
     want_q, want_k = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(config)(q, positions), unsqueeze_dim=2)
     cos, sin = rope_cos_sin(positions, *rope_frequencies(64, 1e4, YARN))
-    torch.testing.assert_close(apply_rope(q, cos, sin), want_q, atol=3e-5, rtol=0)  # their angles are float32: 60 * 2^-24 off
+    torch.testing.assert_close(
+        apply_rope(q, cos, sin), want_q, atol=3e-5, rtol=0
+    )  # their angles are float32: 60 * 2^-24 off
     torch.testing.assert_close(apply_rope(k, cos, sin), want_k, atol=3e-5, rtol=0)
 
 
@@ -323,9 +375,12 @@ def test_attention_factor_multiplies_scores_twice():
     torch.testing.assert_close(apply_rope(x, cos, sin).square().sum(-1), 1.5**2 * x.square().sum(-1))
 
 
-@pytest.mark.parametrize("dtype, half_ulp", [(torch.float32, 2**-24), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize(
+    "dtype, half_ulp", [(torch.float32, 2**-24), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)]
+)
 def test_dtype_is_kept_and_the_arithmetic_is_float32(dtype, half_ulp):
-    """Half precision is rounded once, at the end: an intermediate in bfloat16 would lose more than half a unit in the last place."""
+    """Half precision is rounded once, at the end: an intermediate in bfloat16 would lose more than half
+    a unit in the last place."""
     x = torch.randn(2, 50, 3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     positions = torch.arange(100).view(2, 50) * 997
     inv_freq, _ = rope_frequencies(64, 1e4)

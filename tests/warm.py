@@ -1,10 +1,13 @@
-"""A Python that has imported the libraries already and forks for each request: a start of a command costs milliseconds, not the seconds that
-`import torch` takes, and there are hundreds in the tests. Modules of this repository are imported anew each time.
+"""A Python that has imported the libraries already and forks for each request: a start of a command
+costs milliseconds, not the seconds that `import torch` takes, and there are hundreds in the tests.
+Modules of this repository are imported anew each time.
 
-Reads requests as JSON lines {"script", "arguments", "processes", "cwd", "env", "stdout", "stderr", "timeout"} and answers each with its exit
-code. processes: None, or so many as torchrun would start, with what torchrun tells them; the first that fails ends all. (What torchrun itself
-does is tested with torchrun, in test_survival.py.)
+Reads requests as JSON lines {"script", "arguments", "processes", "cwd", "env", "stdout", "stderr",
+"timeout"} and answers each with its exit code. processes: None, or so many as torchrun would start,
+with what torchrun tells them; the first that fails ends all. (What torchrun itself does is tested with
+torchrun, in test_survival.py.)
 """
+
 import json
 import os
 import runpy
@@ -38,13 +41,20 @@ os.environ.update(request["env"])
 if request["processes"]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": request["processes"], "TORCHELASTIC_RUN_ID": "none"}
+    world = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": request["processes"],
+        "TORCHELASTIC_RUN_ID": "none",
+    }
     workers = set()
     for rank in range(request["processes"]):
         if worker := os.fork():
             workers.add(worker)
         else:
-            os.environ.update({key: str(value) for key, value in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()})
+            os.environ.update(
+                {key: str(value) for key, value in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            )
             break
     else:
         failed = False

@@ -1,4 +1,7 @@
-"""Folders in and out: what we load computes what transformers computes, and what we write transformers loads."""
+"""Folders in and out: what we load computes what transformers computes, and what we write transformers
+loads.
+"""
+
 import dataclasses
 import errno
 import json
@@ -16,11 +19,9 @@ from conftest import hf_logits, scaling_of
 from safetensors.torch import load_file, save_file
 from test_rope import by_hand
 
-import families
 import rope
-import tokenizer
-import weights
-from errors import UserError
+from hf import families, tokenizer, weights
+from storage.files import InputError
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(7))
@@ -49,7 +50,8 @@ def ours(model, positions=NEAR, tokens=TOKENS):
 
 
 def assert_same(a, b, tolerance=1e-4):
-    """Equal to 1e-4 of the largest logit (about 7: the angles of transformers are float32, which costs 1e-4 at position 500)."""
+    """Equal to 1e-4 of the largest logit (about 7: the angles of transformers are float32, which costs
+    1e-4 at position 500)."""
     assert b.abs().max() > 0.5, "logits near zero would make any two models equal"
     assert (a - b).abs().max() < tolerance * b.abs().max()
 
@@ -71,7 +73,13 @@ def snapshot(folder):
 @pytest.mark.parametrize("shard", ["5GB", "60KB"])
 @pytest.mark.parametrize(
     "shape",
-    [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"head_dim": 32, "rope_theta": 5e5}],
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1},
+        {"head_dim": 32, "rope_theta": 5e5},
+    ],
     ids=["gqa", "tied", "mha", "mqa", "wide_heads"],
 )
 def test_loads_what_transformers_writes(make_llama, shape, shard):
@@ -94,7 +102,8 @@ def test_bfloat16_on_disk(make_llama):
 
 
 def test_old_exports(make_llama):
-    """LLaMA-1 configs have no head_dim and no KV heads; old files carry rotary tables and a tied head twice."""
+    """LLaMA-1 configs have no head_dim and no KV heads; old files carry rotary tables and a tied head
+    twice."""
     folder, model = make_llama(num_key_value_heads=4, tie_word_embeddings=True)
     edit(folder / "config.json", lambda c: (c.pop("head_dim"), c.pop("num_key_value_heads")))
     tensors = load_file(folder / "model.safetensors")
@@ -116,8 +125,10 @@ def test_a_tied_model_with_another_head(make_llama, shards):
     else:
         save_file(head, folder / "head.safetensors", metadata={"format": "pt"})
         weight_map = dict.fromkeys(tensors, "model.safetensors") | {"lm_head.weight": "head.safetensors"}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    with pytest.raises(UserError, match="lm_head.weight is another.* tie_word_embeddings"):
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
+    with pytest.raises(InputError, match="lm_head.weight is another.* tie_word_embeddings"):
         weights.load(folder)
     edit(folder / "config.json", lambda c: c.update(tie_word_embeddings=False))
     assert torch.equal(weights.load(folder).head.weight, head["lm_head.weight"])
@@ -129,7 +140,8 @@ SCALINGS["yarn_keys"] = scaling_of("yarn") | {"beta_fast": 16.0, "beta_slow": 2.
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_both_spellings_of_the_rope_config(make_llama, name):
-    """rope_scaling (`type` or `rope_type`) beside rope_theta, or rope_parameters: one Config, and transformers' logits from each."""
+    """rope_scaling (`type` or `rope_type`) beside rope_theta, or rope_parameters: one Config, and
+    transformers' logits from each."""
     window = 64 if name == "dynamic" else 512
     folder, _ = make_llama(max_position_embeddings=window)
     scaling = SCALINGS[name]
@@ -168,15 +180,21 @@ def test_what_we_write_transformers_computes(make_llama, tiny_tokenizer, tmp_pat
         assert (stock(tmp_path / "out", FAR) - stock(base, FAR)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("family", [{"family": "Mistral", "sliding_window": None}, {"family": "Qwen2"}], ids=lambda f: f["family"])
+@pytest.mark.parametrize(
+    "family", [{"family": "Mistral", "sliding_window": None}, {"family": "Qwen2"}], ids=lambda f: f["family"]
+)
 @pytest.mark.parametrize("mode", ["ntk", "yarn", "yarn_revised"])
 def test_every_family_is_written_as_itself(make_llama, tiny_tokenizer, tmp_path, family, mode):
     folder, base = make_llama(**family)
     model = weights.load(folder)
-    model.config = weights.extend(model.config, mode, 8192)  # past 4,096, the sliding window that Mistral's class assumes when none is named
+    model.config = weights.extend(
+        model.config, mode, 8192
+    )  # past 4,096, the sliding window that Mistral's class assumes when none is named
     weights.save(model, tiny_tokenizer, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written["architectures"] == [family["family"] + "ForCausalLM"] and written["sliding_window"] is None
+    assert (
+        written["architectures"] == [family["family"] + "ForCausalLM"] and written["sliding_window"] is None
+    )
     assert not transformers.AutoConfig.from_pretrained(tmp_path / "out").sliding_window
     for positions in (NEAR, FAR):
         assert_same(stock(tmp_path / "out", positions), ours(model, positions))
@@ -206,11 +224,15 @@ def test_scaled_queries_are_written_as_ministral(make_llama, tiny_tokenizer, tmp
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "again")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["architectures"] == ["Ministral3ForCausalLM"]
-    assert written["llama_4_scaling"] == {"beta": 0.3, "original_max_position_embeddings": 64}  # where vLLM looks
+    assert written["llama_4_scaling"] == {
+        "beta": 0.3,
+        "original_max_position_embeddings": 64,
+    }  # where vLLM looks
 
 
 def test_scaled_queries_stay_when_a_model_is_stretched_further(make_llama, tiny_tokenizer, tmp_path):
-    """NTK by another base, then YaRN on top: the queries count windows of the first 64 tokens, YaRN asks of turns in the 512 in between."""
+    """NTK by another base, then YaRN on top: the queries count windows of the first 64 tokens, YaRN
+    asks of turns in the 512 in between."""
     config = weights.load(make_llama()[0]).config
     ntk = weights.extend(config, "ntk", 512)
     first = dataclasses.replace(ntk, rope_theta=10000.0 * 8 ** (16 / 14), rope_scaling=None)
@@ -229,28 +251,49 @@ def test_scaled_queries_stay_when_a_model_is_stretched_further(make_llama, tiny_
 
 def test_scaled_queries_on_top_of_linear_scaling(make_llama, tiny_tokenizer, tmp_path):
     """Which does not record a first window: queries count the windows of the model as it came."""
-    model = weights.load(make_llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})[0])
-    window, before = model.config.max_position_embeddings, rope.rope_frequencies(16, 10000.0, model.config.rope_scaling)[0]
+    model = weights.load(
+        make_llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})[0]
+    )
+    window, before = (
+        model.config.max_position_embeddings,
+        rope.rope_frequencies(16, 10000.0, model.config.rope_scaling)[0],
+    )
     model.config = weights.extend(model.config, "default", 4 * window, llama_4_scaling_beta=0.1)
-    torch.testing.assert_close(rope.rope_frequencies(16, 10000.0, model.config.rope_scaling)[0], before, rtol=0, atol=0)
+    torch.testing.assert_close(
+        rope.rope_frequencies(16, 10000.0, model.config.rope_scaling)[0], before, rtol=0, atol=0
+    )
     weights.save(model, tiny_tokenizer, tmp_path / "out")
     config = weights.load(tmp_path / "out").config
     scale = rope.query_scale(config.rope_scaling, 0, 4 * window).flatten()
-    assert scale[window - 1] == 1 and float(scale[window]) == pytest.approx(1 + 0.1 * math.log(2)) and config.original_window == window
+    assert (
+        scale[window - 1] == 1
+        and float(scale[window]) == pytest.approx(1 + 0.1 * math.log(2))
+        and config.original_window == window
+    )
 
 
 @pytest.mark.parametrize("longest", ["null", '"32"'])
 def test_a_tokenizer_without_a_longest_text(make_llama, longest):
-    config, files = weights.load(make_llama()[0]).config, {"tokenizer_config.json": f'{{"model_max_length": {longest}}}'.encode()}
+    config, files = (
+        weights.load(make_llama()[0]).config,
+        {"tokenizer_config.json": f'{{"model_max_length": {longest}}}'.encode()},
+    )
     assert families.tokenizer_files(config, files) == files
 
 
-LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA31 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 @pytest.mark.parametrize("mode", ["linear", "ntk", "yarn", "yarn_revised", "llama3"])
 def test_a_scaled_model_is_stretched_further(make_llama, tiny_tokenizer, tmp_path, mode):
-    """Llama 3.1 and its 8 x, then 4 x more: each pair is slowed by both, where it is slow by what it does now, and stock loaders agree."""
+    """Llama 3.1 and its 8 x, then 4 x more: each pair is slowed by both, where it is slow by what it
+    does now, and stock loaders agree."""
     folder, base = make_llama(max_position_embeddings=512, rope_parameters=LLAMA31 | {"rope_theta": 5e5})
     model = weights.load(folder)
     model.config = weights.extend(model.config, mode, 2048)
@@ -266,7 +309,10 @@ def test_a_scaled_model_is_stretched_further(make_llama, tiny_tokenizer, tmp_pat
         expected = slowed_by(LLAMA31 | {"factor": 32.0})
     else:
         wavelengths = [2 * math.pi / f for f in by_hand("llama3", 5e5, 16, 8.0, 64, 1)[0]]
-        first, last = math.floor(pair(512 / 32)), math.ceil(pair(512))  # YaRN's: those that turn 32 times in the window of 512, and once
+        first, last = (
+            math.floor(pair(512 / 32)),
+            math.ceil(pair(512)),
+        )  # YaRN's: those that turn 32 times in the window of 512, and once
         ramp = [min(max((pair(w) - first) / (last - first), 0), 1) for w in wavelengths]
         assert all(r == 1 for r, w in zip(ramp, wavelengths) if w > 2048)
         more = {
@@ -289,7 +335,9 @@ def test_two_stretches_of_one_mode_are_one(make_llama, mode):
     assert twice == weights.extend(config, mode, 1024)
 
 
-@pytest.mark.parametrize("shape", [{"tie_word_embeddings": True}, {"num_key_value_heads": 4}, {"head_dim": 32}], ids=str)
+@pytest.mark.parametrize(
+    "shape", [{"tie_word_embeddings": True}, {"num_key_value_heads": 4}, {"head_dim": 32}], ids=str
+)
 def test_shapes_survive_saving(make_llama, tiny_tokenizer, tmp_path, shape):
     folder, base = make_llama(**shape)
     weights.save(weights.load(folder), tiny_tokenizer, tmp_path / "out")
@@ -301,7 +349,9 @@ def test_save_load_save_gives_the_same_bytes(make_llama, tiny_tokenizer, tmp_pat
     monkeypatch.setattr(weights, "SHARD_BYTES", 100_000)
     folder, base = make_llama()
     base.to(dtype).save_pretrained(folder)
-    model = weights.load(folder, dtype=torch.float32)  # as the trainer has it: float32 in memory whatever is on disk
+    model = weights.load(
+        folder, dtype=torch.float32
+    )  # as the trainer has it: float32 in memory whatever is on disk
     model.config = weights.extend(model.config, "yarn", 512)
     weights.save(model, tiny_tokenizer, tmp_path / "a")
     weights.save(weights.load(tmp_path / "a"), tokenizer.load(tmp_path / "a"), tmp_path / "b")
@@ -313,38 +363,64 @@ def test_save_load_save_gives_the_same_bytes(make_llama, tiny_tokenizer, tmp_pat
 def test_config_json_of_an_extended_model(make_llama, tiny_tokenizer, tmp_path):
     folder, _ = make_llama()
     model = weights.load(folder)
-    model.config = dataclasses.replace(weights.extend(model.config, "yarn", 512), max_position_embeddings=512.0)
+    model.config = dataclasses.replace(
+        weights.extend(model.config, "yarn", 512), max_position_embeddings=512.0
+    )
     weights.save(model, tiny_tokenizer, tmp_path / "out")
     c = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert c["max_position_embeddings"] == 512 and type(c["max_position_embeddings"]) is int  # vLLM and llama.cpp refuse 512.0
-    assert c["rope_scaling"]["type"] == c["rope_scaling"]["rope_type"] == c["rope_parameters"]["rope_type"] == "yarn"
+    assert (
+        c["max_position_embeddings"] == 512 and type(c["max_position_embeddings"]) is int
+    )  # vLLM and llama.cpp refuse 512.0
+    assert (
+        c["rope_scaling"]["type"]
+        == c["rope_scaling"]["rope_type"]
+        == c["rope_parameters"]["rope_type"]
+        == "yarn"
+    )
     assert c["rope_scaling"]["factor"] == c["rope_parameters"]["factor"] == 8
     assert c["dtype"] == c["torch_dtype"] == "float32"
 
 
 def test_longrope_is_spelled_out(make_llama, tiny_tokenizer, tmp_path):
-    """transformers before 5 looks for the first window beside rope_scaling alone, and vLLM for the factor on cos and sin by other names."""
+    """transformers before 5 looks for the first window beside rope_scaling alone, and vLLM for the
+    factor on cos and sin by other names."""
     longrope = scaling_of("longrope") | {"rope_theta": 1e4}
-    folder, base = make_llama(max_position_embeddings=1024, rope_parameters=longrope)  # not the 8 times 64 that the factor says
+    folder, base = make_llama(
+        max_position_embeddings=1024, rope_parameters=longrope
+    )  # not the 8 times 64 that the factor says
     weights.save(weights.load(folder), tiny_tokenizer, tmp_path / "out")
     c = json.loads((tmp_path / "out" / "config.json").read_text())
     assert c["original_max_position_embeddings"] == 64
     for scaling in (c["rope_scaling"], c["rope_parameters"]):
-        assert scaling["short_mscale"] == scaling["long_mscale"] == scaling["attention_factor"] == pytest.approx(math.sqrt(1.5))  # ln 8 / ln 64
-        assert scaling["short_factor"] == longrope["short_factor"] and scaling["long_factor"] == longrope["long_factor"]
+        assert (
+            scaling["short_mscale"]
+            == scaling["long_mscale"]
+            == scaling["attention_factor"]
+            == pytest.approx(math.sqrt(1.5))
+        )  # ln 8 / ln 64
+        assert (
+            scaling["short_factor"] == longrope["short_factor"]
+            and scaling["long_factor"] == longrope["long_factor"]
+        )
     for positions in (NEAR, FAR):
         assert_same(stock(tmp_path / "out", positions), stock(base, positions))
 
 
-def test_the_first_window_stands_where_readers_look(make_llama, tiny_tokenizer, tmp_path, caplog, monkeypatch):
-    """llama.cpp's converter reads llama3's beside rope_scaling alone; inside that of linear and dynamic stock loaders warn of it."""
+def test_the_first_window_stands_where_readers_look(
+    make_llama, tiny_tokenizer, tmp_path, caplog, monkeypatch
+):
+    """llama.cpp's converter reads llama3's beside rope_scaling alone; inside that of linear and dynamic
+    stock loaders warn of it."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     model = weights.load(make_llama()[0])
     base = model.config
     for mode in ("linear", "dynamic", "llama3", "yarn"):
         model.config = weights.extend(base, mode, 512)
         weights.save(model, tiny_tokenizer, tmp_path / mode)
-        assert json.loads((tmp_path / mode / "config.json").read_text())["original_max_position_embeddings"] == 64
+        assert (
+            json.loads((tmp_path / mode / "config.json").read_text())["original_max_position_embeddings"]
+            == 64
+        )
         assert weights.read_config(tmp_path / mode).original_window == 64
         transformers.AutoConfig.from_pretrained(tmp_path / mode)
     assert "rope" not in caplog.text
@@ -354,7 +430,11 @@ def test_tokenizer_files_come_along(make_llama, tmp_path):
     folder, _ = make_llama()
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(TINY / name, folder)
-    extra = {"special_tokens_map.json": b"{}", "generation_config.json": b'{"do_sample": false}', "chat_template.jinja": b"{{ messages }}"}
+    extra = {
+        "special_tokens_map.json": b"{}",
+        "generation_config.json": b'{"do_sample": false}',
+        "chat_template.jinja": b"{{ messages }}",
+    }
     for name, content in extra.items():
         (folder / name).write_bytes(content)
     weights.save(weights.load(folder), tokenizer.load(folder), tmp_path / "out")
@@ -369,7 +449,9 @@ def test_shards(make_llama, tiny_tokenizer, tmp_path, monkeypatch):
     folder, base = make_llama()
     weights.save(weights.load(folder), tiny_tokenizer, tmp_path / "out")
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
-    assert len(files) > 2 and files == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    assert len(files) > 2 and files == [
+        f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))
+    ]
     sizes = [sum(t.nbytes for t in load_file(tmp_path / "out" / f).values()) for f in files]
     assert max(sizes) <= 100_000
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -388,7 +470,12 @@ def test_an_existing_folder_is_replaced_whole(make_llama, tiny_tokenizer, tmp_pa
     (out / "of_an_earlier_run.txt").write_text("stale")
     other, base = make_llama("other", seed=1)
     weights.save(weights.load(other), tiny_tokenizer, out)
-    assert set(snapshot(out)) == {"config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"}
+    assert set(snapshot(out)) == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
     assert [p.name for p in out.parent.iterdir()] == ["model"]
     assert_same(stock(out), stock(base))
 
@@ -407,7 +494,9 @@ def test_a_full_disk_leaves_the_earlier_folder_whole(make_llama, tiny_tokenizer,
             return save_file(tensors, path, metadata)
         Path(path).write_bytes(b"half of it")
         # What safetensors 0.8 raised on a tmpfs of 1 MiB.
-        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise safetensors.SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     monkeypatch.setattr(weights, "SHARD_BYTES", 100_000)
     monkeypatch.setattr(weights, "save_file", full)
@@ -418,7 +507,9 @@ def test_a_full_disk_leaves_the_earlier_folder_whole(make_llama, tiny_tokenizer,
     assert [p.name for p in out.parent.iterdir()] == ["model"]
 
 
-def test_a_kill_at_the_last_moment_leaves_the_earlier_folder_whole(make_llama, tiny_tokenizer, tmp_path, monkeypatch):
+def test_a_kill_at_the_last_moment_leaves_the_earlier_folder_whole(
+    make_llama, tiny_tokenizer, tmp_path, monkeypatch
+):
     folder, _ = make_llama()
     out = tmp_path / "runs" / "model"
     weights.save(weights.load(folder), tiny_tokenizer, out)

@@ -1,4 +1,5 @@
 """What a run outlives: kills, damaged checkpoints, another number of processes, the death of a process."""
+
 import json
 import os
 import random
@@ -17,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from test_train import losses, metrics, short, texts, train  # noqa: F401 (fixtures)
 
 import data
-import tokenizer
-import weights
+from hf import tokenizer, weights
 
 
 def start(short, out, *arguments, processes=None, **env):  # noqa: F811
-    launcher = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else [])
+    launcher = [sys.executable] + (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    )
     return subprocess.Popen(
         [*launcher, ROOT / "train.py", *map(str, short), "--out", out, *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | env, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -45,7 +47,9 @@ KILLS = int(os.environ.get("POSE_KILLS", 4))
 
 def saved_steps(out):
     """Of the checkpoints that have their name; each is whole."""
-    steps = {int(path.name[5:]): path for path in (out / "checkpoints").glob("step-*") if path.name[5:].isdigit()}
+    steps = {
+        int(path.name[5:]): path for path in (out / "checkpoints").glob("step-*") if path.name[5:].isdigit()
+    }
     for path in steps.values():
         checksums = json.loads((path / "checkpoint.json").read_text())["crc32"]
         assert {file.name for file in path.iterdir()} == {"checkpoint.json", *checksums}
@@ -54,7 +58,8 @@ def saved_steps(out):
 
 
 def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(short, train, tmp_path):  # noqa: F811
-    """SIGKILL at random moments, nearly all of them while a checkpoint is being written (there is one a step)."""
+    """SIGKILL at random moments, nearly all of them while a checkpoint is being written (there is one a
+    step)."""
     arguments = ("--steps", 12 * (KILLS + 1), "--save_every", 1)
     whole = losses(train("whole", *arguments))
     out, rng, resume = tmp_path / "killed", random.Random(), []
@@ -68,10 +73,14 @@ def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(short, train
         resume = ["--resume"]
         newest = max(saved_steps(out), default=0)
         assert newest >= max(before, default=0)  # no checkpoint is lost
-        assert steps_done(out) - newest <= 3  # the one in the background, the one being copied, the step between
+        assert (
+            steps_done(out) - newest <= 3
+        )  # the one in the background, the one being copied, the step between
     resumed = losses(train("killed", *arguments, "--resume"))
     assert torch.equal(resumed, whole)
-    assert {p.name for p in (out / "checkpoints").iterdir()} == {f"step-{12 * (KILLS + 1) - i}" for i in range(2)}  # no leftovers
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {
+        f"step-{12 * (KILLS + 1) - i}" for i in range(2)
+    }  # no leftovers
 
 
 def cut(folder):
@@ -141,11 +150,19 @@ def test_a_path_that_holds_something_else_now(run, short, tmp_path, what):  # no
         (tmp_path / "texts.jsonl").write_text((tmp_path / "texts.jsonl").read_text().replace("a", "b"))
     else:  # as another training run of the same model would leave it
         tensors = load_file(tmp_path / "model" / "model.safetensors")
-        save_file({name: p * 1.01 for name, p in tensors.items()}, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {name: p * 1.01 for name, p in tensors.items()},
+            tmp_path / "model" / "model.safetensors",
+            metadata={"format": "pt"},
+        )
     for _ in range(2):
         done = run("train.py", *arguments, "--resume")
-        assert done.returncode == 2 and f"is of another run: {what}_sha256 was " in done.stderr.splitlines()[-1]
-        shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)  # nor may it start again with the first step
+        assert (
+            done.returncode == 2 and f"is of another run: {what}_sha256 was " in done.stderr.splitlines()[-1]
+        )
+        shutil.rmtree(
+            tmp_path / "run" / "checkpoints", ignore_errors=True
+        )  # nor may it start again with the first step
 
 
 @pytest.mark.parametrize("before, after", [(2, None), (2, 2), (2, 4), (None, 2)])
@@ -200,7 +217,9 @@ def test_a_death_inside_the_writing_of_a_checkpoint(run, short, train, tmp_path)
     place = "fsdp._checksum = die if os.environ['RANK'] == '1' else fsdp._checksum"
     done = killed_inside(run, tmp_path, place, *short, *arguments, "--out", tmp_path / "run", processes=2)
     assert done.returncode == 1
-    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-10.tmp"} and not (tmp_path / "run" / "model").exists()
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-10.tmp"} and not (
+        tmp_path / "run" / "model"
+    ).exists()
     assert len(train("run", *arguments, "--resume")) == 30
 
 
@@ -225,7 +244,9 @@ fsdp.update = full
 
 def test_a_death_while_the_model_is_written(run, short, train, tmp_path):  # noqa: F811
     arguments = ("--steps", 4, "--save_every", 4)
-    done = killed_inside(run, tmp_path, "weights.save_tensors = die", *short, *arguments, "--out", tmp_path / "run")
+    done = killed_inside(
+        run, tmp_path, "weights.save_tensors = die", *short, *arguments, "--out", tmp_path / "run"
+    )
     assert done.returncode == -signal.SIGKILL and not (tmp_path / "run" / "model").exists()
     assert len(train("run", *arguments, "--resume")) == 4
     assert weights.load(tmp_path / "run" / "model") and not (tmp_path / "run" / "model.tmp").exists()
@@ -240,7 +261,9 @@ def test_the_model_of_an_interrupted_run_is_not_taken_for_the_finished_one(run, 
     process.communicate(timeout=100)
     assert process.returncode == 0 and steps_done(out) < 30
     interrupted = (out / "model" / "model.safetensors").read_bytes()
-    done = killed_inside(run, tmp_path, "weights.save_tensors = die", *short, *arguments, "--resume", "--out", out)
+    done = killed_inside(
+        run, tmp_path, "weights.save_tensors = die", *short, *arguments, "--resume", "--out", out
+    )
     assert done.returncode == -signal.SIGKILL and steps_done(out) == 30
     assert len(train("run", *arguments, "--resume")) == 30
     assert (out / "model" / "model.safetensors").read_bytes() != interrupted
@@ -256,14 +279,18 @@ def test_sigterm_to_torchrun_and_all_it_started(short, tmp_path):  # noqa: F811
     stderr = process.communicate(timeout=100)[1]
     done = steps_done(out)
     assert f"stopped after step {done} of 10000" in stderr
-    assert process.returncode == 1 and "SignalException" in stderr  # torchrun's own end, whatever its processes did
+    assert (
+        process.returncode == 1 and "SignalException" in stderr
+    )  # torchrun's own end, whatever its processes did
     assert (out / "checkpoints" / f"step-{done}").exists() and (out / "model").exists()
 
 
 def test_a_mistake_is_told_once_although_the_first_process_is_slow(run, short, tmp_path):  # noqa: F811
     """torchrun ends the others as soon as one has ended."""
     late = "import time; time.sleep(3 * (os.environ['RANK'] == '0'))"
-    done = killed_inside(run, tmp_path, late, *short, "--train_len", 0, "--out", tmp_path / "run", processes=2)
+    done = killed_inside(
+        run, tmp_path, late, *short, "--train_len", 0, "--out", tmp_path / "run", processes=2
+    )
     assert done.returncode == 1 and only_error(done.stderr) == "error: --train_len 0: must be at least 1"
 
 
@@ -278,32 +305,55 @@ def test_processes_with_different_arguments(short, tmp_path):  # noqa: F811
     ]  # fmt: skip
     told = [process.communicate(timeout=100)[1] for process in both]
     assert [process.returncode for process in both] == [2, 2], told
-    assert "seed differs between processes: [0, 1]" in told[0] and "Traceback" not in told[0] and not told[1].strip()
+    assert (
+        "seed differs between processes: [0, 1]" in told[0]
+        and "Traceback" not in told[0]
+        and not told[1].strip()
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_validation_and_tensorboard(run, short, tmp_path, texts):  # noqa: F811
-    """The last validation is that of the model that is written; at both lengths the loss of a plain forward pass
-    on the same 64 tokens, the last of 500."""
+    """The last validation is that of the model that is written; at both lengths the loss of a plain
+    forward pass on the same 64 tokens, the last of 500."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    settings = ("--steps", 3, "--eval_every", 2, "--eval_data", texts, "--eval_lengths", "64,500", "--tensorboard")
+    settings = (
+        "--steps",
+        3,
+        "--eval_every",
+        2,
+        "--eval_data",
+        texts,
+        "--eval_lengths",
+        "64,500",
+        "--tensorboard",
+    )
     done = run("train.py", *short, "--out", tmp_path / "run", *settings, processes=2)
     said = [line.split(":")[0] for line in done.stderr.splitlines() if ": validation loss" in line]
     assert done.returncode == 0 and said == ["step 0", "step 2", "step 3"]
     lines = metrics(tmp_path / "run")
     assert ["validation" in line for line in lines] == [False, True, True]
-    model, tok = weights.load(tmp_path / "run" / "model", dtype=torch.float32), tokenizer.load(weights.resolve("tiny"))
+    model, tok = (
+        weights.load(tmp_path / "run" / "model", dtype=torch.float32),
+        tokenizer.load(weights.resolve("tiny")),
+    )
     documents = data.prepare([texts], tok, weights.cache_dir())
     for n in (64, 500):
         nats = []
         for i in range(len(documents)):
             row = torch.tensor([[tok.bos_id, *documents[i][500 - n : 500].tolist()]])
             with torch.no_grad():
-                nats.append(torch.nn.functional.cross_entropy(model(row[:, :-1])[0, -64:], row[0, -64:]).item())
-        assert lines[-1]["validation"][str(n)] == pytest.approx(sum(nats) / len(nats), rel=1e-3)  # the written weights are bfloat16
+                nats.append(
+                    torch.nn.functional.cross_entropy(model(row[:, :-1])[0, -64:], row[0, -64:]).item()
+                )
+        assert lines[-1]["validation"][str(n)] == pytest.approx(
+            sum(nats) / len(nats), rel=1e-3
+        )  # the written weights are bfloat16
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     for key in ("loss", "lr", "grad_norm"):
-        assert [e.value for e in events.Scalars(key)] == pytest.approx([line[key] for line in lines], rel=1e-6)
+        assert [e.value for e in events.Scalars(key)] == pytest.approx(
+            [line[key] for line in lines], rel=1e-6
+        )
     assert [e.step for e in events.Scalars("validation/500")] == [2, 3]
