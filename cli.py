@@ -259,224 +259,99 @@ def training_parser():
     complete_training."""
     p = ArgumentParser(description="Extend a model's context window with PoSE.")
     switch = argparse.BooleanOptionalAction
-    p.add_argument(
-        "--model",
-        help="a Hugging Face folder, or tiny or smollm2-135m (default: smollm2-135m with a GPU, else tiny)",
-    )
-    p.add_argument(
-        "--data",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="texts: .txt, .jsonl, .jsonl.gz files, and folders of them (default: Python's standard library)",
-    )
-    p.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out"),
-        metavar="DIR",
-        help="a new folder for this run (default: out)",
-    )
-    p.add_argument(
-        "--target_len",
-        type=whole_number(1),
-        help="tokens in the new window (default: 16 times the model's window, 8 times with tiny)",
-    )
+    dtypes = ("float32", "bfloat16")
+    # fmt: off
+    p.add_argument("--model",
+        help="a Hugging Face folder, or tiny or smollm2-135m (default: smollm2-135m with a GPU, else tiny)")
+    p.add_argument("--data", nargs="+", action="extend", default=[], metavar="FILE",
+        help="texts: .txt, .jsonl, .jsonl.gz files, and folders of them (default: Python's standard "
+        "library)")
+    p.add_argument("--out", type=Path, default=Path("out"), metavar="DIR",
+        help="a new folder for this run (default: out)")
+    p.add_argument("--target_len", type=whole_number(1),
+        help="tokens in the new window (default: 16 times the model's window, 8 times with tiny)")
 
     g = p.add_argument_group("the method")
-    g.add_argument(
-        "--method",
-        choices=pose.METHODS,
-        default="pose",
-        help=(
-            "what an example is. pose: chunks of a short window with skips between their positions. "
-            "full: a window of target_len. pi: a plain short window. randpos: a short text at random "
-            "positions (default: pose)"
-        ),
-    )
-    g.add_argument(
-        "--train_len",
-        type=whole_number(1),
-        help=(
-            "tokens in an example (default: the model's window; with --method full target_len; with "
-            "smollm2-135m and --data four windows)"
-        ),
-    )
-    g.add_argument(
-        "--chunks", type=whole_number(1), default=2, help="pose: chunks in an example (default: 2)"
-    )
-    g.add_argument(
-        "--offset",
-        choices=pose.OFFSETS,
-        default="uniform",
-        help=(
-            "pose: where a chunk's text is taken from. uniform: anywhere behind the one before. zero: "
-            "right behind it. skip: as far behind as its positions say (default: uniform)"
-        ),
-    )
-    g.add_argument(
-        "--overshoot",
-        type=number(1, LARGEST),
-        metavar="X",
-        help=(
-            "pose, randpos: draw positions from a window of X times target_len; otherwise its last "
-            "stretch is met rarely (default: 1; 1.25 with smollm2-135m and ntk)"
-        ),
-    )
-    g.add_argument(
-        "--rope", choices=rope.EXTENSIONS, help="interpolation (default: yarn; ntk with smollm2-135m)"
-    )
-    g.add_argument(
-        "--factor",
-        type=number(1, LARGEST),
-        help=(
-            "factor of the interpolation (default: target_len / window, and twice that with tiny and "
-            "yarn; for ntk the factor that slows the critical pair by target_len / window, see "
-            "rope.ntk_factor; for dynamic 1)"
-        ),
-    )
-    g.add_argument(
-        "--beta_fast",
-        type=number(1, LARGEST),
-        help=(
-            "yarn: pairs that turn at least so often in the window stay as they are (default: 32; 8 "
-            "with tiny)"
-        ),
-    )
-    g.add_argument(
-        "--llama_4_scaling_beta",
-        type=number(0),
-        metavar="BETA",
-        help=(
-            "multiply the queries of token i by 1 + BETA ln(1 + floor(i / window)), as Llama 4 does "
-            "(default: what the model has, else 0, which is not at all; 0.1 with smollm2-135m and "
-            "ntk)"
-        ),
-    )
+    g.add_argument("--method", choices=pose.METHODS, default="pose",
+        help="what an example is. pose: chunks of a short window with skips between their positions. full: "
+        "a window of target_len. pi: a plain short window. randpos: a short text at random positions "
+        "(default: pose)")
+    g.add_argument("--train_len", type=whole_number(1),
+        help="tokens in an example (default: the model's window; with --method full target_len; with "
+        "smollm2-135m and --data four windows)")
+    g.add_argument("--chunks", type=whole_number(1), default=2,
+        help="pose: chunks in an example (default: 2)")
+    g.add_argument("--offset", choices=pose.OFFSETS, default="uniform",
+        help="pose: where a chunk's text is taken from. uniform: anywhere behind the one before. zero: "
+        "right behind it. skip: as far behind as its positions say (default: uniform)")
+    g.add_argument("--overshoot", type=number(1, LARGEST), metavar="X",
+        help="pose, randpos: draw positions from a window of X times target_len; otherwise its last "
+        "stretch is met rarely (default: 1; 1.25 with smollm2-135m and ntk)")
+    g.add_argument("--rope", choices=rope.EXTENSIONS,
+        help="interpolation (default: yarn; ntk with smollm2-135m)")
+    g.add_argument("--factor", type=number(1, LARGEST),
+        help="factor of the interpolation (default: target_len / window, and twice that with tiny and "
+        "yarn; for ntk the factor that slows the critical pair by target_len / window, see "
+        "rope.ntk_factor; for dynamic 1)")
+    g.add_argument("--beta_fast", type=number(1, LARGEST),
+        help="yarn: pairs that turn at least so often in the window stay as they are (default: 32; 8 with "
+        "tiny)")
+    g.add_argument("--llama_4_scaling_beta", type=number(0), metavar="BETA",
+        help="multiply the queries of token i by 1 + BETA ln(1 + floor(i / window)), as Llama 4 does "
+        "(default: what the model has, else 0, which is not at all; 0.1 with smollm2-135m and ntk)")
 
     g = p.add_argument_group("training")
-    g.add_argument(
-        "--steps",
-        type=whole_number(0),
-        help=(
-            "optimizer steps; 0 writes the untrained model with its interpolation (default: 1000; 150 "
-            "with tiny, 200 with smollm2-135m)"
-        ),
-    )
-    g.add_argument(
-        "--batch_size",
-        type=whole_number(1),
-        help=(
-            "examples in a step, over all processes (default: 64, 32 with tiny, 16 with smollm2-135m, "
-            "and fewer where an example is longer than the model's window)"
-        ),
-    )
-    g.add_argument(
-        "--lr",
-        type=number(0),
-        help="peak learning rate of AdamW (default: 2e-5; 2e-4 with tiny, 1e-4 with smollm2-135m)",
-    )
-    g.add_argument(
-        "--warmup_steps",
-        type=whole_number(0),
-        help="steps of linear warm-up, before linear decay to 0 (default: 10)",
-    )
-    g.add_argument("--seed", type=whole_number(0), default=0, help="seed of the examples (default: 0)")
+    g.add_argument("--steps", type=whole_number(0),
+        help="optimizer steps; 0 writes the untrained model with its interpolation (default: 1000; 150 "
+        "with tiny, 200 with smollm2-135m)")
+    g.add_argument("--batch_size", type=whole_number(1),
+        help="examples in a step, over all processes (default: 64, 32 with tiny, 16 with smollm2-135m, and "
+        "fewer where an example is longer than the model's window)")
+    g.add_argument("--lr", type=number(0),
+        help="peak learning rate of AdamW (default: 2e-5; 2e-4 with tiny, 1e-4 with smollm2-135m)")
+    g.add_argument("--warmup_steps", type=whole_number(0),
+        help="steps of linear warm-up, before linear decay to 0 (default: 10)")
+    g.add_argument("--seed", type=whole_number(0), default=0,
+        help="seed of the examples (default: 0)")
 
     g = p.add_argument_group("interruptions")
-    g.add_argument(
-        "--save_every",
-        type=whole_number(0),
-        default=0,
-        metavar="N",
-        help="write a checkpoint every N steps (default: only when interrupted)",
-    )
-    g.add_argument(
-        "--keep",
-        type=whole_number(1),
-        default=2,
-        metavar="N",
-        help="keep the newest N checkpoints (default: 2)",
-    )
-    g.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the newest checkpoint in --out; options that are not given stay as they were",
-    )
+    g.add_argument("--save_every", type=whole_number(0), default=0, metavar="N",
+        help="write a checkpoint every N steps (default: only when interrupted)")
+    g.add_argument("--keep", type=whole_number(1), default=2, metavar="N",
+        help="keep the newest N checkpoints (default: 2)")
+    g.add_argument("--resume", action="store_true",
+        help="go on from the newest checkpoint in --out; options that are not given stay as they were")
 
     g = p.add_argument_group("watching")
-    g.add_argument(
-        "--eval_every",
-        type=whole_number(0),
-        default=0,
-        metavar="N",
-        help=(
-            "measure the validation loss before the first step, every N steps and after the last "
-            "(default: never)"
-        ),
-    )
-    g.add_argument(
-        "--eval_data",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="texts for validation, as for --data",
-    )
-    g.add_argument(
-        "--eval_lengths",
-        type=token_counts(),
-        metavar="TOKENS,…",
-        help=(
-            "windows of validation; all of them score the same last tokens, as many as the shortest "
-            "holds (default: train_len)"
-        ),
-    )
-    g.add_argument(
-        "--tensorboard",
-        action=switch,
-        default=False,
-        help="also write TensorBoard events into OUT/tensorboard",
-    )
+    g.add_argument("--eval_every", type=whole_number(0), default=0, metavar="N",
+        help="measure the validation loss before the first step, every N steps and after the last "
+        "(default: never)")
+    g.add_argument("--eval_data", nargs="+", action="extend", default=[], metavar="FILE",
+        help="texts for validation, as for --data")
+    g.add_argument("--eval_lengths", type=token_counts(), metavar="TOKENS,…",
+        help="windows of validation; all of them score the same last tokens, as many as the shortest holds "
+        "(default: train_len)")
+    g.add_argument("--tensorboard", action=switch, default=False,
+        help="also write TensorBoard events into OUT/tensorboard")
 
     g = p.add_argument_group("speed and memory")
-    g.add_argument(
-        "--micro_batch_size",
-        type=whole_number(1),
-        help="examples in one forward pass of a process (default: about 32,768 tokens)",
-    )
-    g.add_argument(
-        "--activation_checkpointing",
-        choices=("none", "selective", "full"),
-        default="none",
-        help=(
-            "compute activations twice to save memory: all of a block (full), or all but its matrix "
-            "products and attention (selective) (default: none)"
-        ),
-    )
-    g.add_argument(
-        "--cpu_offload", action=switch, default=False, help="keep weights and optimizer in host memory"
-    )
-    g.add_argument("--compile", action=switch, help="torch.compile each block (default: on a GPU)")
-    g.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="dtype of the computation (default: bfloat16 on a GPU)",
-    )
-    g.add_argument(
-        "--param_dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help=(
-            "dtype of master weights, gradients and optimizer state. bfloat16 halves their memory, "
-            "but rounds each update to 3 digits of the weight, so that small ones are lost (default: "
-            "float32)"
-        ),
-    )
-    g.add_argument(
-        "--device", choices=("cuda", "cpu"), help="where to compute (default: cuda if there is one)"
-    )
+    g.add_argument("--micro_batch_size", type=whole_number(1),
+        help="examples in one forward pass of a process (default: about 32,768 tokens)")
+    g.add_argument("--activation_checkpointing", choices=("none", "selective", "full"), default="none",
+        help="compute activations twice to save memory: all of a block (full), or all but its matrix "
+        "products and attention (selective) (default: none)")
+    g.add_argument("--cpu_offload", action=switch, default=False,
+        help="keep weights and optimizer in host memory")
+    g.add_argument("--compile", action=switch,
+        help="torch.compile each block (default: on a GPU)")
+    g.add_argument("--dtype", choices=dtypes,
+        help="dtype of the computation (default: bfloat16 on a GPU)")
+    g.add_argument("--param_dtype", choices=dtypes, default="float32",
+        help="dtype of master weights, gradients and optimizer state. bfloat16 halves their memory, but "
+        "rounds each update to 3 digits of the weight, so that small ones are lost (default: float32)")
+    g.add_argument("--device", choices=("cuda", "cpu"),
+        help="where to compute (default: cuda if there is one)")
+    # fmt: on
     return p
 
 
