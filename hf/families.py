@@ -292,18 +292,19 @@ def _check_rotary_dim(rotary_dim, head_dim):
 # ---------------------------------------------------------------- Config -> config.json
 
 
-def can_scale_queries(config):
-    """Return whether a stock class computes this model with scaled queries (rope.query_scale)."""
-    return FAMILIES[config.model_type].scaled_queries_as is not None
-
-
 def as_written(config):
-    """Return the Config of the same model in the family that it is written as."""
+    """Return the Config of the same model in the family that it is written as. Raise InputError if no
+    stock class computes it: its queries are scaled (rope.query_scale), and its family's are not."""
     family = FAMILIES[config.model_type]
     if rope.has_query_scale(config.rope_scaling):
         model_type = family.scaled_queries_as
     else:
         model_type = family.written_as or config.model_type
+    if model_type is None:
+        raise InputError(
+            "llama_4_scaling_beta: stock loaders scale the queries of LLaMA and Mistral, not of "
+            f"{config.model_type}; leave it out"
+        )
     block = FAMILIES[model_type].block
     return dataclasses.replace(config, model_type=model_type, normalised_head=False, **block)
 
