@@ -131,7 +131,7 @@ def show(name):
 
 def main():
     p = cli.ArgumentParser(
-        prog="hf.weights", description="Look at a checkpoint, or convert one to safetensors."
+        prog="python -m hf.weights", description="Look at a checkpoint, or convert one to safetensors."
     )
     commands = p.add_subparsers(dest="command", required=True)
     command = commands.add_parser(

@@ -1,19 +1,26 @@
 """Shared fixtures. Nothing here needs a network, a GPU or a file outside the repository."""
 
+import contextlib
+import importlib
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 
+import cli
+
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(
-    1
-)  # for models this small a second thread on a busy machine costs ten times what it saves
+# For models this small a second thread on a busy machine costs ten times what it saves.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -23,26 +30,38 @@ def own_cache(tmp_path_factory):
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+# ---------------------------------------------------------------- models
+
 SMALL = {
-    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
 }  # fmt: skip
 
 
 def scaling_of(mode, pairs=8):
-    """rope_scaling of a mode that stretches a window of 64 by 8. pairs: half the rotated dimensions."""
+    """Return rope_scaling of a mode that stretches a window of 64 by 8. pairs: half the rotated
+    dimensions."""
     from_64 = {"factor": 8.0, "original_max_position_embeddings": 64}
     more = {
-        "linear": {"factor": 8.0}, "ntk": {"factor": 8.0}, "dynamic": {"factor": 8.0},
+        "linear": {"factor": 8.0},
+        "ntk": {"factor": 8.0},
+        "dynamic": {"factor": 8.0},
         "llama3": from_64 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
-        "longrope": from_64 | {"short_factor": [1.0 + i / 10 for i in range(pairs)], "long_factor": [2.0 + i for i in range(pairs)]},
-    }  # fmt: skip
+        "longrope": from_64
+        | {
+            "short_factor": [1.0 + i / 10 for i in range(pairs)],
+            "long_factor": [2.0 + i for i in range(pairs)],
+        },
+    }
     return {"rope_type": mode} | more.get(mode, from_64)
 
 
 def hf_logits(model, tokens, positions):
-    """Logits of transformers. With neither a mask nor a cache it takes a jump in position_ids for the
-    start of another document."""
+    """Return the logits of transformers. With neither a mask nor a cache it takes a jump in
+    position_ids for the start of another document."""
     return model(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions).logits
 
 
@@ -64,41 +83,167 @@ def make_llama(tmp_path):
     return make
 
 
-@pytest.fixture(scope="session")
-def warm():
-    """A process of warm.py. It has one thread: how many is settled when torch is imported."""
-    command = [sys.executable, Path(__file__).parent / "warm.py"]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    ) as process:
-        yield process
-        process.stdin.close()
+# ---------------------------------------------------------------- commands, in this process
+
+
+def call_main(module, *arguments):
+    """Run the main() of a command such as "train" or "hf.weights" in this process, and return its exit
+    code.
+
+    What it changes in this process is undone: arguments, signal handlers, threads, process group."""
+    argv, threads = sys.argv, torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = [f"{module}.py", *map(str, arguments)]
+    try:
+        cli.run(importlib.import_module(module).main)
+        return 0
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = argv
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @pytest.fixture
-def run(warm, tmp_path_factory):
-    """run("train.py", "--steps", 3, ...) -> the finished process; processes=N: as torchrun starts it."""
+def call(capfd):
+    """call("train", "--steps", 3, ...) -> the finished command as `run` returns it, but run by
+    call_main."""
 
-    def start(script, *arguments, processes=None, cwd=None, env=None, timeout=500):
-        env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-        folder = tmp_path_factory.mktemp("output")
-        written = {name: folder / name for name in ("stdout", "stderr")}
-        request = {
-            "script": ROOT / script,
-            "arguments": [str(a) for a in arguments],
-            "processes": processes,
-            "cwd": cwd or Path.cwd(),
-            "env": env,
-        }
-        warm.stdin.write(json.dumps(request | written | {"timeout": timeout}, default=str) + "\n")
-        warm.stdin.flush()
-        code = int(warm.stdout.readline())
-        return subprocess.CompletedProcess(
-            request["arguments"], code, *(path.read_text() for path in written.values())
-        )
+    def start(module, *arguments):
+        capfd.readouterr()
+        code = call_main(module, *arguments)
+        return subprocess.CompletedProcess([module, *map(str, arguments)], code, *capfd.readouterr())
 
     return start
+
+
+# ---------------------------------------------------------------- commands, in processes of their own
+
+
+class Started:
+    """A command that runs in processes of its own. pids: theirs; each leads a process group."""
+
+    def __init__(self, arguments, pids, output):
+        """output: the folder of the files stdout, stderr and code."""
+        self.arguments, self.pids, self.output = arguments, pids, output
+
+    def poll(self):
+        """Return the exit code, None while a process runs."""
+        code = self.output / "code"
+        return int(code.read_text()) if code.exists() else None
+
+    def wait(self):
+        """Wait for the end and return the CompletedProcess."""
+        while (code := self.poll()) is None:
+            time.sleep(0.005)
+        texts = [(self.output / name).read_text() for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess(self.arguments, code, *texts)
+
+    def kill(self, number):
+        """Send a signal to all processes that still run."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, number)
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """start("train.py", "--steps", 3, ...) -> Started; processes=N: as torchrun starts it. A script
+    without .py is a module, as in `python -m hf.weights`.
+
+    warm.py forks it. It has one thread: how many is settled when torch is imported."""
+    command = [sys.executable, Path(__file__).parent / "warm.py"]
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    warm = subprocess.Popen(command, env=os.environ | one_thread, **pipes)
+    all_started = []
+
+    def start(script, *arguments, processes=None, cwd=None, env=None, timeout=500):
+        output = tmp_path_factory.mktemp("output")
+        script = str(ROOT / script) if str(script).endswith(".py") else script
+        request = {
+            "script": script,
+            "root": str(ROOT),
+            "arguments": [str(argument) for argument in arguments],
+            "processes": processes,
+            "cwd": str(cwd or Path.cwd()),
+            "env": {key: str(value) for key, value in (os.environ | one_thread | (env or {})).items()},
+            "timeout": timeout,
+        }
+        request |= {name: str(output / name) for name in ("stdout", "stderr", "code")}
+        warm.stdin.write(json.dumps(request) + "\n")
+        warm.stdin.flush()
+        pids = json.loads(warm.stdout.readline())
+        all_started.append(Started(request["arguments"], pids, output))
+        return all_started[-1]
+
+    with warm:
+        yield start
+        for started in all_started:
+            if started.poll() is None:  # its test has failed
+                started.kill(signal.SIGKILL)
+        warm.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def run(start):
+    """run("train.py", "--steps", 3, ...) -> the CompletedProcess of what `start` starts."""
+    return lambda *arguments, **how: start(*arguments, **how).wait()
+
+
+# ---------------------------------------------------------------- training runs of `tiny`
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """A file of six documents of random words."""
+    rng = random.Random(0)
+    words = ["".join(rng.choice("abcdefghij") for _ in range(rng.randint(1, 6))) for _ in range(200)]
+    documents = [" ".join(rng.choices(words, k=800)) for _ in range(6)]
+    path = tmp_path_factory.mktemp("texts") / "words.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
+@pytest.fixture(scope="session")
+def short(texts):
+    """The arguments of a small PoSE run of `tiny`, but for --steps and --out."""
+    model = ("--model", "tiny", "--device", "cpu", "--data", texts)
+    sizes = ("--train_len", 64, "--batch_size", 4, "--factor", 8)
+    return (*model, *sizes, "--lr", 1e-3, "--warmup_steps", 2)
+
+
+@pytest.fixture(scope="session")
+def train_into(run, short):
+    """train_into(out, "--steps", 3, ...) -> the lines of metrics.jsonl of the run of `short` in that
+    folder, which ends well. processes=N: not in this process but in N others."""
+
+    def train(out, *arguments, processes=None):
+        if processes is None:
+            assert call_main("train", *short, "--out", out, *arguments) == 0
+        else:
+            done = run("train.py", *short, "--out", out, *arguments, processes=processes)
+            assert done.returncode == 0, done.stderr
+        return metrics(out)
+
+    return train
+
+
+@pytest.fixture
+def train(train_into, tmp_path):
+    """train("name", "--steps", 3, ...) -> as train_into(tmp_path / "name", "--steps", 3, ...)."""
+    return lambda name, *arguments, **how: train_into(tmp_path / name, *arguments, **how)
+
+
+def metrics(out):
+    """Return the lines of a run's metrics.jsonl, dicts."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(lines):
+    """Return the losses of metrics' lines, float64."""
+    return torch.tensor([line["loss"] for line in lines], dtype=torch.float64)

@@ -1,11 +1,18 @@
-"""A Python that has imported the libraries already and forks for each request: a start of a command
-costs milliseconds, not the seconds that `import torch` takes, and there are hundreds in the tests.
-Modules of this repository are imported anew each time.
+"""A Python that has imported the libraries already and forks for each request.
 
-Reads requests as JSON lines {"script", "arguments", "processes", "cwd", "env", "stdout", "stderr",
-"timeout"} and answers each with its exit code. processes: None, or so many as torchrun would start,
-with what torchrun tells them; the first that fails ends all. (What torchrun itself does is tested with
-torchrun, in test_survival.py.)
+A command then starts in a tenth of a second instead of the seconds that importing PyTorch takes, and the
+tests start many. Modules of this repository are imported anew each time.
+
+It reads a request as a line of JSON with these keys, and answers with the list of the process ids that it
+started:
+
+    script       a path, or the name of a module as `python -m` takes it
+    arguments    list of strings
+    processes    None, or a number: so many as torchrun would start, with what torchrun tells them. The
+                 first that fails ends all. (Tests of torchrun itself, in test_interruptions.py, start it.)
+    cwd, env     folder and environment
+    stdout, stderr, code    files for the output, and for the exit code once all processes have ended
+    timeout      in seconds
 """
 
 import json
@@ -18,55 +25,72 @@ import sys
 import numpy  # noqa: F401
 import safetensors.torch  # noqa: F401
 import tokenizers  # noqa: F401
-import torch.distributed.checkpoint  # noqa: F401
+import torch._dynamo.backends.debugging  # noqa: F401 (every optimizer imports torch._dynamo at its first step)
+import torch.distributed.checkpoint.state_dict  # noqa: F401
 import torch.distributed.fsdp  # noqa: F401
 import tqdm  # noqa: F401
 
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
 for line in sys.stdin:
     request = json.loads(line)
-    child = os.fork()
-    if not child:
+    if not os.fork():
         break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 else:
     sys.exit()
 
-# In the child, at the top level: it ends as any script does, by its last line, sys.exit or an exception.
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-for number, name in (1, "stdout"), (2, "stderr"):
-    os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
-os.chdir(request["cwd"])
-os.environ.clear()
-os.environ.update(request["env"])
+# In a keeper, which starts the processes of one request and waits for them.
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+environments = [{}]
 if request["processes"]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    world = {
+    everywhere = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": request["processes"],
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(request["processes"]),
         "TORCHELASTIC_RUN_ID": "none",
     }
-    workers = set()
-    for rank in range(request["processes"]):
-        if worker := os.fork():
-            workers.add(worker)
-        else:
-            os.environ.update(
-                {key: str(value) for key, value in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-            )
-            break
-    else:
-        failed = False
-        while workers:
-            worker, status = os.wait()
-            workers.remove(worker)
-            if status and not failed:
-                failed = True
-                for other in workers:
-                    os.kill(other, signal.SIGTERM)
-        sys.exit(failed)
+    ranks = map(str, range(request["processes"]))
+    environments = [everywhere | {"RANK": rank, "LOCAL_RANK": rank} for rank in ranks]
+outputs = {}
+for name in ("stdout", "stderr"):
+    outputs[name] = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+workers = []
+for own_environment in environments:
+    worker = os.fork()
+    if not worker:
+        break
+    os.setpgid(worker, worker)  # a test that kills it kills what it started too, and not this keeper
+    workers.append(worker)
+else:
+    print(json.dumps(workers), flush=True)
+    code = 0
+    while workers:
+        worker, status = os.wait()
+        workers.remove(worker)
+        if status and not code:
+            code = os.waitstatus_to_exitcode(status)
+            for other in workers:
+                os.kill(other, signal.SIGTERM)
+    if code and request["processes"]:
+        code = 1  # as torchrun's own
+    with open(request["code"] + ".part", "w") as f:
+        f.write(str(code))
+    os.rename(request["code"] + ".part", request["code"])
+    os._exit(0)
+
+# In a worker, at the top level: it ends as any script does, by its last line, sys.exit or an exception.
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.dup2(outputs["stdout"], 1)
+os.dup2(outputs["stderr"], 2)
+os.chdir(request["cwd"])
+os.environ.clear()
+os.environ.update(request["env"] | own_environment)
 signal.alarm(request["timeout"])
 sys.argv = [request["script"], *request["arguments"]]
-sys.path[0] = os.path.dirname(request["script"])
-runpy.run_path(request["script"], run_name="__main__")
+if request["script"].endswith(".py"):
+    sys.path[0] = os.path.dirname(request["script"])
+    runpy.run_path(request["script"], run_name="__main__")
+else:
+    sys.path[0] = request["root"]
+    runpy.run_module(request["script"], run_name="__main__", alter_sys=True)
