@@ -35,12 +35,12 @@ def extend(config, mode, target_len, llama_4_scaling_beta=None, **settings):
             "original_max_position_embeddings": window,
         }
         if mode == "llama3":
-            scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # Llama 3.1's own
+            scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | scaling  # Llama 3.1's own
         scaling |= settings
         if earlier:
             scaling = compose(config.rotary_dim, config.rope_theta, earlier, scaling)
     if beta:
-        scaling = {"rope_type": "default", "original_max_position_embeddings": window} | (scaling or {})
+        scaling = {"original_max_position_embeddings": window} | (scaling or {"rope_type": "default"})
         scaling["llama_4_scaling_beta"] = beta
     return dataclasses.replace(config, max_position_embeddings=target_len, rope_scaling=scaling)
 
