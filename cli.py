@@ -46,9 +46,9 @@ def whole_number(least):
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
         if value < least:
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
         return value
 
     return parse
@@ -62,9 +62,9 @@ def number(least, most=math.inf):
         try:
             value = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text!r}") from None
         if not (math.isfinite(value) and least <= value <= most):
-            raise argparse.ArgumentTypeError(f"{text}: must be {allowed}")
+            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text}")
         return value
 
     return parse
@@ -78,12 +78,10 @@ def token_counts(least=1):
         try:
             lengths = sorted({int(number) for number in text.split(",")})
         except ValueError:
-            example = "give whole numbers of tokens, comma-separated, such as 2048,4096"
-            raise argparse.ArgumentTypeError(f"{text}: {example}") from None
+            expected = "must be whole numbers of tokens, comma-separated, such as 2048,4096"
+            raise argparse.ArgumentTypeError(f"{expected}, not {text!r}") from None
         if lengths[0] < least or lengths[-1] > LARGEST:
-            raise argparse.ArgumentTypeError(
-                f"{text}: a length is at least {least} and at most {LARGEST} tokens"
-            )
+            raise argparse.ArgumentTypeError(f"each must be from {least} to {LARGEST} tokens, not {text}")
         return lengths
 
     return parse
@@ -97,15 +95,14 @@ def output_file(*suffixes):
         path = Path(text)
         folder = path.absolute().parent
         if suffixes and path.suffix not in suffixes:
-            raise argparse.ArgumentTypeError(
-                f"{path}: name a {', '.join(suffixes[:-1])} or {suffixes[-1]} file"
-            )
+            expected = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
+            raise argparse.ArgumentTypeError(f"must end in {expected}, not be {path}")
         if path.is_dir():
-            raise argparse.ArgumentTypeError(f"{path}: is a folder; name a file")
+            raise argparse.ArgumentTypeError(f"{path} is a folder; name a file")
         if not folder.is_dir():
-            raise argparse.ArgumentTypeError(f"{path}: its folder does not exist; make it first")
+            raise argparse.ArgumentTypeError(f"the folder of {path} does not exist; make it first")
         if not os.access(folder, os.W_OK):
-            raise argparse.ArgumentTypeError(f"{path}: its folder cannot be written to; name another")
+            raise argparse.ArgumentTypeError(f"the folder of {path} cannot be written to; name another")
         return path
 
     return parse
@@ -384,15 +381,15 @@ def options_of_earlier_run(given, parser):
         earlier = read_json(record)
     except InputError:
         raise InputError(f"--resume: {record} is not readable; start again with another --out") from None
-    # argparse leaves alone what stands in the namespace, unless it is given. But it would add to a list
-    # there.
+    # An option that is given replaces its default. But argparse would add to a list there.
     defaults = {}
     for option, value in earlier.items():
         is_known = option in vars(given)
         is_given_list = isinstance(value, list) and getattr(given, option, None)
         if is_known and not is_given_list:
             defaults[option] = value
-    args = parser.parse_args(namespace=argparse.Namespace(**defaults))
+    parser.set_defaults(**defaults)
+    args = parser.parse_args()
     if not args.eval_every:  # validation is switched off: the run's own texts and lengths go too
         args.eval_data, args.eval_lengths = given.eval_data, given.eval_lengths
     fixed = {option: value for option, value in vars(args).items() if option not in OF_THIS_CALL + FREE}
