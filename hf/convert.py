@@ -36,7 +36,7 @@ def convert(source, dest, window=None):
     if is_meta:
         convert_meta(source, dest, window)
     elif source.is_file() and source.suffix == ".gguf":
-        from hf.gguf import convert_gguf  # here, because only this needs the gguf library: it loads slowly
+        from hf.gguf import convert_gguf  # here, so that nothing else waits for the gguf library to load
 
         convert_gguf(source, dest)
     elif source.is_dir() and any(source.glob("pytorch_model*.bin")):
@@ -178,7 +178,7 @@ class MetaCheckpoint:
         self._check_heads()
 
     def _read_config(self, sizes, window):
-        """Return the Config. sizes: what params.json tells, which is all but two of them."""
+        """Return the Config. sizes: from params.json, which has all but the vocabulary's and the MLP's."""
         embedding = self._parts("tok_embeddings.weight")
         rows, columns = embedding[0].shape
         # LLaMA splits the table of embeddings by columns, other models in this layout by rows.

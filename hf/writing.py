@@ -40,7 +40,7 @@ def save_tensors(tensors, path):
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        # The library tells of the system's error in a sentence alone, which ends with its number.
+        # The library wraps the system's error. Its number is left in the message alone.
         number = re.search(r"os error (\d+)", str(error))
         if number and int(number[1]) in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(errno.ENOSPC, "no space left", str(path)) from None
@@ -70,9 +70,8 @@ def write_folder(dest, shards, count, others):
         for i, tensors in enumerate(tqdm(shards, total=count, desc="converting", unit="file", disable=None)):
             file = shard_name(i, count)
             save_tensors(tensors, aside / file)
-            for name, tensor in tensors.items():
-                weight_map[name] = file
-                total_size += tensor.nbytes
+            weight_map |= dict.fromkeys(tensors, file)
+            total_size += sum(tensor.nbytes for tensor in tensors.values())
             tensors.clear()  # Memory holds one file's tensors: these must go before the next ones are read.
         write_index(aside, weight_map, total_size)
         for name, content in others.items():

@@ -27,7 +27,7 @@ def tiny_vocabulary():
 
 @pytest.fixture(scope="module")
 def stock_llama():
-    """transformers' LlamaTokenizer of the same pieces. It could read tokenizer.model itself with protobuf."""
+    """transformers' LlamaTokenizer of the same pieces (it reads tokenizer.model only with protobuf)."""
     vocab = tiny_vocabulary()
     return LlamaTokenizer(vocab=vocab, merges=generate_merges(vocab))
 
