@@ -1,109 +1,78 @@
 """Does the longer window work? Retrieval, perplexity and ordinary tasks (section 4 of the paper).
 
-    python eval.py --task passkey                     # what train.py wrote last, beside the model it came from
+    python eval.py --task passkey          # what train.py wrote last, beside the model it came from
     python eval.py --task needle --data book.txt --plot grid.png
     python eval.py --task ppl --data book.txt --lengths 2048,8192,32768 --tail 1024
-    python eval.py --task benchmarks --data folder/   # through lm-evaluation-harness, see harness.py
+    python eval.py --task benchmarks --data folder/      # through lm-evaluation-harness
+
+A task is a row of TASKS: its options, the function that measures it, and how tasks/report.py and
+tasks/plots.py show it. What it asks the model is in tasks/prompts.py and tasks/harness.py.
 
 Notable choices:
-- One forward pass a prompt: greedy decoding gives the answer exactly when every token of the answer is the argmax given the
-  ones before it, and the token after it is no further digit. No KV cache; only the scored rows meet the vocabulary.
-- A length is exact: so many tokens are in the prompt with its answer (see prompts.py), or in the window with its BOS.
-- Perplexity is weighted by token. A document is cut to the longest length asked for, so that every length that it is long enough for
-  scores the same text; a shorter document is left out of the lengths that it does not fill, which are not compared in words then. With
-  `--tail` all lengths score the same tokens.
-- Every figure has its uncertainty beside it: Wilson's 95% interval of a share, one standard error over documents of a perplexity.
+- One forward pass a prompt: greedy decoding gives the answer exactly when every token of the answer is the
+  argmax given the ones before it, and the token after it does not make the number go on. No KV cache is
+  needed, and only the hidden states of scored tokens meet the vocabulary.
+- A length is exact: so many tokens are in the prompt with its answer, or in the window with its BOS.
+- Perplexity is weighted by token. A document is cut to the longest length asked for, so that every length
+  that it fills scores the same text. A document too short for a length is left out there, and lengths with
+  different documents are not compared in words. With `--tail` all lengths score the same tokens.
+- Every figure has its uncertainty beside it: Wilson's 95% interval of a share, one standard error over
+  documents of a perplexity.
 """
+
 import functools
-import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
+import cli
 import data
-import errors
-import harness
-import report
-import weights
-from errors import UserError
-from prompts import CITIES, digit_tokens, needle_prompt, passkey_prompt
-
-SETTINGS = {  # the options that a result depends on
-    "passkey": ("trials", "seed", "generate"), "needle": ("trials", "seed", "generate", "keys", "data"),
-    "ppl": ("documents", "stride", "tail", "by_position", "data"), "benchmarks": ("limit", "data"),
-}  # fmt: skip
-
-
-def parse_arguments():
-    p = errors.ArgumentParser(description="Retrieval, perplexity by length, and ordinary tasks.")
-    p.add_argument("--task", choices=("passkey", "needle", "ppl", "benchmarks"), required=True, help="the README's table says what each tells")
-    p.add_argument(
-        "--model", nargs="+", action="extend",
-        help="folders or built-in names (default: the base and the result of the run in out/, else the built-in)",
-    )  # fmt: skip
-    p.add_argument("--lengths", help="tokens, comma-separated (default: doubling from the original window, where it is recorded, to the longest)")
-    p.add_argument("--trials", type=int, help="passkey, needle: prompts per length (default: 50)")
-    p.add_argument("--seed", type=int, help="passkey, needle: of the keys and their places (default: 0)")
-    p.add_argument("--keys", type=int, help="needle: codes in the text, one of which is asked for (default: 4)")
-    p.add_argument("--generate", action="store_true", help="passkey, needle: decode each answer token by token too, as a check")
-    p.add_argument(
-        "--data", nargs="+", action="extend", default=[], metavar="FILE",
-        help="needle, ppl: texts (default: Python's standard library); benchmarks: the folder with their files",
-    )  # fmt: skip
-    p.add_argument("--documents", type=int, help="ppl: use that many, the longest (default: 50), each to the longest of --lengths")
-    p.add_argument("--stride", type=int, help="ppl: tokens that the window moves on, at most a window (default: half of one, at most 16,384)")
-    p.add_argument("--tail", type=int, metavar="N", help="ppl: score the last N tokens of each document, the rest of the length before them")
-    p.add_argument("--by_position", action="store_true", help="ppl: the loss by position in the window too (--stride then defaults to a window)")
-    p.add_argument("--limit", type=int, metavar="N", help="benchmarks: the first N items of each (default: all)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the results there after each length; the same call again goes on from them")
-    p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there")
-    p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
-    return p.parse_args()
-
-
-def check(args):
-    """Refuse what cannot run, and fill in the defaults that depend on the machine."""
-    args.device = errors.device(args.device)
-    options = {key: [task for task in SETTINGS if key in SETTINGS[task]] for keys in SETTINGS.values() for key in keys}
-    errors.check_task(args, options | {"lengths": ["passkey", "needle", "ppl"]})
-    errors.at_least(args, 1, "trials", "documents", "stride", "tail", "keys", "limit")
-    errors.at_least(args, 0, "seed")
-    args.trials, args.documents, args.keys, args.seed = args.trials or 50, args.documents or 50, args.keys or 4, args.seed or 0
-    if args.keys > len(CITIES):
-        raise UserError(f"--keys {args.keys}: at most {len(CITIES)}")
-    if args.tail and (args.by_position or args.stride):
-        raise UserError(f"--tail {args.tail} scores one place of each document: leave out --{'stride' if args.stride else 'by_position'}")
-    errors.check_outputs(args.json, args.plot)
-
+from hf import weights
+from hf.builtin import default_model, open_model
+from storage.files import InputError, cache_dir, read_json
+from tasks import harness, plots, report
+from tasks.prompts import CITIES, digit_tokens, needle_prompt, passkey_prompt
 
 # ---------------------------------------------------------------- one forward pass
 
 
 def last_hidden(model, rows):
-    """The normed last hidden states of lists of token ids, (len(rows), longest, C), in one forward pass.
-    Padding stands after the text, where causal attention never looks."""
-    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    """Return the normed last hidden states of `rows`, lists of token ids, in one forward pass.
+
+    Shape (len(rows), tokens of the longest, C). Shorter rows are padded after their end, where causal
+    attention never looks.
+    """
+    longest = max(len(row) for row in rows)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+    positions = torch.arange(longest).repeat(len(rows), 1)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)
-    last = torch.tensor([[len(row) - 1] for row in rows])
-    positions = torch.arange(tokens.shape[1]).minimum(last)  # of padding too: where angles depend on the length, a row's own length counts
+        # Where angles depend on the length of a row, padding must not make it longer.
+        positions[i, len(row) :] = len(row) - 1
     device = model.embed.weight.device
     return model.hidden(tokens.to(device), positions.to(device))
 
 
 def batched(items, size, model):
-    """Lists of consecutive items, as many as one forward pass takes; size(item): its tokens."""
-    budget = 65536 if model.embed.weight.is_cuda else 8192
+    """Yield lists of consecutive items, each list as many as one forward pass takes.
+
+    size(item): the tokens of an item.
+    """
+    most_tokens = 65536 if model.embed.weight.is_cuda else 8192  # with padding
     batch, longest = [], 0
     for item in items:
         longest = max(longest, size(item))
-        if batch and longest * (len(batch) + 1) > budget:
+        if batch and longest * (len(batch) + 1) > most_tokens:
             yield batch
             batch, longest = [], size(item)
         batch.append(item)
@@ -114,50 +83,89 @@ def batched(items, size, model):
 # ---------------------------------------------------------------- retrieval
 
 
-def answers_greedily(model, prompts, answers, digits):
-    """For each prompt, would greedy decoding continue it with its answer and then stop the number? One forward pass."""
-    right = []
-    for h, prompt, answer in zip(last_hidden(model, [p + a for p, a in zip(prompts, answers)]), prompts, answers):
-        said = model.head(h[len(prompt) - 1 : len(prompt) + len(answer)]).argmax(-1).tolist()  # one more than the answer
-        right.append(said[:-1] == answer and said[-1] not in digits)
-    return right
+class Trial(NamedTuple):
+    """A prompt with a known answer. depth: from 0 to 1, where in the text the answer stands."""
+
+    depth: float
+    prompt: list  # token ids
+    answer: list  # token ids
 
 
 def retrieval(model, tokenizer, length, trials, seed, make_prompt, generate=False, task="passkey"):
-    """One entry of `results`: trials at evenly spaced depths, new keys each. make_prompt(depth, rng) -> ids of a prompt and of its answer.
-    generate: decode each answer greedily as well, token by token with a KV cache, and compare the verdicts."""
+    """Measure how often the model finds an answer that stands in its prompt. Return an entry of `results`.
 
-    def draw(trial):
-        depth = (trial + 0.5) / trials
-        return depth, *make_prompt(depth, np.random.default_rng((seed, length, trial)))
+    The trials are at evenly spaced depths, each with a key of its own. make_prompt(depth, rng): a function
+    that returns the token ids of a prompt of `length` tokens and of its answer. generate: also decode each
+    answer token by token and record whether the verdict is the same. task: a name for the progress bar.
+    """
 
+    def draw(number):
+        depth = (number + 0.5) / trials
+        rng = np.random.default_rng((seed, length, number))
+        return Trial(depth, *make_prompt(depth, rng))
+
+    digits = digit_tokens(tokenizer)
     by_trial = []
     with tqdm(total=trials, desc=f"{task} {length:,}", leave=False, disable=None) as bar:
         for batch in batched(map(draw, range(trials)), lambda trial: length, model):
-            depths, prompts, answers = zip(*batch)
-            correct = answers_greedily(model, prompts, answers, digit_tokens(tokenizer))
-            by_trial += [{"depth": d, "correct": c} for d, c in zip(depths, correct)]
-            for entry, prompt, answer in zip(by_trial[-len(batch) :], prompts, answers) if generate else ():
-                tokens = torch.tensor([prompt], device=model.embed.weight.device)
-                entry["said"] = tokenizer.decode(model.generate(tokens, len(answer) + 1)[0].tolist())
-                entry["agrees"] = entry["correct"] == (re.match(r"\s*(\d*)", entry["said"])[1] == tokenizer.decode(answer).strip())
-            right = sum(t["correct"] for t in by_trial)
+            for trial, correct in zip(batch, answers_greedily(model, batch, digits)):
+                entry = {"depth": trial.depth, "correct": correct}
+                if generate:
+                    entry |= check_by_decoding(model, tokenizer, trial, correct)
+                by_trial.append(entry)
+            right = sum(entry["correct"] for entry in by_trial)
             bar.update(len(batch))
             bar.set_postfix(right=f"{right / len(by_trial):.0%}")
-    return {"length": length, "trials": trials, "accuracy": right / trials, "interval": report.wilson(right, trials), "by_trial": by_trial}
+    return {
+        "length": length,
+        "trials": trials,
+        "accuracy": right / trials,
+        "interval": report.wilson(right, trials),
+        "by_trial": by_trial,
+    }
+
+
+def answers_greedily(model, trials, digits):
+    """Return for each trial whether greedy decoding would say its answer and then end the number.
+
+    digits: the set of token ids that would make the number go on. One forward pass.
+    """
+    verdicts = []
+    rows = [trial.prompt + trial.answer for trial in trials]
+    for hidden, trial in zip(last_hidden(model, rows), trials):
+        # A token is predicted from the one before it: from the last of the prompt on, one token more than
+        # the answer has.
+        before = hidden[len(trial.prompt) - 1 : len(trial.prompt) + len(trial.answer)]
+        *said, following = model.head(before).argmax(-1).tolist()
+        verdicts.append(said == trial.answer and following not in digits)
+    return verdicts
+
+
+def check_by_decoding(model, tokenizer, trial, correct):
+    """Decode the answer token by token with a KV cache. Return what was said and whether `correct`
+    agrees."""
+    prompt = torch.tensor([trial.prompt], device=model.embed.weight.device)
+    said = tokenizer.decode(model.generate(prompt, len(trial.answer) + 1)[0].tolist())
+    number = re.match(r"\s*(\d*)", said)[1]
+    right = number == tokenizer.decode(trial.answer).strip()
+    return {"said": said, "agrees": correct == right}
 
 
 def passkey(model, tokenizer, length, trials, seed, generate=False):
-    """One entry of `results`, see retrieval."""
+    """Measure the paper's passkey retrieval (section 4.2). Return an entry of `results`, see `retrieval`."""
 
     def make_prompt(depth, rng):
-        return passkey_prompt(tokenizer, length, depth, str(rng.integers(10000, 100000)))
+        key = str(rng.integers(10000, 100000))
+        return passkey_prompt(tokenizer, length, depth, key)
 
     return retrieval(model, tokenizer, length, trials, seed, make_prompt, generate)
 
 
 def needle(model, tokenizer, corpus, length, trials, seed, keys, generate=False):
-    """One entry of `results`, see retrieval. corpus: 1-d array of token ids."""
+    """Measure how often the model finds one of `keys` codes in real text. Return an entry of `results`.
+
+    corpus: a 1-d array of token ids, from which the text is taken. The rest is as in `retrieval`.
+    """
 
     def make_prompt(depth, rng):
         return needle_prompt(tokenizer, corpus, length, depth, rng, keys)
@@ -168,8 +176,76 @@ def needle(model, tokenizer, corpus, length, trials, seed, keys, generate=False)
 # ---------------------------------------------------------------- perplexity
 
 
+class Window(NamedTuple):
+    """Token ids that one forward pass reads. The ones from index `first` on are scored."""
+
+    document: int  # index of the document that they are from
+    ids: list
+    first: int
+
+
+def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, by_position=False):
+    """Measure perplexity, exp of the mean loss over all scored tokens. Return an entry of `results`.
+
+    documents: 1-d arrays of token ids. Each is cut to `longest` tokens and read in windows of `length` that
+    move on by `stride`; documents with fewer than `length` tokens are left out. tail: read one window of
+    each document instead and score its last `tail` tokens; all lengths must score the same tokens then, so
+    documents with fewer than `longest` are left out. by_position: add the loss by position in the window.
+    Raises InputError if a loss is not finite.
+    """
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]  # before every window, part of its length
+    needed = longest if tail else length
+    long_enough = [document for document in documents if len(document) >= needed]
+    if tail:
+        windows = tail_windows(long_enough, bos, length, tail)
+        total = tail * len(long_enough)
+    else:
+        windows = sliding_windows_of_documents(long_enough, bos, length, longest, stride)
+        total = sum(min(len(document), longest) for document in long_enough)
+    edges = position_edges(length) if by_position else [0, length]
+
+    nats, count = np.zeros((2, len(long_enough), len(edges) - 1))  # by document and range of positions
+    in_tokens = {"unit": " tokens", "unit_scale": True}
+    with tqdm(total=total, desc=f"ppl {length:,}", leave=False, disable=None, **in_tokens) as bar:
+        for batch in batched(windows, lambda window: len(window.ids), model):
+            for window, losses in zip(batch, losses_by_position(model, batch, edges)):
+                nats[window.document] += losses
+                count[window.document] += scored_by_position(window, edges)
+                bar.update(len(window.ids) - window.first)
+            bar.set_postfix(ppl=f"{math.exp(min(nats.sum() / count.sum(), 700)):.2f}")
+    if not np.isfinite(nats).all():
+        raise InputError(f"length {length}: the loss is not finite; look at the weights of this model")
+
+    result = {"length": length, "tail": tail}
+    result |= {"documents": len(long_enough), "left_out": len(documents) - len(long_enough)}
+    result |= summary_by_document(nats.sum(1), count.sum(1))
+    if by_position:
+        result["by_position"] = summary_by_position(nats.sum(0), count.sum(0), edges)
+    return result
+
+
+def tail_windows(documents, bos, length, tail):
+    """Yield one Window of `length` tokens for each document, at its end, of which the last `tail` count."""
+    for i, document in enumerate(documents):
+        ids = bos + document[len(bos) - length :].tolist()
+        yield Window(i, ids, length - tail)
+
+
+def sliding_windows_of_documents(documents, bos, length, longest, stride):
+    """Yield the Windows that score each token of each document (its first `longest` tokens) once."""
+    room = length - len(bos)
+    if not bos:
+        stride = min(stride, room - 1)  # the first scored token of a window needs one before it
+    stride = max(1, min(stride, room))
+    for i, document in enumerate(documents):
+        text = document[: longest - len(bos)].tolist()
+        for begin, scored_from, end in sliding_windows(len(text), room, stride):
+            first = len(bos) + scored_from - begin
+            yield Window(i, bos + text[begin:end], max(first, 1))  # nothing predicts a text's first token
+
+
 def sliding_windows(n, window, stride):
-    """Yield (begin, scored_from, end) over n tokens: each token is scored once, in the window that gives it most context."""
+    """Yield (begin, scored_from, end) over n tokens: each is scored once, with as much context as fits."""
     scored = 0
     for begin in range(0, n, stride):
         end = min(begin + window, n)
@@ -179,183 +255,380 @@ def sliding_windows(n, window, stride):
             return
 
 
-def losses(model, rows, edges):
-    """Summed losses in nats (len(rows), len(edges) - 1) of rows (ids, first): of the tokens from `first` on, by the range of positions between
-    two edges that they stand in. One forward pass."""
-    sums = np.zeros((len(rows), len(edges) - 1))
-    for i, (h, (ids, first)) in enumerate(zip(last_hidden(model, [ids for ids, _ in rows]), rows)):
-        targets = torch.tensor(ids[first:], device=h.device)
-        for j, (low, high) in enumerate(pairwise(np.clip(edges, first, len(ids)).tolist())):
-            if low < high:
-                sums[i, j] = model.loss(h[low - 1 : high - 1], targets[low - first : high - first]).item()
+def position_edges(length):
+    """Return the edges of the ranges of positions in a window: 0, 16, 32, 64, … length."""
+    edges = [0]
+    edge = 16
+    while edge < length:
+        edges.append(edge)
+        edge *= 2
+    return [*edges, length]
+
+
+def losses_by_position(model, windows, edges):
+    """Return summed losses in nats, float64 (len(windows), len(edges) - 1), in one forward pass.
+
+    They are of the scored tokens of each window, apart for each range of positions between two edges.
+    """
+    sums = np.zeros((len(windows), len(edges) - 1))
+    all_hidden = last_hidden(model, [window.ids for window in windows])
+    for i, (hidden, window) in enumerate(zip(all_hidden, windows)):
+        targets = torch.tensor(window.ids, device=hidden.device)
+        scored_edges = np.clip(edges, window.first, len(window.ids)).tolist()
+        for j, (low, high) in enumerate(pairwise(scored_edges)):
+            if low < high:  # the token at position p is predicted from the hidden state at p - 1
+                sums[i, j] = model.loss(hidden[low - 1 : high - 1], targets[low:high]).item()
     return sums
 
 
-def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, by_position=False):
-    """One entry of `results`: exp of the mean loss over all scored tokens. Documents with fewer than `length` tokens are left out.
-    tail: score only the last so many tokens of each document, in one window of `length`; to compare the same tokens at all lengths,
-    documents with fewer than `longest` are left out then. by_position: add the loss by position in the window."""
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]  # in front of every window, and part of its length
-    window = length - len(bos)
-    long_enough = [d for d in documents if len(d) >= (longest if tail else length)]
-    edges = [0, *(2**i for i in range(4, 40) if 2**i < length and by_position), length]
+def scored_by_position(window, edges):
+    """Return how many scored tokens of a window are in each range of positions, int64 (len(edges) - 1,)."""
+    return np.diff(np.clip(edges, window.first, len(window.ids)))
 
-    def windows():  # document, ids, first scored
-        for i, document in enumerate(long_enough):
-            if tail:
-                yield i, bos + document[-window:].tolist(), length - tail
-                continue
-            text = document[: longest - len(bos)].tolist()
-            for begin, scored, end in sliding_windows(len(text), window, max(1, min(stride, window - (not bos)))):
-                yield i, bos + text[begin:end], max(len(bos) + scored - begin, 1)  # the first scored token needs one before it, BOS or text
 
-    nats, count = np.zeros((2, len(long_enough), len(edges) - 1))
-    total = sum(tail or min(len(d), longest) for d in long_enough)
-    with tqdm(total=total, unit=" tokens", unit_scale=True, desc=f"ppl {length:,}", leave=False, disable=None) as bar:
-        for batch in batched(windows(), lambda w: len(w[1]), model):
-            for (i, ids, first), sums in zip(batch, losses(model, [w[1:] for w in batch], edges)):
-                nats[i] += sums
-                count[i] += np.diff(np.clip(edges, first, len(ids)))
-                bar.update(len(ids) - first)
-            bar.set_postfix(ppl=f"{math.exp(min(nats.sum() / count.sum(), 700)):.2f}")
-    if not np.isfinite(nats).all():
-        raise UserError(f"--lengths {length}: the loss is not finite; look at the weights of this model")
-    ppl, error = report.over_documents(nats.sum(1), count.sum(1)) if long_enough else (None, None)
-    result = {"length": length, "tail": tail, "documents": len(long_enough), "left_out": len(documents) - len(long_enough)}
-    result |= {"tokens": int(count.sum()), "ppl": ppl, "standard_error": error}
-    result["by_document"] = [{"tokens": int(n), "nats": loss} for n, loss in zip(count.sum(1), nats.sum(1))]
-    if by_position:
-        ranges = zip(pairwise(edges), count.sum(0), nats.sum(0))
-        result["by_position"] = [{"from": a, "to": b, "tokens": int(n), "loss": loss / n} for (a, b), n, loss in ranges if n]
-    return result
+def summary_by_document(nats, count):
+    """Return what `results` say of summed losses and numbers of tokens by document, two 1-d arrays."""
+    ppl, error = report.over_documents(nats, count) if len(nats) else (None, None)
+    by_document = [{"tokens": int(n), "nats": loss} for n, loss in zip(count, nats)]
+    return {"tokens": int(count.sum()), "ppl": ppl, "standard_error": error, "by_document": by_document}
+
+
+def summary_by_position(nats, count, edges):
+    """Return the mean loss of each range of positions in which tokens were scored, a list of dicts."""
+    ranges = []
+    for (begin, end), n, loss in zip(pairwise(edges), count, nats):
+        if n:
+            ranges.append({"from": begin, "to": end, "tokens": int(n), "loss": loss / n})
+    return ranges
 
 
 # ---------------------------------------------------------------- ordinary tasks
 
 
 def log_likelihoods(model, pairs):
-    """For each pair of ids (context, continuation): the continuation's summed log-likelihood in nats, and whether greedy decoding gives it."""
-    rows = {}  # answers of one token share theirs
+    """Return for each pair (context, continuation) of lists of ids how likely the continuation is.
+
+    That is its summed log-likelihood in nats, and whether greedy decoding gives it.
+    """
+    # Answers of one token to the same question are predicted by the same row, which is read once.
+    pairs_of_row = {}
     for i, (context, continuation) in enumerate(pairs):
-        rows.setdefault((*context, *continuation[:-1]), []).append(i)
+        row = (*context, *continuation[:-1])  # the last token is never read, only predicted
+        pairs_of_row.setdefault(row, []).append(i)
+
     result = [None] * len(pairs)
-    with tqdm(total=len(rows), leave=False, disable=None) as bar:
-        for batch in batched(sorted(rows, key=len, reverse=True), len, model):
-            for row, h in zip(batch, last_hidden(model, batch)):
-                for i in rows[row]:
-                    targets = torch.tensor(pairs[i][1], device=h.device)
-                    logits = model.head(h[len(row) - len(targets) : len(row)]).float()
-                    nats = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-                    result[i] = -nats, bool((logits.argmax(-1) == targets).all())
+    longest_first = sorted(pairs_of_row, key=len, reverse=True)
+    with tqdm(total=len(longest_first), leave=False, disable=None) as bar:
+        for batch in batched(longest_first, len, model):
+            for row, hidden in zip(batch, last_hidden(model, batch)):
+                for i in pairs_of_row[row]:
+                    _, continuation = pairs[i]
+                    targets = torch.tensor(continuation, device=hidden.device)
+                    logits = model.head(hidden[len(row) - len(targets) : len(row)]).float()
+                    nats = F.cross_entropy(logits, targets, reduction="sum").item()
+                    is_greedy = bool((logits.argmax(-1) == targets).all())
+                    result[i] = (-nats, is_greedy)
             bar.update(len(batch))
     return result
 
 
+# ---------------------------------------------------------------- the tasks
+# Each prepare function returns a function that measures one length (or one benchmark) and returns its entry
+# of `results`. lengths: all that are asked for, ascending.
+
+
+def prepare_passkey(args, model, tokenizer, lengths):
+    def measure(length):
+        return passkey(model, tokenizer, length, args.trials, args.seed, args.generate)
+
+    return measure
+
+
+def prepare_needle(args, model, tokenizer, lengths):
+    corpus = data.prepare(args.data, tokenizer, cache_dir()).tokens
+
+    def measure(length):
+        return needle(model, tokenizer, corpus, length, args.trials, args.seed, args.keys, args.generate)
+
+    return measure
+
+
+def prepare_perplexity(args, model, tokenizer, lengths):
+    shortest, longest = lengths[0], lengths[-1]
+    documents = data.prepare(args.data, tokenizer, cache_dir())
+    chosen = longest_documents(documents, args.documents, needed=longest if args.tail else shortest)
+
+    def measure(length):
+        if args.stride:
+            stride = args.stride
+        elif args.by_position:
+            stride = length
+        else:
+            stride = max(1, min(length // 2, 16384))
+        return perplexity(model, tokenizer, length, chosen, longest, stride, args.tail, args.by_position)
+
+    return measure
+
+
+def longest_documents(documents, count, needed):
+    """Return the longest `count` documents. Raise InputError if none has `needed` tokens."""
+    by_length = sorted((documents[i] for i in range(len(documents))), key=len, reverse=True)
+    has = len(by_length[0])
+    if has < needed:
+        wanted = f"no document has {needed} tokens, the longest has {has}"
+        raise InputError(f"--data: {wanted}; add longer texts or lower --lengths")
+    return by_length[:count]
+
+
+def prepare_benchmarks(args, model, tokenizer, names):
+    lm = harness.as_model(model.config, tokenizer, functools.partial(log_likelihoods, model))
+    (folder,) = args.data
+    files = harness.find_files(folder)
+
+    def measure(name):
+        return harness.evaluate(name, files[name], lm, args.limit)
+
+    return measure
+
+
+class Task(NamedTuple):
+    """A row of TASKS: all that the command knows of one task."""
+
+    options: tuple  # that belong to it; its results depend on them
+    prepare: Callable  # one of the functions above
+    table: object  # one of the tables in tasks/report.py
+    draw: Callable  # one of the functions in tasks/plots.py
+    unit: str = "length"  # what an entry of `results` is of: a length, or a benchmark
+    may_add_lengths: bool = True  # to the results in a file; not where the longest says what is scored
+
+
+TASKS = {
+    "passkey": Task(
+        options=("trials", "seed", "generate"),
+        prepare=prepare_passkey,
+        table=report.AccuracyTable(),
+        draw=plots.draw_accuracy,
+    ),
+    "needle": Task(
+        options=("trials", "seed", "generate", "keys", "data"),
+        prepare=prepare_needle,
+        table=report.AccuracyTable(),
+        draw=plots.draw_accuracy_grids,
+    ),
+    "ppl": Task(
+        options=("documents", "stride", "tail", "by_position", "data"),
+        prepare=prepare_perplexity,
+        table=report.PerplexityTable(),
+        draw=plots.draw_perplexity,
+        may_add_lengths=False,
+    ),
+    "benchmarks": Task(
+        options=("limit", "data"),
+        prepare=prepare_benchmarks,
+        table=report.ScoreTable(),
+        draw=plots.draw_scores,
+        unit="benchmark",
+    ),
+}
+
+
 # ---------------------------------------------------------------- the command
+
+# argparse must not fill these in: an option that is given and belongs to another task is refused.
+DEFAULTS = {"trials": 50, "seed": 0, "keys": 4, "documents": 50}
+
+
+def parse_arguments():
+    p = cli.ArgumentParser(description="Retrieval, perplexity by length, and ordinary tasks.")
+    p.add_argument("--task", choices=TASKS, required=True, help="the README's table says what each tells")
+    p.add_argument(
+        "--model", nargs="+", action="extend",
+        help="folders or built-in names (default: the base and the result of the run in out/, else the "
+        "built-in one)",
+    )  # fmt: skip
+    p.add_argument(
+        "--lengths", type=cli.token_counts(least=2), metavar="TOKENS,…",
+        help="tokens, comma-separated (default: doubling from the original window, where it is recorded, to "
+        "the longest)",
+    )  # fmt: skip
+    p.add_argument(
+        "--trials", type=cli.whole_number(1), help="passkey, needle: prompts per length (default: 50)"
+    )
+    p.add_argument(
+        "--seed", type=cli.whole_number(0), help="passkey, needle: of the keys and their places (default: 0)"
+    )
+    p.add_argument(
+        "--keys",
+        type=cli.whole_number(1),
+        help="needle: codes in the text, one of which is asked for (default: 4)",
+    )
+    p.add_argument(
+        "--generate",
+        action="store_true",
+        help="passkey, needle: decode each answer token by token too, as a check",
+    )
+    p.add_argument(
+        "--data", nargs="+", action="extend", default=[], metavar="FILE",
+        help="needle, ppl: texts (default: Python's standard library); benchmarks: the folder of files",
+    )  # fmt: skip
+    p.add_argument(
+        "--documents", type=cli.whole_number(1),
+        help="ppl: use that many, the longest (default: 50), each to the longest of --lengths",
+    )  # fmt: skip
+    p.add_argument(
+        "--stride", type=cli.whole_number(1),
+        help="ppl: tokens that the window moves on, at most a window (default: half of one, at most 16,384)",
+    )  # fmt: skip
+    p.add_argument(
+        "--tail", type=cli.whole_number(1), metavar="N",
+        help="ppl: score the last N tokens of each document, the rest of the length before them",
+    )  # fmt: skip
+    p.add_argument(
+        "--by_position", action="store_true",
+        help="ppl: the loss by position in the window too (--stride then defaults to a window)",
+    )  # fmt: skip
+    p.add_argument(
+        "--limit",
+        type=cli.whole_number(1),
+        metavar="N",
+        help="benchmarks: the first N items of each (default: all)",
+    )
+    p.add_argument(
+        "--json", type=cli.output_file(), metavar="FILE",
+        help="write the results there after each length; the same call again goes on from them",
+    )  # fmt: skip
+    p.add_argument("--plot", type=cli.plot_file, metavar="FILE.png", help="draw them there")
+    p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+    return p.parse_args()
+
+
+def complete(args):
+    """Refuse what cannot run, fill in the defaults and return the arguments."""
+    args.device = cli.device(args.device)
+    tasks_of_option = {"lengths": [name for name, task in TASKS.items() if task.unit == "length"]}
+    for name, task in TASKS.items():
+        for option in task.options:
+            tasks_of_option.setdefault(option, []).append(name)
+    cli.refuse_options_of_other_tasks(args, tasks_of_option)
+    for option, default in DEFAULTS.items():
+        if getattr(args, option) is None:
+            setattr(args, option, default)
+    if args.keys > len(CITIES):
+        raise InputError(f"--keys {args.keys}: at most {len(CITIES)}")
+    if args.tail and (args.by_position or args.stride):
+        other = "--stride" if args.stride else "--by_position"
+        raise InputError(f"--tail {args.tail} scores one place of each document: leave out {other}")
+    if args.task == "benchmarks" and (len(args.data) != 1 or not Path(args.data[0]).is_dir()):
+        raise InputError(f"--data: name one folder with files of {harness.EXPECTED_FILES}")
+    return args
 
 
 def default_models(device):
-    """The run in out/ and the model it started from; without one, the built-in model for this device."""
-    if Path("out/model/config.json").is_file() and Path("out/args.json").is_file():
-        try:
-            return [json.loads(Path("out/args.json").read_text())["model"], "out/model"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError("out/args.json: not readable; name the models with --model") from None
-    return [weights.default(device)]
+    """Return the base and the result of the run in out/; without a run, the built-in model for the
+    device."""
+    out = Path("out")
+    if not (out / "model" / "config.json").is_file() or not (out / "args.json").is_file():
+        return [default_model(device)]
+    try:
+        base = read_json(out / "args.json")["model"]
+    except (InputError, KeyError):
+        raise InputError(f"{out / 'args.json'}: not readable; name the models with --model") from None
+    return [base, str(out / "model")]
+
+
+def units_to_measure(args, configs):
+    """Return the lengths in tokens, ascending, or the names of the benchmarks. configs: of all models."""
+    if args.task == "benchmarks":
+        (folder,) = args.data
+        return list(harness.find_files(folder))
+    lengths = args.lengths or default_lengths(configs)
+    if args.tail and args.tail >= lengths[0]:
+        no_context = f"leaves no context in a length of {lengths[0]}"
+        raise InputError(f"--tail {args.tail}: {no_context}; lower it or raise --lengths")
+    return lengths
 
 
 def default_lengths(configs):
-    """From the shortest window before any interpolation, doubling, to the longest window; not so short that no passkey prompt fits."""
-    shortest = max(256, min(c.original_window for c in configs))
-    longest = max(shortest, *(c.max_position_embeddings for c in configs))
-    if shortest == longest:
-        return [n for n in (shortest // 2, shortest, 2 * shortest) if n >= 256]
-    return sorted({shortest * 2**i for i in range(math.floor(math.log2(longest / shortest)) + 1)} | {longest})
+    """Return lengths that double from the shortest window before any interpolation to the longest window.
+
+    None is shorter than 256 tokens, where no passkey prompt would fit.
+    """
+    shortest = max(256, min(config.original_window for config in configs))
+    longest = max(shortest, *(config.max_position_embeddings for config in configs))
+    if shortest == longest:  # no window was made longer: show where it ends
+        return [length for length in (shortest // 2, shortest, 2 * shortest) if length >= 256]
+    lengths = [longest]
+    length = shortest
+    while length < longest:
+        lengths.append(length)
+        length *= 2
+    return sorted(lengths)
 
 
-def choose(documents, count, needed):
-    """The longest `count` documents; UserError if none has `needed` tokens."""
-    documents = sorted((documents[i] for i in range(len(documents))), key=len, reverse=True)[:count]
-    if len(documents[0]) < needed:
-        longest = len(documents[0])
-        raise UserError(f"--data: no document has {needed} tokens, the longest has {longest}; add longer texts or lower --lengths")
-    return documents
+def result_settings(args, names, folders, units):
+    """Return what two calls must share for their results to stand in one file, {setting: value}.
+
+    names: of the models. folders: their CheckpointFolders. units: what is measured.
+    """
+    task = TASKS[args.task]
+    settings = {"task": args.task, "model": names, "device": args.device}
+    for option in task.options:
+        settings[option] = getattr(args, option)
+    for name, folder in zip(names, folders):
+        settings[f"weights of {name}"] = folder.fingerprint()
+    if not task.may_add_lengths:
+        settings["lengths"] = units
+    if "data" in task.options:
+        settings["sha256 of data"] = data.fingerprint(data.find_files(args.data))
+    return settings
 
 
-def settings(args, names, checked, lengths):
-    """What two calls must share for their results to stand in one file. (More lengths may be added, unless the longest says what is scored.)
-    checked: what weights.check found of each model."""
-    shared = {"task": args.task, "model": names, "device": args.device} | {key: getattr(args, key) for key in SETTINGS[args.task]}
-    shared |= {f"weights of {name}": weights.fingerprint(model.config, files) for name, (model, _, files) in zip(names, checked)}
-    if args.task == "ppl":
-        shared["lengths"] = lengths
-    if args.task != "passkey":
-        shared["sha256 of data"] = data.fingerprint(data.find_files(args.data))
-    return shared
-
-
-def evaluator(args, model, tokenizer, units):
-    """-> a function from one of the lengths (or benchmarks) `units` to its entry of `results`."""
-    if args.task == "passkey":
-        return lambda length: passkey(model, tokenizer, length, args.trials, args.seed, args.generate)
-    if args.task == "benchmarks":
-        lm = harness.as_model(model.config, tokenizer, functools.partial(log_likelihoods, model))
-        files = harness.find_files(args.data)
-        return lambda name: harness.evaluate(name, files[name], lm, args.limit)
-    documents = data.prepare(args.data, tokenizer, weights.cache_dir())
-    if args.task == "needle":
-        return lambda length: needle(model, tokenizer, documents.tokens, length, args.trials, args.seed, args.keys, args.generate)
-    chosen = choose(documents, args.documents, units[-1] if args.tail else units[0])
-
-    def ppl(length):
-        stride = args.stride or (length if args.by_position else max(1, min(length // 2, 16384)))
-        return perplexity(model, tokenizer, length, chosen, units[-1], stride, args.tail, args.by_position)
-
-    return ppl
+def measure(args, name, folder, units, missing):
+    """Yield the result of each length (or benchmark) in `missing` of one model. units: all asked for."""
+    if not missing:
+        return  # without loading the model
+    task = TASKS[args.task]
+    model = weights.load(name, args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+    measure_one = task.prepare(args, model, folder.load_tokenizer(), units)
+    for unit in missing:
+        result = measure_one(unit)
+        if task.unit == "length":
+            result["beyond_window"] = unit > folder.config.max_position_embeddings
+        yield result
 
 
 @torch.no_grad()
 def main():
-    args = parse_arguments()
-    check(args)
-    names = [*dict.fromkeys(args.model or default_models(args.device))]
-    checked = [weights.check(weights.resolve(name)) for name in names]  # the last of them too, before hours with the first
-    configs = [model.config for model, *_ in checked]
-    by = "benchmark" if args.task == "benchmarks" else "length"
-    if by == "benchmark":
-        units = [*harness.find_files(args.data)]
-    else:
-        units = default_lengths(configs) if args.lengths is None else errors.token_counts("--lengths", args.lengths, least=2)
-    if args.tail and args.tail >= units[0]:
-        raise UserError(f"--tail {args.tail}: leaves no context in a length of {units[0]}; lower it or raise --lengths")
-    shared = settings(args, names, checked, units) if args.json else None
+    args = complete(parse_arguments())
+    task = TASKS[args.task]
+    names = list(dict.fromkeys(args.model or default_models(args.device)))  # each once
+    folders = [open_model(name) for name in names]  # all are checked before hours of work with the first
+    units = units_to_measure(args, [folder.config for folder in folders])
+    settings = result_settings(args, names, folders, units) if args.json else None
     if args.json and args.json.exists():
-        reports = report.read(args.json, shared)
+        reports = report.read(args.json, settings)
     else:
         reports = [{"task": args.task, "model": name, "results": []} for name in names]
 
-    for config, own in zip(configs, reports):
-        missing = [unit for unit in units if unit not in [r[by] for r in own["results"]]]
-        if not missing:
-            continue
-        model = weights.load(own["model"], args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
-        evaluate = evaluator(args, model, weights.load_tokenizer(own["model"], config), units)
-        for unit in missing:
-            result = evaluate(unit)
-            if by == "length":
-                result["beyond_window"] = unit > config.max_position_embeddings
-            own["results"] = sorted([*own["results"], result], key=lambda r: r[by] if by == "length" else units.index(r[by]))
+    for name, folder, own in zip(names, folders, reports):
+        done = [result[task.unit] for result in own["results"]]
+        missing = [unit for unit in units if unit not in done]
+        for result in measure(args, name, folder, units, missing):
+            own["results"].append(result)
+            if task.unit == "length":  # it may be shorter than what an earlier call measured
+                own["results"].sort(key=itemgetter("length"))
             if args.json:
-                report.write(args.json, shared, reports)
-            tqdm.write(f"{own['model']}, {args.task} {unit}: {' '.join(report.figure(result))}", file=sys.stderr)
-        del model, evaluate
+                report.write(args.json, settings, reports)
+            figure = " ".join(task.table.figure(result))
+            tqdm.write(f"{name}, {args.task} {result[task.unit]}: {figure}", file=sys.stderr)
 
-    asked = [own | {"results": [r for r in own["results"] if r[by] in units]} for own in reports]
-    report.print_table(asked, args.task)
+    for own in reports:  # a file may hold lengths that this call did not ask for
+        own["results"] = [result for result in own["results"] if result[task.unit] in units]
+    report.print_reports(reports, args.task, task.table)
     if args.plot:
-        report.draw(asked, args.task, args.plot)
+        task.draw(reports, args.plot)
         print(f"wrote {args.plot}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -1,219 +1,350 @@
-"""The paper's tables on a small real model, one command each: train every arm on the same number of tokens, measure all of them on other texts.
+"""Reproduce the paper's tables on a small real model, one command each.
 
     python reproduce.py table1 --data texts/ --dev books.jsonl.gz latex.jsonl.gz
     python reproduce.py table5 --data texts/ --dev books.jsonl.gz --seeds 3
     python reproduce.py table3 --data texts/ --dev benchmarks/
 
-Every arm is a call of train.py, every measure one of eval.py with all arms, printed before it runs; what is there already is not done again.
-OUT/TABLE gets the arms, the JSON files and tables.md, which has the mean over seeds and, of several, the smallest and largest value.
+Every arm of a table is trained on the same number of tokens by a call of train.py, and all arms are measured
+on other texts by calls of eval.py. Each call is printed before it runs; what is there already is not done
+again. OUT/TABLE gets the arms, the JSON files and tables.md, with the mean over seeds and, of several seeds,
+the smallest and the largest value.
 """
+
 import json
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import cli
 import data
-import errors
-import harness
-import weights
-from errors import UserError
-from train import finished
+from hf.builtin import open_model
+from storage.files import InputError, cache_dir, describe_changes, read_json, write_json
+from storage.log import is_finished
+from tasks import harness
 
 TOKENS = 2**22  # that each arm is trained on
-WINDOWS = 16  # of the model, in a step
+WINDOWS = 16  # windows of the model in a step of every arm
+
+# ---------------------------------------------------------------- the tables
+
+
+@dataclass
+class Table:
+    """What is trained and what is measured. Lengths are in windows of the model.
+
+    arms: {name: {option of train.py: value}}, with the target as `target` windows. lengths: at which the
+    arms are measured; none for benchmarks. passkeys: prompts at each length, unless the user asks for
+    another number.
+    """
+
+    arms: dict
+    lengths: tuple
+    passkeys: int = 100
 
 
 def methods(target):
-    """Table 1's rows: the paper interpolates linearly there."""
-    return {f"{method} {target}x": f"--method {method} --target {target} --rope linear" for method in ("full", "randpos", "pi", "pose")}
+    """Return the arms of Table 1 for one target: all methods, with the paper's linear interpolation."""
+    arms = {}
+    for method in ("full", "randpos", "pi", "pose"):
+        arms[f"{method} {target}x"] = {"method": method, "target": target, "rope": "linear"}
+    return arms
 
 
-def modes(target, *ropes):
-    """Rows that differ in the interpolation alone, with the paper's settings for all of them."""
-    return {f"{rope} {target}x": f"--target {target} --factor {target} --overshoot 1 --llama_4_scaling_beta 0 --rope {rope}" for rope in ropes}
+def interpolations(target, *modes):
+    """Return arms that differ in the interpolation alone, with the paper's settings for all of them."""
+    settings = {"target": target, "factor": target, "overshoot": 1, "llama_4_scaling_beta": 0}
+    return {f"{mode} {target}x": settings | {"rope": mode} for mode in modes}
 
 
-# Table -> {arm: its options}; lengths to measure. Targets and lengths are in windows of the model. Tables 3 to 5 take the model's own recipe.
-TABLES = {
-    "table1": (methods(2) | methods(4), (0.5, 1, 2, 4)),
-    "figure4": (modes(4, "linear", "ntk", "yarn", "yarn_revised", "llama3"), (0.5, 1, 2, 4)),
-    "table2": (modes(12, "linear", "ntk", "yarn") | modes(16, "linear", "ntk", "yarn"), (4, 8, 12, 16)),
-    "table3": ({"full 2x": "--method full --target 2", "pose 2x": "--target 2", "pose 16x": "--target 16"}, ()),
-    "table4": ({offset: f"--target 4 --offset {offset}" for offset in ("uniform", "zero", "skip")}, (0.5, 1, 2, 4)),
-    "table5": (
-        {f"{n} chunk{'s' * (n > 1)}": f"--target 4 --chunks {n}" for n in (1, 2, 3, 8)} | {"randpos": "--target 4 --method randpos"},
-        (0.5, 1, 2, 4),
+UP_TO_FOUR = (0.5, 1, 2, 4)
+TABLES = {  # those that name no interpolation take the model's own recipe
+    "table1": Table(methods(2) | methods(4), UP_TO_FOUR),
+    "figure4": Table(interpolations(4, "linear", "ntk", "yarn", "yarn_revised", "llama3"), UP_TO_FOUR),
+    "table2": Table(
+        interpolations(12, "linear", "ntk", "yarn") | interpolations(16, "linear", "ntk", "yarn"),
+        lengths=(4, 8, 12, 16),
+        passkeys=0,  # the paper has none either
+    ),
+    "table3": Table(
+        {
+            "full 2x": {"method": "full", "target": 2},
+            "pose 2x": {"target": 2},
+            "pose 16x": {"target": 16},
+        },
+        lengths=(),
+    ),
+    "table4": Table(
+        {
+            "uniform": {"target": 4, "offset": "uniform"},
+            "zero": {"target": 4, "offset": "zero"},
+            "skip": {"target": 4, "offset": "skip"},
+        },
+        UP_TO_FOUR,
+    ),
+    "table5": Table(
+        {
+            "1 chunk": {"target": 4, "chunks": 1},
+            "2 chunks": {"target": 4, "chunks": 2},
+            "3 chunks": {"target": 4, "chunks": 3},
+            "8 chunks": {"target": 4, "chunks": 8},
+            "randpos": {"target": 4, "method": "randpos"},
+        },
+        UP_TO_FOUR,
     ),
 }
 
 
-def parse_arguments():
-    p = errors.ArgumentParser(description="Train and measure the arms of one of the paper's tables.")
-    p.add_argument("table", choices=TABLES)
-    p.add_argument("--model", default="smollm2-135m", help="a folder or built-in name (default: smollm2-135m)")
-    p.add_argument("--data", nargs="+", default=[], metavar="FILE", help="texts to train on (default: Python's standard library)")
-    p.add_argument(
-        "--dev", nargs="+", required=True, metavar="FILE",
-        help="texts to measure on, one file for each kind of text, with documents as long as the longest length; table3: the folder of benchmarks",
-    )  # fmt: skip
-    p.add_argument("--seeds", type=int, default=1, help="runs of each arm (default: 1)")
-    p.add_argument("--tokens", type=int, default=TOKENS, help=f"that each arm is trained on (default: {TOKENS:,})")
-    p.add_argument("--lr", type=float, help="of every arm (default: train.py's)")
-    p.add_argument("--trials", type=int, help="passkeys a length (default: 100; table2, as in the paper, none)")
-    p.add_argument("--limit", type=int, help="table3: items of each benchmark (default: all)")
-    p.add_argument("--out", type=Path, default=Path("out/reproduce"), metavar="DIR", help="default: out/reproduce")
-    return p.parse_args()
-
-
-def lengths(table, window):
-    """To measure, in tokens."""
-    return [int(x * window) for x in TABLES[table][1]]
-
-
 def steps(window, tokens):
-    """Of every arm, at WINDOWS windows of the model each."""
+    """Return the steps of every arm. window: of the model, in tokens. tokens: that an arm is trained on."""
     return tokens // (WINDOWS * window)
 
 
-def training(options, window, tokens):
-    """train.py's options, a list of words, from an arm's: the target in tokens, and as many tokens a step and in all as any other arm's."""
-    words = options.split()
-    at = words.index("--target")
-    target = int(words[at + 1]) * window
-    share = target // window if "full" in words else 1
-    batch = max(1, WINDOWS // share)
-    words[at : at + 2] = ["--target_len", str(target)]
-    if share == 1:  # the model's own window, whatever its recipe says
-        words += ["--train_len", str(window)]
-    return [*words, "--batch_size", str(batch), "--steps", str(steps(window, tokens))]
+def training_options(arm, window, tokens):
+    """Return train.py's options of an arm, {option: value}: as many tokens in a step and in all as other
+    arms."""
+    options = dict(arm)
+    target = options.pop("target")
+    options["target_len"] = target * window
+    if options.get("method") == "full":
+        options["batch_size"] = max(1, WINDOWS // target)
+    else:
+        options["train_len"] = window  # whatever the model's recipe says
+        options["batch_size"] = WINDOWS
+    options["steps"] = steps(window, tokens)
+    return options
+
+
+# ---------------------------------------------------------------- training and measuring
+
+
+def train(args, folder, window):
+    """Train the arms that are not there yet. Return {model: name of its arm}, the untouched model first."""
+    arm_of_model = {args.model: "none"}
+    for arm, settings in TABLES[args.table].arms.items():
+        for seed in range(args.seeds):
+            out = folder / f"{arm.replace(' ', '-')}-{seed}"
+            arm_of_model[str(out / "model")] = arm
+            if is_finished(out, steps(window, args.tokens)):
+                continue
+            options = training_options(settings, window, args.tokens)
+            if args.lr is not None:
+                options["lr"] = args.lr
+            words = words_of({"model": args.model, "data": args.data} | options | {"seed": seed, "out": out})
+            if (out / "args.json").exists():  # an earlier call was interrupted
+                words.append("--resume")
+            run("train.py", *words)
+    return arm_of_model
+
+
+def measure(args, folder, window, arm_of_model):
+    """Measure all models. Return the tables, texts in Markdown."""
+    models = {"model": list(arm_of_model)}
+    if args.table == "table3":
+        path = folder / "benchmarks.json"
+        run_eval("benchmarks", models | {"data": args.dev, "limit": args.limit, "json": path})
+        return [markdown("score, %", path, arm_of_model, lambda result: 100 * result["score"], 1)]
+
+    lengths = lengths_in_tokens(args.table, window)
+    common = models | {"lengths": ",".join(map(str, lengths))}
+    tables = []
+    if args.trials:
+        path = folder / "passkey.json"
+        run_eval("passkey", common | {"trials": args.trials, "json": path})
+        tables.append(markdown("passkey, %", path, arm_of_model, lambda result: 100 * result["accuracy"], 0))
+    documents = max(4, 2**17 // lengths[-1])  # enough text where windows are short
+    for file in args.dev:
+        texts = {"data": [file], "documents": documents}
+        for way, options in (("sliding", {}), ("tail", {"tail": window // 8})):
+            path = folder / f"{name_without_endings(file)}_{way}.json"
+            run_eval("ppl", common | texts | options | {"json": path})
+            title = f"perplexity, {path.stem}"
+            tables.append(markdown(title, path, arm_of_model, lambda result: result["ppl"], 2))
+    return tables
+
+
+def run_eval(task, options):
+    """Call eval.py with a task and {option: value}."""
+    run("eval.py", "--task", task, *words_of(options))
+
+
+def words_of(options):
+    """Return {option: value, or list of values} as words of a command line. None and empty lists are left
+    out."""
+    words = []
+    for option, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        if value is not None and values:
+            words += [f"--{option}", *map(str, values)]
+    return words
 
 
 def run(script, *arguments):
-    """Call a script of this repository; what goes wrong there ends this one too."""
-    command = [script, *map(str, arguments)]
-    print("python", shlex.join(command), flush=True)
-    called = subprocess.Popen([sys.executable, Path(__file__).parent / script, *command[1:]])
+    """Print and run a call of a script of this repository. If it fails, end this process with its exit
+    code."""
+    print("python", shlex.join([script, *arguments]), flush=True)
+    called = subprocess.Popen([sys.executable, Path(__file__).parent / script, *arguments])
     try:
         code = called.wait()
-    except KeyboardInterrupt:  # the script has it too, and saves what is done
+    except KeyboardInterrupt:  # the script got it too, and saves what is done
         code = called.wait() or 130
     if code:
         sys.exit(code)
 
 
-def kind(file):
-    """A dev file's name without endings."""
+def lengths_in_tokens(table, window):
+    """Return the lengths, in tokens, at which this table is measured."""
+    return [int(windows * window) for windows in TABLES[table].lengths]
+
+
+def name_without_endings(file):
+    """Return the name by which the results of a text file are kept."""
     return Path(file).name.split(".")[0]
 
 
-def check_record(path, record):
-    """Keep what the arms in a folder are trained with. UserError if arms of other settings are there."""
-    if not any(path.parent.glob("*/args.json")):  # none has begun
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return errors.write_json(path, record)
-    try:
-        changed = errors.changes(json.loads(path.read_text()), record)
-    except (OSError, ValueError):
-        changed = f"{path.name} is not readable"
-    if changed:
-        raise UserError(f"{path.parent}: holds arms of other settings ({changed}); name another --out or remove it")
+# ---------------------------------------------------------------- tables in Markdown
+
+
+def markdown(title, path, arm_of_model, figure, digits):
+    """Return a table of the results in a JSON file of eval.py: a row for each arm, a column for each length.
+
+    figure(result): the number to show, or None. A cell holds the mean over seeds.
+    """
+    written = json.loads(path.read_text())
+    figures = {}  # {(arm, length or benchmark): [one number for each seed]}
+    units = []  # lengths or benchmarks
+    for report in (*written.get("compared", []), written):
+        for result in report["results"]:
+            unit = result["length"] if "length" in result else result["benchmark"]
+            if unit not in units:
+                units.append(unit)
+            number = figure(result)
+            if number is not None:
+                figures.setdefault((arm_of_model[report["model"]], unit), []).append(number)
+
+    headings = [f"{unit:,}" if isinstance(unit, int) else unit for unit in units]
+    rows = [[title, *headings], ["---"] * (1 + len(units))]
+    for arm in dict.fromkeys(arm_of_model.values()):  # each once, in order
+        rows.append([arm, *(spread(figures.get((arm, unit), []), digits) for unit in units)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def spread(values, digits):
+    """Return the mean of the values and, of several, the smallest and the largest; "" if there is none."""
+    if not values:
+        return ""
     mean = f"{sum(values) / len(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def markdown(title, path, names, figure, digits):
-    """A table of the results in a --json file of eval.py, a row an arm and a column a length. names: {model: arm}; figure(result) -> a number
-    or None."""
-    written = json.loads(path.read_text())
-    rows = {}
-    for report in (*written.get("compared", []), written):
-        for result in report["results"]:
-            unit = result.get("length") or result["benchmark"]
-            rows.setdefault(names[report["model"]], {}).setdefault(unit, []).append(figure(result))
-    units = list(next(iter(rows.values())))
-    table = [[title, *(f"{u:,}" if isinstance(u, int) else u for u in units)], ["---"] * (1 + len(units))]
-    for arm in dict.fromkeys(names.values()):
-        cells = ([v for v in rows[arm].get(unit, []) if v is not None] for unit in units)
-        table.append([arm, *(spread(cell, digits) if cell else "" for cell in cells)])
-    return "".join(f"| {' | '.join(row)} |\n" for row in table)
+# ---------------------------------------------------------------- the command
 
 
-def check(args, config):
-    """Refuse what would fail after hours of training, and fill in the default that depends on the table."""
+def parse_arguments():
+    p = cli.ArgumentParser(description="Train and measure the arms of one of the paper's tables.")
+    p.add_argument("table", choices=TABLES)
+    p.add_argument(
+        "--model", default="smollm2-135m", help="a folder or built-in name (default: smollm2-135m)"
+    )
+    p.add_argument(
+        "--data", nargs="+", default=[], metavar="FILE",
+        help="texts to train on (default: Python's standard library)",
+    )  # fmt: skip
+    p.add_argument(
+        "--dev", nargs="+", required=True, metavar="FILE",
+        help="texts to measure on, one file for each kind of text, with a document as long as the longest "
+        "length; table3: the folder of benchmarks",
+    )  # fmt: skip
+    p.add_argument("--seeds", type=cli.whole_number(1), default=1, help="runs of each arm (default: 1)")
+    p.add_argument(
+        "--tokens", type=cli.whole_number(1), default=TOKENS,
+        help=f"that each arm is trained on (default: {TOKENS:,})",
+    )  # fmt: skip
+    p.add_argument("--lr", type=float, help="of every arm (default: train.py's)")
+    p.add_argument(
+        "--trials", type=cli.whole_number(0),
+        help="passkeys a length (default: 100; table2, as in the paper, none)",
+    )  # fmt: skip
+    p.add_argument(
+        "--limit", type=cli.whole_number(1), help="table3: items of each benchmark (default: all)"
+    )  # fmt: skip
+    p.add_argument(
+        "--out", type=Path, default=Path("out/reproduce"), metavar="DIR", help="default: out/reproduce"
+    )  # fmt: skip
+    return p.parse_args()
+
+
+def complete(args, model):
+    """Refuse what would fail after hours of training, fill in the defaults and return the arguments.
+
+    model: the CheckpointFolder to begin with.
+    """
+    window = model.config.max_position_embeddings
     if args.trials is None:
-        args.trials = 0 if args.table == "table2" else 100
-    window = config.max_position_embeddings
-    errors.at_least(args, 1, "seeds", "limit")
-    errors.at_least(args, 0, "trials")
+        args.trials = TABLES[args.table].passkeys
     if steps(window, args.tokens) < 1:
-        raise UserError(f"--tokens {args.tokens}: at least {WINDOWS * window:,}, one step of {WINDOWS} windows")
-    if absent := next((path for path in (*args.data, *args.dev) if not Path(path).exists()), None):
-        raise UserError(f"{absent}: no such file or folder")
-    if len({kind(file) for file in args.dev}) < len(args.dev):
-        raise UserError(f"--dev {' '.join(args.dev)}: two files of one name, by which the results are kept; rename one")
+        at_least = f"at least {WINDOWS * window:,}, one step of {WINDOWS} windows"
+        raise InputError(f"--tokens {args.tokens}: {at_least}")
+    for path in (*args.data, *args.dev):
+        if not Path(path).exists():
+            raise InputError(f"{path}: no such file or folder")
+    if len({name_without_endings(file) for file in args.dev}) < len(args.dev):
+        files = " ".join(args.dev)
+        raise InputError(f"--dev {files}: two files of one name, by which the results are kept; rename one")
     if args.table == "table3":
-        harness.find_files(args.dev)
+        if len(args.dev) != 1:
+            raise InputError(f"--dev: name one folder with files of {harness.EXPECTED_FILES}")
+        harness.find_files(args.dev[0])
+    else:
+        check_lengths_of_texts(args, model, lengths_in_tokens(args.table, window)[-1])
+    return args
+
+
+def check_lengths_of_texts(args, model, longest_length):
+    """Raise InputError if no document of one of the --dev files is as long as the longest length, in
+    tokens."""
+    tokenizer = model.load_tokenizer()
+    for file in args.dev:
+        longest_document = max(map(len, data.prepare([file], tokenizer, cache_dir())))
+        if longest_document < longest_length:
+            too_short = f"its longest document has {longest_document} tokens"
+            needed = f"this table's longest length is {longest_length}"
+            raise InputError(f"--dev {file}: {too_short}, {needed}; name a longer one")
+
+
+def check_record(path, record):
+    """Record in the file `path` how the arms beside it are trained. Raise InputError if they are others."""
+    if not any(path.parent.glob("*/args.json")):  # no arm has begun
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
         return
-    longest, tokenizer = lengths(args.table, window)[-1], weights.load_tokenizer(args.model, config)
-    for file in args.dev:
-        found = max(map(len, data.prepare([file], tokenizer, weights.cache_dir())))
-        if found < longest:
-            raise UserError(f"--dev {file}: its longest document has {found} tokens, this table's longest length is {longest}; name a longer one")
-
-
-def train(args, folder, window):
-    """Train the arms that are not there yet -> {model: arm}, the untouched model first."""
-    names = {args.model: "none"}
-    for arm, options in TABLES[args.table][0].items():
-        for seed in range(args.seeds):
-            out = folder / f"{arm.replace(' ', '-')}-{seed}"
-            names[str(out / "model")] = arm
-            if not finished(out, steps(window, args.tokens)):
-                texts = ("--data", *args.data) if args.data else ()
-                lr = ("--lr", args.lr) if args.lr is not None else ()
-                resume = ("--resume",) if (out / "args.json").exists() else ()
-                run("train.py", "--model", args.model, *texts, *training(options, window, args.tokens), *lr, "--seed", seed, "--out", out, *resume)
-    return names
-
-
-def measure(args, folder, window, names):
-    """-> the tables, in Markdown."""
-    models = ("--model", *names)
-    if args.table == "table3":
-        path = folder / "benchmarks.json"
-        run("eval.py", "--task", "benchmarks", *models, "--data", *args.dev, "--json", path, *(("--limit", args.limit) if args.limit else ()))
-        return [markdown("score, %", path, names, lambda r: 100 * r["score"], 1)]
-    measured = lengths(args.table, window)
-    common = (*models, "--lengths", ",".join(map(str, measured)))
-    tables = []
-    if args.trials:
-        path = folder / "passkey.json"
-        run("eval.py", "--task", "passkey", *common, "--trials", args.trials, "--json", path)
-        tables.append(markdown("passkey, %", path, names, lambda r: 100 * r["accuracy"], 0))
-    documents = max(4, 2**17 // measured[-1])  # enough text where windows are short
-    for file in args.dev:
-        for way, options in (("sliding", ()), ("tail", ("--tail", window // 8))):
-            path = folder / f"{kind(file)}_{way}.json"
-            run("eval.py", "--task", "ppl", *common, "--data", file, "--documents", documents, *options, "--json", path)
-            tables.append(markdown(f"perplexity, {path.stem}", path, names, lambda r: r["ppl"], 2))
-    return tables
+    try:
+        changes = describe_changes(read_json(path), record)
+    except InputError:
+        changes = f"{path.name} is not readable"
+    if changes:
+        raise InputError(
+            f"{path.parent}: holds arms of other settings ({changes}); name another --out or remove it"
+        )
 
 
 def main():
     args = parse_arguments()
-    config = weights.read_config(weights.resolve(args.model))
-    check(args, config)
-    window = config.max_position_embeddings
+    model = open_model(args.model)
+    args = complete(args, model)
     folder = args.out / args.table
-    check_record(folder / "arms.json", {key: getattr(args, key) for key in ("model", "data", "tokens", "seeds", "lr")})
-    tables = measure(args, folder, window, train(args, folder, window))
-    print("\n" + "\n".join(tables))
-    (folder / "tables.md").write_text("\n".join(tables))
+    settings = {key: getattr(args, key) for key in ("model", "data", "tokens", "seeds", "lr")}
+    check_record(folder / "arms.json", settings)
+
+    window = model.config.max_position_embeddings
+    arm_of_model = train(args, folder, window)
+    tables = "\n".join(measure(args, folder, window, arm_of_model))
+    print("\n" + tables)
+    (folder / "tables.md").write_text(tables)
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -1,5 +1,4 @@
-"""What did the longer window cost on ordinary tasks (Table 3 of the paper)? lm-evaluation-harness on local
-files, no network.
+"""Run lm-evaluation-harness on local files: what did the longer window cost on ordinary tasks (Table 3)?
 
 Tasks, prompts, few-shot examples and metrics are the harness's own (`pip install lm_eval`). This file gives
 it two things: items, read from JSON Lines files and turned into the layout that its tasks expect, and our
@@ -76,8 +75,10 @@ def winogrande(line):
 
 
 def checked_texts(values):
-    """Return the values as a list. Raise ValueError if one of them is not a non-empty string (the harness
-    does not check)."""
+    """Return the values as a list. Raise ValueError if one is not a string with something in it.
+
+    The harness itself does not check that.
+    """
     values = list(values)
     for value in values:
         if not isinstance(value, str) or not value.strip():
@@ -86,8 +87,7 @@ def checked_texts(values):
 
 
 def index_of(names, answer):
-    """Return the index of the name that the answer is, compared as text. Raise ValueError if it is none of
-    them."""
+    """Return the index of the answer among the names, compared as text. Raise ValueError if it is none."""
     return [str(name) for name in names].index(str(answer))
 
 
@@ -116,16 +116,13 @@ EXPECTED_FILES = f"{', '.join(BENCHMARKS)} ({' or '.join(SUFFIXES)})"
 
 
 def find_files(folder):
-    """Return the benchmarks in a folder, {name: {"test": file, "train": file of its few-shot examples if it
-    has one}}.
+    """Return the benchmarks in a folder, {name: {"test": file, "train": file}}, in the order of BENCHMARKS.
 
-    They come in the order of BENCHMARKS. Raise InputError if the harness is not installed or the folder
-    holds something else.
+    "train" is the file of the few-shot examples, where a benchmark has one. Raise InputError if the harness
+    is not installed or the folder holds something else.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise InputError(
-            "lm-evaluation-harness, which runs the benchmarks, is not installed here; pip install lm_eval"
-        )
+        raise InputError("lm-evaluation-harness is not installed here; pip install lm_eval")
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder; name one with files of {EXPECTED_FILES}")
     known = {*BENCHMARKS, *(benchmark.examples for benchmark in BENCHMARKS.values())}
@@ -135,9 +132,7 @@ def find_files(folder):
             continue
         name = path.name.removesuffix(".gz").removesuffix(".jsonl")
         if name not in known:
-            raise InputError(
-                f"{path}: not a benchmark that this code knows; they are {', '.join(BENCHMARKS)}"
-            )
+            raise InputError(f"{path}: not a known benchmark; they are {', '.join(BENCHMARKS)}")
         files[name] = path
 
     found = {}
@@ -156,14 +151,13 @@ def find_files(folder):
 
 
 def read(path, convert):
-    """Return the items of a JSON Lines file as a datasets.Dataset, which the harness wants. convert: as in a
-    Benchmark.
+    """Return the items of a JSON Lines file as a datasets.Dataset, which the harness wants.
 
-    Raise InputError, which names the line, if a line is not an item.
+    convert: as in a Benchmark. Raise InputError, which names the line, if a line is not an item.
     """
     import datasets
 
-    items = list(read_json_lines(path, convert))
+    items = list(read_json_lines(path, convert, "an item of this benchmark"))
     if not items:
         raise InputError(f"{path}: is empty; remove it or copy it again")
     return datasets.Dataset.from_list(items)
@@ -173,8 +167,7 @@ def read(path, convert):
 
 
 def as_model(config, tokenizer, log_likelihoods):
-    """Return our model behind the harness's interface. It counts tokens as the harness's own `hf` model
-    does.
+    """Return our model behind the harness's interface, counting tokens as the harness's own `hf` model does.
 
     config: the model's Config. log_likelihoods: a function from pairs (context, continuation) of lists of
     token ids to pairs (the continuation's summed log-likelihood in nats, whether greedy decoding gives it).
@@ -193,9 +186,8 @@ def as_model(config, tokenizer, log_likelihoods):
             return [tokenizer.bos_id, *ids]
 
         def loglikelihood(self, requests, disable_tqdm=False):
-            return super().loglikelihood(
-                requests, disable_tqdm=True
-            )  # log_likelihoods shows its own progress
+            # log_likelihoods shows its own progress.
+            return super().loglikelihood(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(self, requests, **_):
             room = config.max_position_embeddings + 1  # the last token is never read, only predicted
@@ -226,9 +218,8 @@ def evaluate(name, files, lm, limit=None):
     benchmark = BENCHMARKS[name]
     # In a group a registered task takes other settings and still is that task.
     group = {"group": "local", "task": [task_config(name, files)]}
-    found = lm_eval.simple_evaluate(
-        lm, tasks=[group], task_manager=task_manager(), limit=limit, log_samples=False
-    )
+    settings = {"task_manager": task_manager(), "limit": limit, "log_samples": False}
+    found = lm_eval.simple_evaluate(lm, tasks=[group], **settings)
     metrics = found["results"][benchmark.task]
     error = metrics[f"{benchmark.metric}_stderr,none"]
     return {

@@ -1,5 +1,4 @@
-"""Make the prompts of the retrieval tests: the paper's passkey, and door codes hidden in real text. Token
-ids only, no model.
+"""Make the prompts of the retrieval tests: the paper's passkey, and door codes hidden in real text.
 
 Notable choices:
 - A length is exact: a prompt and its answer have so many tokens together. (A passkey prompt has a few tokens
@@ -35,7 +34,7 @@ CITIES = (
     "Istanbul", "Jakarta", "Kyoto", "Lisbon", "Madrid", "Nairobi", "Oslo", "Prague",
 )  # fmt: skip
 
-FEW = 2  # lines of garbage on each side of the key that are really encoded; every further line adds the same ids
+FEW = 2  # lines of garbage on each side of the key that are encoded; every further one adds the same ids
 
 
 # ---------------------------------------------------------------- passkey
@@ -77,18 +76,15 @@ def passkey_ids(tokenizer, key, before, after, cut=""):
 
 
 def lines_that_fit(encode, length, depth):
-    """Return how many lines of garbage fit before the key, how many after it, and how many tokens are left
-    over then.
+    """Return how many lines of garbage fit before and after the key, and how many tokens are left over.
 
     encode(before, after): the ids of the prompt with so many lines. Raises InputError if not even a prompt
     without lines fits.
     """
     tokens_of_four_lines = len(encode(2, 2))
     tokens_of_a_line = len(encode(2, 3)) - tokens_of_four_lines
-    most = (
-        5 + (length - tokens_of_four_lines) // tokens_of_a_line
-    )  # one more than fits, counted down to what fits
-    for lines in range(max(0, most), -1, -1):
+    too_many = 5 + (length - tokens_of_four_lines) // tokens_of_a_line  # by one or two
+    for lines in range(max(0, too_many), -1, -1):
         before = round(depth * lines)
         after = lines - before
         few_before, few_after = min(before, FEW), min(after, FEW)
@@ -97,15 +93,12 @@ def lines_that_fit(encode, length, depth):
         if left_over >= 0:
             return before, after, left_over
     needed = len(encode(0, 0))
-    raise InputError(
-        f"{length} tokens: too short for the passkey prompt, which needs {needed} with this tokenizer"
-    )
+    raise InputError(f"{length} tokens are too few for the passkey prompt: this tokenizer needs {needed}")
 
 
 @functools.cache
 def fillings(tokenizer, before, after):
-    """Return what can be put in front of the garbage, {text: number of tokens that it adds}, the nicest
-    first.
+    """Return what can be put in front of the garbage, {text: tokens that it adds}, the nicest first.
 
     A filling is the end of one more line of garbage: best from the beginning of a word on, next best after
     one or two blank lines, else from inside a word. before, after: lines of garbage in the prompt, as for
@@ -125,10 +118,9 @@ def fillings(tokenizer, before, after):
 
 
 def repeat_lines(encode, before, after):
-    """Return encode(before, after), the ids of a prompt, though at most FEW + 1 lines are encoded on each
-    side of the key.
+    """Return encode(before, after), the ids of a prompt, without encoding all of its lines.
 
-    Every further line adds the same ids at the same place, so they are repeated there.
+    From the line FEW + 1 on, each adds the same ids at the same place, so they are repeated there.
     """
     few_before, few_after = min(before, FEW), min(after, FEW)
     base = encode(few_before, few_after)
@@ -142,8 +134,10 @@ def repeat_lines(encode, before, after):
 
 
 def _insert_repeatedly(tokens, base, longer, times):
-    """Return `tokens` with the ids that `longer` has more than `base` inserted `times` times, where the two
-    begin to differ."""
+    """Return `tokens` with what `longer` has more than `base` inserted so many times.
+
+    All are lists of ids. The place is where `longer` and `base` begin to differ.
+    """
     place = next(i for i, (a, b) in enumerate(zip(base, longer)) if a != b)
     added = longer[place : place + len(longer) - len(base)]
     return tokens[:place] + added * times + tokens[place:]
@@ -176,11 +170,12 @@ def needle_prompt(tokenizer, corpus, length, depth, rng, keys):
     fixed = len(opening) + sum(len(needle) for needle in needles) + len(question_and_answer)
     room = length - fixed  # for the text
     if room < 1:
-        needed = f"which needs {fixed + 1} with this tokenizer; take a longer one or hide fewer codes"
-        raise InputError(f"{length} tokens: too short for the needle prompt with {keys} codes, {needed}")
+        needed = f"this tokenizer needs {fixed + 1}; hide fewer codes or take a longer prompt"
+        raise InputError(f"{length} tokens are too few for the needle prompt with {keys} codes: {needed}")
     if room > len(corpus):
+        has = f"the texts have {len(corpus):,} tokens in all"
         raise InputError(
-            f"the texts have {len(corpus):,} tokens in all, too few for a needle prompt of {length}; add texts"
+            f"{has}, too few for a needle prompt of {length}; add texts or take a shorter prompt"
         )
     start = rng.integers(len(corpus) - room + 1)
     text = corpus[start : start + room]
@@ -199,8 +194,7 @@ def _ids_of_line(tokenizer, line):
 
 
 def _insert_at(text, places, pieces):
-    """Return the ids of `text` (a 1-d array) as a list, with each piece (a list of ids) inserted at its
-    place in the text."""
+    """Return the ids of `text`, a 1-d array, as a list, with each piece (a list) inserted at its place."""
     tokens = []
     done = 0
     for i in np.argsort(places, kind="stable"):
@@ -210,8 +204,7 @@ def _insert_at(text, places, pieces):
 
 
 def line_ends(tokenizer, text):
-    """Return the places in a text (a 1-d array of ids) where something can be put in: 0, and wherever a line
-    or a sentence ends."""
+    """Return the places in a text, a 1-d array of ids, where a line or a sentence ends, 0 among them."""
     newline, stop, space = token_kinds(tokenizer)
     this, following = text[:-1], text[1:]
     ends_here = newline[this] | (stop[this] & space[following])
@@ -223,8 +216,10 @@ def line_ends(tokenizer, text):
 
 @functools.cache
 def token_kinds(tokenizer):
-    """Return three boolean arrays (vocab_size,): does a token end a line, may it end a sentence, does it
-    begin with a space?"""
+    """Return whether each token ends a line, may end a sentence, begins with a space.
+
+    Three boolean arrays (vocab_size,).
+    """
     texts = token_texts(tokenizer)
     ends_line = [text.endswith("\n") for text in texts]
     may_end_sentence = [text.rstrip("\"')”’").endswith((".", "!", "?")) for text in texts]

@@ -1,5 +1,6 @@
-"""Say what eval.py measured, with its uncertainty: a table, sentences, and a JSON file that an interrupted
-evaluation goes on from.
+"""Say what eval.py measured, with its uncertainty, in a table, in sentences and in a JSON file.
+
+An interrupted evaluation goes on from the file.
 
 A report is what is known of one model: {"task", "model", "results": [one entry for each length or
 benchmark]}. All models of a call stand in one table and one file. A task is shown by one of the tables
@@ -45,21 +46,16 @@ def over_documents(nats, count):
     if n == 1:
         return ppl, None
     residuals = nats - loss * count
-    error_of_loss = math.sqrt(n / (n - 1) * (residuals**2).sum()) / count.sum()
-    return ppl, ppl * error_of_loss
+    return ppl, ppl * math.sqrt(n / (n - 1) * (residuals**2).sum()) / count.sum()
 
 
 def loss_change(first, result):
-    """Return the mean change of the loss from one length to another, in nats a token, with its standard
-    error, as text.
+    """Return the mean change of the loss from one length to another and its standard error, as text.
 
-    Both must have scored the same tokens of the same documents. What documents differ in cancels, so this
-    error is far smaller than those of the two perplexities.
+    It is in nats a token. Both must have scored the same tokens of the same documents. What documents differ
+    in cancels, so this error is far smaller than those of the two perplexities.
     """
-    before, after = (
-        np.array([document["nats"] / document["tokens"] for document in entry["by_document"]])
-        for entry in (first, result)
-    )
+    before, after = loss_of_documents(first), loss_of_documents(result)
     change = after - before
     mean = f"{change.mean():+.3f}"
     if len(change) == 1:
@@ -67,9 +63,13 @@ def loss_change(first, result):
     return f"{mean} ± {change.std(ddof=1) / math.sqrt(len(change)):.3f}"
 
 
+def loss_of_documents(result):
+    """Return the mean loss of each document in nats a token, a 1-d array."""
+    return np.array([document["nats"] / document["tokens"] for document in result["by_document"]])
+
+
 def by_depth(by_trial, ranges):
-    """Return the share of right answers in each of so many equal ranges of depth; None for a range without a
-    trial."""
+    """Return the share of right answers in each of so many equal ranges of depth, None without a trial."""
     correct = [[] for _ in range(ranges)]
     for trial in by_trial:
         i = min(int(trial["depth"] * ranges), ranges - 1)
@@ -93,9 +93,8 @@ def read(path, settings):
     except (ValueError, TypeError, KeyError):
         raise InputError(f"{path}: holds no results to go on from; remove it or name another file") from None
     if changes := describe_changes(earlier, settings):
-        raise InputError(
-            f"{path}: holds results of another evaluation ({changes}); remove it or name another file"
-        )
+        others = f"holds results of another evaluation ({changes})"
+        raise InputError(f"{path}: {others}; remove it or name another file")
     return reports
 
 
@@ -144,12 +143,12 @@ class AccuracyTable:
         checked = [trial for result in results for trial in result["by_trial"] if "agrees" in trial]
         if checked:
             agree = sum(trial["agrees"] for trial in checked)
-            yield f"decoded greedily gives the verdict of one-pass scoring on {agree} of {len(checked)} prompts"
+            of_all = f"{agree} of {len(checked)} prompts"
+            yield f"decoded greedily gives the verdict of one-pass scoring on {of_all}"
 
 
 class PerplexityTable:
-    """Shows perplexities by length; where all lengths scored the same tokens, also the change of the
-    loss."""
+    """Shows perplexities by length, and the change of the loss where all lengths scored the same tokens."""
 
     def introduction(self, results):
         """Return no line: the headings say enough."""
@@ -179,9 +178,8 @@ class PerplexityTable:
         shortest, longest = filled[0], filled[-1]
         # A perplexity of other documents cannot be compared.
         same = [result for result in filled if result["documents"] == shortest["documents"]]
-        if (
-            len(same) > 1 and not shortest["tail"]
-        ):  # with a tail the change in the table and its error say more
+        # With a tail, the change of the loss in the table says more.
+        if len(same) > 1 and not shortest["tail"]:
             held_to = longest_that_holds(same, lambda result: result["ppl"] <= HOLDS * shortest["ppl"])
             others = "" if len(same) == len(filled) else "; other lengths have other documents"
             meaning = f"at no length more than {HOLDS - 1:.0%} above that at {shortest['length']:,}{others}"
@@ -223,16 +221,14 @@ def percent(share):
 
 
 def with_error(value, error, form):
-    """Return a value and its standard error as two texts, "-" for what is None. form: how a number is
-    written."""
+    """Return a value and its standard error as two texts, "-" for None. form: such as "{:.1%}"."""
     shown_value = "-" if value is None else form.format(value)
     shown_error = "-" if error is None else "± " + form.format(error)
     return [shown_value, shown_error]
 
 
 def longest_that_holds(results, holds):
-    """Return the longest length up to which holds(result) is true at every length. It must be true at the
-    first."""
+    """Return the longest length up to which holds(result) is always true. It must be true at the first."""
     reached = results[0]
     for result in results:
         if not holds(result):
@@ -245,10 +241,9 @@ def longest_that_holds(results, holds):
 
 
 def print_reports(reports, task, table):
-    """Print the table of all models, the models one below the other at each length or benchmark, and what
-    follows from it.
+    """Print the table of all models and what follows from it.
 
-    task: its name. table: one of the classes above.
+    task: its name. table: an instance of one of the classes above.
     """
     introduction = table.introduction(reports[0]["results"])
     if introduction:
@@ -262,7 +257,10 @@ def print_reports(reports, task, table):
 
 
 def table_rows(reports, task, table):
-    """Return the rows of the table, lists of texts, the headings first."""
+    """Return the rows of the table, lists of texts, the headings first.
+
+    At each length (or benchmark) the models stand one below the other.
+    """
     first_results = reports[0]["results"]
     by_length = "length" in first_results[0]
     rows = [["length" if by_length else "", task, *table.headings(first_results)]]

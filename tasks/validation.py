@@ -10,26 +10,26 @@ from storage.files import InputError
 
 
 class Validation:
-    """Measures the loss on texts with contiguous tokens and positions: what the model is for, not how it is
-    trained.
+    """Measures the loss on whole stretches of text, as the model is used: without chunks and skips.
 
     Windows of every length score the same tokens, with more and more of the text before them: the last ones
     of the longest window, which begins each document, as many as the shortest window has.
     """
 
     def __init__(self, lengths, documents, tokenizer, most=16):
-        """Cut the windows. lengths: of the windows, in tokens. documents: a data.Documents, of which the
-        first `most` are taken that fill the longest window. Raises InputError if none does."""
+        """Cut the windows. Raise InputError if no document fills the longest.
+
+        lengths: of the windows, in tokens. documents: a data.Documents. The first `most` that fill the
+        longest window are taken.
+        """
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         longest = max(lengths)
         needed = longest + 1 - len(bos)  # each window reads `length` tokens and predicts one more
         long_enough = [documents[i] for i in range(len(documents)) if len(documents[i]) >= needed][:most]
         if not long_enough:
             has = np.diff(documents.starts).max()
-            windows = f"validation windows of {longest} need {needed}"
-            raise InputError(
-                f"the longest validation document has {has} tokens, {windows}; add longer texts"
-            )
+            needs = f"validation windows of {longest} need {needed}"
+            raise InputError(f"the longest validation document has {has} tokens, {needs}; add longer texts")
         self.scored = min(lengths)  # tokens of each window
         self.windows = {}  # {length: int64 (documents, length + 1)}
         for length in sorted(lengths):
@@ -39,8 +39,10 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, model, device):
-        """Return {length: mean loss in nats a token}. All processes call it, and each scores its share of
-        the windows."""
+        """Return {length: mean loss in nats a token}.
+
+        All processes of the group call it together, and each scores its share of the windows.
+        """
         rank, world = dist.get_rank(), dist.get_world_size()
         losses = {}
         for length, windows in self.windows.items():
