@@ -1,0 +1,16 @@
+"""A run's metrics.jsonl. (That TensorBoard's events hold the same figures: tasks/test_validation.py.)"""
+
+import json
+import math
+
+from storage.log import Log
+
+
+def test_a_figure_that_is_not_finite_is_null(tmp_path):
+    Log(tmp_path, 0).write({"step": 1, "loss": math.nan, "mfu": None, "validation": {8: math.inf, 16: 1.5}})
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert line == {"step": 1, "loss": None, "mfu": None, "validation": {"8": None, "16": 1.5}}

@@ -1,0 +1,145 @@
+"""Options of train.py are completed by the model, the machine and, with --resume, the earlier run."""
+
+import copy
+import dataclasses
+import json
+import sys
+
+import pytest
+
+import cli
+from bench import SHAPES
+from hf import scaling
+from storage.files import InputError
+from train import PAPER, RECIPES
+
+SMOLLM2 = SHAPES["smollm2-135m"]
+TO_16_WINDOWS = ("--model", "smollm2-135m", "--target_len", 131072)
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """parse("--steps", 3, ...) -> the options of train.py as given."""
+
+    def start(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        return cli.training_arguments()
+
+    return start
+
+
+@pytest.fixture
+def parse_and_complete(parse):
+    """parse_and_complete("--steps", 3, ..., config=SMOLLM2) -> the options of train.py as they are run
+    with on a CPU."""
+
+    def start(*arguments, config=SMOLLM2):
+        args = parse(*arguments, "--device", "cpu")
+        complete(args, config)
+        return args
+
+    return start
+
+
+def complete(args, config=SMOLLM2):
+    cli.complete_training(args, config, RECIPES.get(args.model, PAPER))
+
+
+@pytest.mark.parametrize(
+    "arguments, factor, overshoot, beta",
+    [
+        ([], 96, 1.25, 0.1),
+        (["--rope", "yarn"], 16, 1, 0),
+        (["--method", "full"], 96, 1, 0.1),
+        (["--method", "pi"], 96, 1, 0.1),
+        (["--factor", 20, "--overshoot", 1.5, "--llama_4_scaling_beta", 0], 20, 1.5, 0),
+    ],
+)
+def test_a_recipe_is_for_its_own_interpolation(parse_and_complete, arguments, factor, overshoot, beta):
+    """SmolLM2's, which nothing here can run, for 16 windows; with another interpolation the paper's
+    settings are left."""
+    args = parse_and_complete(*TO_16_WINDOWS, *arguments)
+    assert (args.factor, args.overshoot, args.llama_4_scaling_beta) == (factor, overshoot, beta)
+    recorded = copy.deepcopy(args)
+    complete(args)  # as --resume does with what the run recorded
+    assert args == recorded
+
+
+@pytest.mark.parametrize(
+    "arguments, processes, train_len, batch_size",
+    [
+        ("--data texts", 1, 32768, 4),
+        ("--data texts", 8, 32768, 8),
+        ("", 8, 8192, 16),
+        ("", 3, 8192, 15),
+        ("--data texts --batch_size 6", 2, 32768, 6),
+        ("--data texts --target_len 65536", 1, 16384, 8),
+        ("--data texts --target_len 16384", 1, 8192, 16),
+        ("--train_len 4096", 1, 4096, 16),
+        ("--train_len 24576", 1, 24576, 5),
+        ("--data texts --method full", 1, 131072, 16),
+        ("--data texts --method pi", 1, 32768, 4),
+    ],
+)
+def test_smollm2_trains_in_windows_longer_than_its_own_where_there_are_texts(
+    parse_and_complete, monkeypatch, arguments, processes, train_len, batch_size
+):
+    """With as many tokens in a step as 16 windows of the model, as near as processes divide them, and
+    room for skips in each example."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    args = parse_and_complete("--model", "smollm2-135m", *arguments.split())
+    assert (args.train_len, args.batch_size) == (train_len, batch_size)
+
+
+def test_ntks_factor_is_not_rounded_away(parse_and_complete):
+    """A quarter more than SmolLM2's window slows the critical pair, 20 of 31, by a quarter."""
+    args = parse_and_complete("--model", "folder", "--rope", "ntk", "--target_len", 10240)
+    assert args.factor ** (20 / 31) == pytest.approx(1.25, rel=5e-3)
+
+
+def test_a_models_own_query_scale_stays_unless_another_is_given(parse_and_complete):
+    own = {"rope_type": "default", "original_max_position_embeddings": 4096, "llama_4_scaling_beta": 0.2}
+    config = dataclasses.replace(SMOLLM2, rope_scaling=own)
+    for given, beta in (
+        ([], 0.2),
+        (["--llama_4_scaling_beta", 0], 0),
+        (["--llama_4_scaling_beta", 0.3], 0.3),
+    ):
+        args = parse_and_complete("--model", "folder", *given, config=config)
+        assert args.llama_4_scaling_beta == beta
+        kept = own | {"llama_4_scaling_beta": beta} if beta else None
+        assert scaling.extend(config, "default", 2**17, args.llama_4_scaling_beta).rope_scaling == kept
+        stretched = scaling.extend(config, "yarn", 2**17, args.llama_4_scaling_beta).rope_scaling
+        assert stretched.get("llama_4_scaling_beta", 0) == beta
+
+
+@pytest.fixture
+def record(tmp_path):
+    """record(args) writes args.json of an earlier run in tmp_path that had these options."""
+
+    def write(args):
+        options = {key: value for key, value in vars(args).items() if key not in cli.OF_THIS_CALL}
+        (tmp_path / "args.json").write_text(json.dumps(options))
+
+    return write
+
+
+def test_validation_of_a_run_that_goes_on_can_be_switched_off(parse, record, tmp_path):
+    out = ("--out", tmp_path)
+    record(parse(*out, "--eval_every", 2, "--eval_data", "gone.txt", "--eval_lengths", 64))
+    assert parse(*out, "--resume").eval_data == ["gone.txt"]
+    args = parse(*out, "--resume", "--eval_every", 0)
+    assert (args.eval_every, args.eval_data, args.eval_lengths) == (0, [], None)
+    with pytest.raises(InputError, match="--eval_every and --eval_data belong together"):
+        complete(parse(*out, "--resume", "--eval_every", 0, "--eval_data", "other.txt"))
+
+
+@pytest.mark.parametrize("recorded", ["64,32", [32, 64]])
+def test_windows_of_validation_are_recorded_as_a_list_or_a_text(parse, record, tmp_path, recorded):
+    """Either in args.json is understood."""
+    args = parse("--out", tmp_path, "--eval_every", 2, "--eval_data", "a.txt", "--eval_lengths", "64,32")
+    assert args.eval_lengths == [32, 64]
+    args.eval_lengths = recorded
+    record(args)
+    assert parse("--out", tmp_path, "--resume").eval_lengths == [32, 64]
+    assert parse("--out", tmp_path, "--resume", "--eval_lengths", 16).eval_lengths == [16]
