@@ -207,8 +207,8 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.parallel = config.parallel
-        self.attention_norm = make_norm(config)
         self.attention = Attention(config)
+        self.attention_norm = make_norm(config)
         if not config.parallel:
             self.mlp_norm = make_norm(config)
         self.mlp = {"swiglu": SwiGLU, "gelu": GeluMLP}[config.mlp](config)

@@ -103,11 +103,7 @@ class CheckpointFolder:
         """Return the tokenizer beside the weights. Raise InputError if it makes ids that the model has
         no embedding for."""
         loaded = tokenizer.load(self.path)
-        if loaded.vocab_size > self.config.vocab_size:
-            raise InputError(
-                f"{self.path}: the tokenizer has {loaded.vocab_size} tokens, the model only "
-                f"{self.config.vocab_size}; use the tokenizer it was trained with"
-            )
+        tokenizer.check_size(loaded, self.config.vocab_size, self.path)
         return loaded
 
     def _check_names_and_shapes(self):
