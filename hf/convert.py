@@ -1,4 +1,4 @@
-"""Other layouts of checkpoints -> safetensors folders: pickled .bin and Meta's .pth (GGUF is in hf/gguf.py).
+"""Other layouts of checkpoints -> safetensors folders: pickled .bin and Meta's .pth (GGUF is in hf/gguf_file.py).
 
 A pickle is read through torch.load(weights_only=True) alone: code in one is refused, not run. The new folder
 appears when it is whole.
@@ -36,7 +36,7 @@ def convert(source, dest, window=None):
     if is_meta:
         convert_meta(source, dest, window)
     elif source.is_file() and source.suffix == ".gguf":
-        from hf.gguf import convert_gguf  # here, so that nothing else waits for the gguf library to load
+        from hf.gguf_file import convert_gguf  # here, so that nothing else waits for the gguf library to load
 
         convert_gguf(source, dest)
     elif source.is_dir() and any(source.glob("pytorch_model*.bin")):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import hf.gguf  # noqa: E402, F401 (loaded before the count begins)
+import hf.gguf_file  # noqa: E402, F401 (loaded before the count begins)
 from hf import convert, writing  # noqa: E402
 
 
