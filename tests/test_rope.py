@@ -1,5 +1,5 @@
-"""rope.py against transformers, against the papers' equations written again with scalars, and against
-exact arithmetic.
+"""rope.py agrees with transformers, with the papers' equations written again with scalars, and with exact
+arithmetic.
 """
 
 import math
@@ -7,12 +7,22 @@ from decimal import Decimal, getcontext
 
 import pytest
 import torch
+from equations import by_hand, rope_scaling
 from transformers import LlamaConfig, modeling_rope_utils
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from rope import MODES, apply_rope, ntk_factor, rope_cos_sin, rope_frequencies
+from rope import (
+    MODES,
+    apply_rope,
+    depends_on_length,
+    has_query_scale,
+    ntk_factor,
+    query_scale,
+    rope_cos_sin,
+    rope_frequencies,
+)
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -21,10 +31,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2048}
 YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 2048}
+YARN_8192 = YARN | {"original_max_position_embeddings": 8192}
 LONGROPE = {"rope_type": "longrope", "factor": 32.0, "original_max_position_embeddings": 4096}
 LONGROPE |= {"short_factor": [1 + j / 100 for j in range(32)], "long_factor": [1.5**j for j in range(32)]}
-NEEDS = {  # what each mode cannot do without
+NEEDS = {  # the keys that each mode cannot do without
     "linear": ["factor"],
     "ntk": ["factor"],
     "dynamic": ["factor", "original_max_position_embeddings"],
@@ -36,36 +48,24 @@ NEEDS = {  # what each mode cannot do without
 }
 
 
-def full_scaling(mode, factor=4.0, original=2048, dim=64):
-    """A dictionary with every key that any mode reads."""
-    return LLAMA3 | {
-        "rope_type": mode, "factor": factor, "original_max_position_embeddings": original,
-        "short_factor": [1 + j / dim for j in range(dim // 2)], "long_factor": [1 + j * factor / dim for j in range(dim // 2)],
-    }  # fmt: skip
-
-
 def relative_error(got, want):
+    """Return the largest error of a tensor beside a list, relative to the list's numbers."""
     want = torch.tensor(want, dtype=torch.float64)
     return float(((got - want) / want).abs().max())
 
 
-# ------------------------------------------------------------------------------------------------- against transformers
+# ---------------------------------------------------------------- against transformers
 
 
 def llama_config(scaling, theta, dim, window):
-    scaling = scaling | {"rope_theta": theta}
-    return LlamaConfig(
-        hidden_size=4 * dim,
-        num_attention_heads=4,
-        head_dim=dim,
-        max_position_embeddings=window,
-        rope_parameters=scaling,
-    )
+    sizes = {"hidden_size": 4 * dim, "num_attention_heads": 4, "head_dim": dim}
+    parameters = scaling | {"rope_theta": theta}
+    return LlamaConfig(**sizes, max_position_embeddings=window, rope_parameters=parameters)
 
 
 def theirs(scaling, theta, dim, seq_len=None):
-    # `dynamic` ignores original_max_position_embeddings and takes the model's own window for the
-    # original length.
+    """Return what transformers has for rope_frequencies."""
+    # Its `dynamic` ignores original_max_position_embeddings and takes the model's window.
     config = llama_config(scaling, theta, dim, window=scaling.get("original_max_position_embeddings", 2048))
     if scaling["rope_type"] == "default":
         return LlamaRotaryEmbedding.compute_default_rope_parameters(config)
@@ -83,8 +83,8 @@ class Float64Torch:
 
 @pytest.fixture
 def transformers_in_float64(monkeypatch):
-    """Its functions ask for float32 by name: here they get float64, so that nothing but the mathematics
-    can differ."""
+    """Let transformers compute in float64, so that nothing but the mathematics can differ. Its functions
+    ask for float32 by name."""
     for module in (modeling_rope_utils, modeling_llama):
         monkeypatch.setattr(module, "torch", Float64Torch())
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -95,19 +95,15 @@ def transformers_in_float64(monkeypatch):
     [
         ({"rope_type": "default"}, None),
         ({"rope_type": "linear", "factor": 8.0}, None),
-        ({"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2048}, None),
-        ({"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2048}, 2048),
-        ({"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2048}, 2049),
-        ({"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2048}, 100_000),
+        (DYNAMIC, None),
+        (DYNAMIC, 2048),
+        (DYNAMIC, 2049),
+        (DYNAMIC, 100_000),
         (YARN, None),
         (YARN | {"factor": 1.0}, None),
         (YARN | {"beta_fast": 16.0, "beta_slow": 2.0}, None),
         (YARN | {"truncate": False}, None),
-        (
-            YARN
-            | {"truncate": False, "beta_fast": 20, "beta_slow": 3, "original_max_position_embeddings": 8192},
-            None,
-        ),
+        (YARN_8192 | {"truncate": False, "beta_fast": 20, "beta_slow": 3}, None),
         (YARN | {"original_max_position_embeddings": 6}, None),  # the ramp's two ends meet at the first pair
         (YARN | {"truncate": False, "beta_fast": 4, "beta_slow": 4}, None),  # and between two pairs
         (YARN | {"original_max_position_embeddings": 131_072}, None),  # the ramp ends beyond the last pair
@@ -136,55 +132,7 @@ def test_same_as_transformers(transformers_in_float64, scaling, seq_len, theta):
     assert got_factor == want_factor
 
 
-# -------------------------------------------------------------------------------------------- against the papers' equations
-
-
-def by_hand(mode, theta, dim, s, original, n, low_freq_factor=1.0, high_freq_factor=4.0):
-    """The frequencies and the factor on cos and sin, pair by pair, from the papers and the reference
-    code."""
-    f = [math.exp(-2 * j / dim * math.log(theta)) for j in range(dim // 2)]
-    wavelength = [2 * math.pi / x for x in f]
-    temperature = 1 if s <= 1 else 0.1 * math.log(s) + 1  # YaRN: sqrt(1/t) = 0.1 ln(s) + 1
-
-    def with_base(base):
-        return [math.exp(-2 * j / dim * math.log(base)) for j in range(dim // 2)]
-
-    # YaRN's ramp: pair j turns L / wavelength_j times in the window; j as a real number, rounded
-    # outwards to whole pairs.
-    def pair(turns):
-        return dim / 2 * math.log(original / (2 * math.pi * turns), theta)
-
-    first, last = max(math.floor(pair(32)), 0), min(math.ceil(pair(1)), dim - 1)
-    ramp = [
-        0.0 if j <= first else 1.0 if j >= last else (j - first) / (last - first) for j in range(dim // 2)
-    ]
-
-    if mode == "default":
-        return f, 1
-    if mode == "linear":  # position m becomes m / s
-        return [x / s for x in f], 1
-    if mode == "ntk":
-        return with_base(theta * s ** (dim / (dim - 2))), 1
-    if mode == "dynamic":
-        alpha = s * n / original - (s - 1) if n > original else 1
-        return with_base(theta * alpha ** (dim / (dim - 2))), 1
-    if mode in ("ntk_by_parts", "yarn"):  # frequencies are blended
-        return [x * (1 - r) + x / s * r for x, r in zip(f, ramp)], temperature if mode == "yarn" else 1
-    if mode == "yarn_revised":  # wavelengths are blended
-        return [2 * math.pi / (w * (1 - r) + w * s * r) for w, r in zip(wavelength, ramp)], temperature
-    if mode == "llama3":  # Meta's apply_scaling
-
-        def scaled(x, w):
-            if w < original / high_freq_factor:
-                return x
-            if w > original / low_freq_factor:
-                return x / s
-            smooth = (original / w - low_freq_factor) / (high_freq_factor - low_freq_factor)
-            return (1 - smooth) * x / s + smooth * x
-
-        return [scaled(x, w) for x, w in zip(f, wavelength)], 1
-    given = full_scaling(mode, s, original, dim)["long_factor" if n > original else "short_factor"]
-    return [x / g for x, g in zip(f, given)], math.sqrt(1 + math.log(s) / math.log(original))
+# ---------------------------------------------------------------- against the papers' equations
 
 
 @pytest.mark.parametrize(
@@ -196,13 +144,13 @@ def by_hand(mode, theta, dim, s, original, n, low_freq_factor=1.0, high_freq_fac
         (1e6, 16, 512.0, 256),
         (1e4, 64, 1.0, 2048),
         (1e4, 64, 4.0, 131_072),  # the ramp ends beyond the last pair
-    ],  # fmt: skip
+    ],
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_same_as_the_equations(mode, theta, dim, factor, original):
     for n in (1, original, 3 * original, 1_000_000):  # seq_len, of which only two modes may take notice
         want, want_factor = by_hand(mode, theta, dim, factor, original, n)
-        got, got_factor = rope_frequencies(dim, theta, full_scaling(mode, factor, original, dim), seq_len=n)
+        got, got_factor = rope_frequencies(dim, theta, rope_scaling(mode, factor, original, dim), seq_len=n)
         assert relative_error(got, want) < 1e-12
         assert got_factor == pytest.approx(want_factor, rel=1e-12)
 
@@ -232,24 +180,19 @@ def test_ntk_by_its_own_factor_slows_the_critical_pair_by_the_ratio(dim, theta, 
     critical = math.ceil(dim / 2 * math.log(window / 2 / math.pi, theta))
     ratio = 16.0
     scaling = {"rope_type": "ntk", "factor": ntk_factor(dim, theta, None, window, ratio)}
-    slowed = [
-        float(a / b)
-        for a, b in zip(rope_frequencies(dim, theta)[0], rope_frequencies(dim, theta, scaling)[0])
-    ]
+    slowed = (rope_frequencies(dim, theta)[0] / rope_frequencies(dim, theta, scaling)[0]).tolist()
     assert slowed[critical] == pytest.approx(ratio, rel=1e-12)
     assert max(slowed[:critical]) < ratio < min(slowed[critical + 1 :])
 
 
-def test_ntks_factor_of_a_scaled_model_looks_at_its_angles_now():
+def test_ntks_factor_of_a_scaled_model_looks_at_its_scaled_angles():
     """Four times slower in a window four times as long is where it was; slowed by 1,000 no pair but the
     first comes round."""
+    by_4 = {"rope_type": "linear", "factor": 4.0}
+    by_1000 = {"rope_type": "linear", "factor": 1000.0}
     of_base = ntk_factor(64, 1e5, None, 8192, 4.0)
-    assert ntk_factor(64, 1e5, {"rope_type": "linear", "factor": 4.0}, 32768, 4.0) == pytest.approx(
-        of_base, rel=1e-12
-    )
-    assert ntk_factor(64, 1e5, {"rope_type": "linear", "factor": 1000.0}, 8192, 2.0) == pytest.approx(
-        2.0**31, rel=1e-12
-    )
+    assert ntk_factor(64, 1e5, by_4, 32768, 4.0) == pytest.approx(of_base, rel=1e-12)
+    assert ntk_factor(64, 1e5, by_1000, 8192, 2.0) == pytest.approx(2.0**31, rel=1e-12)
 
 
 def test_ntks_factor_is_the_ratio_where_every_pair_comes_round():
@@ -267,18 +210,16 @@ def test_dynamic_depends_on_this_call_only():
 
 
 def test_yarn_and_its_revision_differ_only_on_the_ramp():
-    """Both leave fast pairs alone and divide slow ones by s; between them wavelengths blended are
-    longer than frequencies blended."""
-    frequencies = {
-        mode: rope_frequencies(128, 1e4, full_scaling(mode, 16.0, 2048, 128))[0]
+    """Both leave fast pairs alone and divide slow ones by s. Between, a blend of wavelengths is slower
+    than a blend of frequencies."""
+    default, yarn, revised = (
+        rope_frequencies(128, 1e4, rope_scaling(mode, 16.0, 2048, 128))[0]
         for mode in ("default", "yarn", "yarn_revised")
-    }
-    change = frequencies["yarn"] / frequencies["default"]
-    between = (change > 1 / 16 + 1e-9) & (change < 1 - 1e-9)
-    assert torch.allclose(
-        frequencies["yarn"][~between], frequencies["yarn_revised"][~between], rtol=1e-12, atol=0
     )
-    assert between.sum() > 20 and (frequencies["yarn_revised"][between] < frequencies["yarn"][between]).all()
+    change = yarn / default
+    between = (change > 1 / 16 + 1e-9) & (change < 1 - 1e-9)
+    assert torch.allclose(yarn[~between], revised[~between], rtol=1e-12, atol=0)
+    assert between.sum() > 20 and (revised[between] < yarn[between]).all()
 
 
 def test_errors():
@@ -287,7 +228,7 @@ def test_errors():
     assert set(NEEDS) == set(MODES) - {"default"}
     for mode, keys in NEEDS.items():
         for key in keys:
-            whole = full_scaling(mode)
+            whole = rope_scaling(mode)
             rope_frequencies(64, 1e4, whole)  # nothing else is missing
             for broken in ({k: v for k, v in whole.items() if k != key}, whole | {key: None}):
                 with pytest.raises(ValueError, match=f"'{mode}' needs '{key}'"):
@@ -302,7 +243,34 @@ def test_longrope_with_its_own_attention_factor_needs_no_factor():
     assert rope_frequencies(64, 1e4, scaling)[1] == 1.5
 
 
-# --------------------------------------------------------------------------------------------------------- cos, sin, rotation
+# ---------------------------------------------------------------- what depends on more than the mode
+
+
+def test_which_angles_depend_on_the_length():
+    same_lists = LONGROPE | {"long_factor": LONGROPE["short_factor"]}
+    for scaling, depends in (
+        (DYNAMIC, True),
+        (LONGROPE, True),
+        (same_lists, False),
+        (YARN, False),
+        (None, False),
+    ):
+        assert depends_on_length(scaling) == depends
+
+
+def test_query_scale_counts_windows_of_keys():
+    """The factor is 1 + beta ln(1 + floor(i / L)) for token i."""
+    scaling = {"rope_type": "default", "original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.5}
+    assert has_query_scale(scaling) and not has_query_scale(YARN) and not has_query_scale(None)
+    want = [1 + 0.5 * math.log(1 + i // 4) for i in range(10)]
+    for start in (0, 3, 8):
+        scale = query_scale(scaling, start, 10)
+        assert scale.dtype == torch.float32 and scale.shape == (1, 10 - start, 1, 1)
+        assert scale.flatten().tolist() == pytest.approx(want[start:])
+    assert query_scale(scaling, 0, 4) is None and query_scale(YARN, 0, 10_000) is None
+
+
+# ---------------------------------------------------------------- cos, sin, rotation
 
 getcontext().prec = 50
 PI = Decimal("3.14159265358979323846264338327950288419716939937511")
@@ -322,8 +290,8 @@ def test_cos_and_sin_are_right_at_position_1_000_000(theta):
     for t, position in enumerate(positions):
         for j in range(32):
             angle = exact_angle(position, j, 64, theta)
-            # Half a unit in the last place of a float32 below 1, and what float64 loses on an angle of
-            # 1,000,000 radians.
+            # The error is half a unit in the last place of a float32 below 1, and what float64 loses on
+            # an angle of 1,000,000 radians.
             assert abs(float(cos[0, t, 0, j]) - math.cos(angle)) <= 2**-25 + 1e-9
             assert abs(float(sin[0, t, 0, j]) - math.sin(angle)) <= 2**-25 + 1e-9
 
@@ -350,18 +318,15 @@ def test_scores_depend_on_distance_only(start):
 
 
 def test_same_rotation_as_transformers():
-    """Their half-split layout, their frequencies and their attention factor, with every row at
-    positions of its own."""
+    """Layout, frequencies and attention factor are theirs, with every row at positions of its own."""
     config = llama_config(YARN, 1e4, 64, window=2048)
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 3, 10, 4, 64, generator=generator)  # B, T, H, D
     positions = torch.randint(0, 60, (3, 10), generator=generator)
     want_q, want_k = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(config)(q, positions), unsqueeze_dim=2)
     cos, sin = rope_cos_sin(positions, *rope_frequencies(64, 1e4, YARN))
-    torch.testing.assert_close(
-        apply_rope(q, cos, sin), want_q, atol=3e-5, rtol=0
-    )  # their angles are float32: 60 * 2^-24 off
-    torch.testing.assert_close(apply_rope(k, cos, sin), want_k, atol=3e-5, rtol=0)
+    for x, want in ((q, want_q), (k, want_k)):  # their angles are float32: 60 * 2^-24 off
+        torch.testing.assert_close(apply_rope(x, cos, sin), want, atol=3e-5, rtol=0)
 
 
 def test_attention_factor_multiplies_scores_twice():
