@@ -11,12 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
 
 import cli
+import pose
 
 ROOT = Path(__file__).parent.parent
 # For models this small a second thread on a busy machine costs ten times what it saves.
@@ -81,6 +83,16 @@ def make_llama(tmp_path):
         return folder, model
 
     return make
+
+
+def pose_positions(T, target_len, rows, seed=0):
+    """Return positions of PoSE, int64 (rows, T). All rows end at the same position: transformers takes
+    the length that `dynamic` depends on from the whole batch, and we from each row."""
+    rng = np.random.default_rng(seed)
+    drawn = [pose.sample("pose", rng, T + 1, T, target_len)[1] for _ in range(rows)]
+    positions = torch.from_numpy(np.stack(drawn))
+    positions[:, -1] = positions.max()
+    return positions
 
 
 # ---------------------------------------------------------------- commands, in this process

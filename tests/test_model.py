@@ -1,57 +1,68 @@
+"""The decoder computes the logits, gradients and greedy continuations of transformers, and its ways to save
+memory change nothing.
+"""
+
 import dataclasses
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import hf_logits, needs_gpu, scaling_of
+from conftest import hf_logits, needs_gpu, pose_positions, scaling_of
 from transformers.models.ministral3 import modeling_ministral3 as ministral3
 
 import model as decoder
-import pose
-from hf import weights
+from hf import families, weights
+
+VOCAB = 320
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-def pose_positions(T, target_len, rows, seed=0):
-    import numpy as np
+def random_tokens(rows, T):
+    return torch.randint(0, VOCAB, (rows, T))
 
-    rng = np.random.default_rng(seed)
-    positions = torch.from_numpy(
-        np.stack([pose.sample("pose", rng, T + 1, T, target_len)[1] for _ in range(rows)])
-    )
-    positions[:, -1] = (
-        positions.max()
-    )  # transformers takes the length of `dynamic` from the whole batch, we from each row
-    return positions
 
+def plain_positions(rows, T):
+    return torch.arange(T).expand(rows, -1)
+
+
+def assert_same_gradients(ours, theirs, ours_loss, theirs_loss):
+    """Assert that two losses have the same gradients by the parameters of our model and of one of
+    transformers."""
+    ours.zero_grad()
+    theirs.zero_grad()
+    ours_loss.backward()
+    theirs_loss.backward()
+    parameters = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        expected = parameters[families.published_name(name)].grad
+        torch.testing.assert_close(p.grad, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+# ---------------------------------------------------------------- against transformers
 
 SHAPES = {
-    "gqa": {}, "mha": {"num_key_value_heads": 4}, "tied": {"tie_word_embeddings": True}, "mqa": {"num_key_value_heads": 1, "head_dim": 32},
-    "mistral": {"family": "Mistral", "sliding_window": None}, "qwen2": {"family": "Qwen2"},
+    "gqa": {},
+    "mha": {"num_key_value_heads": 4},
+    "tied": {"tie_word_embeddings": True},
+    "mqa": {"num_key_value_heads": 1, "head_dim": 32},
+    "mistral": {"family": "Mistral", "sliding_window": None},
+    "qwen2": {"family": "Qwen2"},
     "tied qwen2": {"family": "Qwen2", "tie_word_embeddings": True},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_gradients_equal_transformers(make_llama, shape):
     folder, theirs = make_llama(**SHAPES[shape])
     ours = weights.load(folder)
-    tokens = torch.randint(0, 320, (2, 48))
-    for positions in (torch.arange(48).expand(2, -1), pose_positions(48, 2048, 2)):
+    tokens, targets = random_tokens(2, 48), random_tokens(2, 48)
+    for positions in (plain_positions(2, 48), pose_positions(48, 2048, 2)):
         expected = hf_logits(theirs, tokens, positions)
         assert expected.std() > 0.3  # else any model would agree
         torch.testing.assert_close(ours(tokens, positions), expected, rtol=0, atol=1e-4)
-        ours.zero_grad()
-        theirs.zero_grad()
-        targets = torch.randint(0, 320, (2, 48))
-        ours(tokens, positions, targets).backward()
-        F.cross_entropy(expected.flatten(0, 1), targets.flatten(), reduction="sum").backward()
-        grads = dict(theirs.named_parameters())
-        for name, p in ours.named_parameters():
-            expected_grad = grads[weights.hf_name(name)].grad
-            torch.testing.assert_close(
-                p.grad, expected_grad, rtol=1e-3, atol=1e-3 * expected_grad.abs().max().item()
-            )
+        expected_loss = F.cross_entropy(expected.flatten(0, 1), targets.flatten(), reduction="sum")
+        assert_same_gradients(ours, theirs, ours(tokens, positions, targets), expected_loss)
 
 
 @needs_gpu
@@ -61,7 +72,7 @@ def test_logits_on_a_gpu_equal_transformers_on_the_cpu(make_llama, dtype, error)
     off by hundreds."""
     folder, theirs = make_llama(head_dim=64)
     ours = weights.load(folder, "cuda", dtype)
-    tokens, positions = torch.randint(0, 320, (2, 4096)), pose_positions(4096, 131072, 2)
+    tokens, positions = random_tokens(2, 4096), pose_positions(4096, 131072, 2)
     with torch.no_grad():
         expected = hf_logits(theirs, tokens, positions)
         got = ours(tokens.cuda(), positions.cuda()).float().cpu()
@@ -78,45 +89,34 @@ SCALED = {
 
 
 def test_scaled_queries_equal_transformers(make_llama, monkeypatch):
-    """Ministral 3 in three windows of 16: logits, gradients and greedy decoding. It scales by position,
-    as any loader may that never skips; with skips ours is still by the number of keys, which it gets
-    from its own function given the indices."""
+    """Ministral 3 in three windows of 16 has the same logits, gradients and greedy continuations.
+
+    transformers scales by position, as a loader may that never meets a skip. Ours scales by the number
+    of keys, also with skips. There, transformers' own function is given the indices."""
     folder, theirs = make_llama(family="Ministral3", rope_parameters=SCALED)
     ours = weights.load(folder)
-    tokens, near, far = (
-        torch.randint(0, 320, (2, 48)),
-        torch.arange(48).expand(2, -1),
-        pose_positions(48, 2048, 2),
-    )
+    tokens, near, far = random_tokens(2, 48), plain_positions(2, 48), pose_positions(48, 2048, 2)
     scale = ministral3.get_llama_4_attn_scale
     for positions in (near, far):
         monkeypatch.setattr(ministral3, "get_llama_4_attn_scale", lambda _, *settings: scale(near, *settings))
         expected = hf_logits(theirs, tokens, positions)
         torch.testing.assert_close(ours(tokens, positions), expected, rtol=0, atol=1e-4)
-        ours.zero_grad()
-        theirs.zero_grad()
-        ours(tokens[:, :-1], positions[:, :-1], tokens[:, 1:]).backward()
-        F.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
-        grads = dict(theirs.named_parameters())
-        for name, p in ours.named_parameters():
-            expected_grad = grads[weights.hf_name(name)].grad
-            torch.testing.assert_close(
-                p.grad, expected_grad, rtol=1e-3, atol=1e-3 * expected_grad.abs().max().item()
-            )
+        before_last, targets = expected[:, :-1].flatten(0, 1), tokens[:, 1:]
+        expected_loss = F.cross_entropy(before_last, targets.flatten(), reduction="sum")
+        assert_same_gradients(ours, theirs, ours(tokens[:, :-1], positions[:, :-1], targets), expected_loss)
     monkeypatch.undo()
-    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = theirs.generate(tokens[:, :37], attention_mask=torch.ones_like(tokens[:, :37]), **settings)[
-        :, 37:
-    ]
+    prompt = tokens[:, :37]
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, **GREEDY)
     for prefill_chunk in (1, 7, 16, 2048):
-        assert torch.equal(ours.generate(tokens[:, :37], 12, prefill_chunk=prefill_chunk), expected)
+        assert torch.equal(ours.generate(prompt, 12, prefill_chunk=prefill_chunk), expected[:, 37:])
 
 
 def test_queries_are_scaled_beyond_the_first_window_only(make_llama):
-    """So training in the original window, whatever the skips, is untouched by the scale."""
-    ours, plain = (weights.load(make_llama("plain")[0]) for _ in range(2))
+    """Training in the original window, whatever the skips, is untouched by the scale."""
+    folder, _ = make_llama()
+    ours, plain = weights.load(folder), weights.load(folder)
     ours.config = dataclasses.replace(ours.config, rope_scaling=SCALED)
-    tokens, positions = torch.randint(0, 320, (2, 17)), pose_positions(17, 2048, 2)
+    tokens, positions = random_tokens(2, 17), pose_positions(17, 2048, 2)
     assert torch.equal(ours(tokens[:, :16], positions[:, :16]), plain(tokens[:, :16], positions[:, :16]))
     assert not torch.equal(ours(tokens, positions)[:, 16], plain(tokens, positions)[:, 16])
 
@@ -125,45 +125,24 @@ def test_queries_are_scaled_beyond_the_first_window_only(make_llama):
 def test_every_stock_interpolation_equals_transformers(make_llama, mode):
     folder, theirs = make_llama(rope_parameters={"rope_theta": 10000.0} | scaling_of(mode))
     ours = weights.load(folder)
-    tokens = torch.randint(0, 320, (2, 96))
-    for positions in (torch.arange(96).expand(2, -1), pose_positions(96, 512, 2)):
+    tokens = random_tokens(2, 96)
+    for positions in (plain_positions(2, 96), pose_positions(96, 512, 2)):
         with torch.no_grad():
-            torch.testing.assert_close(
-                ours(tokens, positions), hf_logits(theirs, tokens, positions), rtol=0, atol=1e-4
-            )
+            expected = hf_logits(theirs, tokens, positions)
+            torch.testing.assert_close(ours(tokens, positions), expected, rtol=0, atol=1e-4)
 
 
 def test_positions_enter_only_through_their_differences(make_llama):
-    """RoPE is relative: moving every position by a million changes nothing but rounding (and no table
-    has to reach that far)."""
+    """RoPE is relative: moving every position by a million changes nothing but rounding, and no table
+    has to reach that far."""
     ours = weights.load(make_llama()[0])
-    tokens, positions = torch.randint(0, 320, (1, 32)), pose_positions(32, 2000, 1)
-    torch.testing.assert_close(
-        ours(tokens, positions), ours(tokens, positions + 1_000_000), rtol=0, atol=1e-3
-    )
+    tokens, positions = random_tokens(1, 32), pose_positions(32, 2000, 1)
+    moved = ours(tokens, positions + 1_000_000)
+    torch.testing.assert_close(ours(tokens, positions), moved, rtol=0, atol=1e-3)
     assert (ours(tokens, positions) - ours(tokens)).abs().max() > 0.1  # a skip does change something
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_chunked_loss_equals_plain_and_never_holds_all_logits(with_bias):
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(100, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
-    bias = torch.randn(50, requires_grad=True) if with_bias else None
-    targets = torch.randint(0, 50, (100,))
-    seen = []
-
-    def spy(logits, t):
-        seen.append(logits.numel())
-        return decoder.cross_entropy_and_gradient(logits, t)
-
-    loss = decoder.chunked_cross_entropy(hidden, weight, bias, targets, spy, max_logits=900)
-    inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
-    grads = torch.autograd.grad(loss, inputs)
-    plain = F.cross_entropy(hidden @ weight.T + (0 if bias is None else bias), targets, reduction="sum")
-    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
-    for got, expected in zip(grads, torch.autograd.grad(plain, inputs)):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert max(seen) <= 900 and len(seen) > 5
+# ---------------------------------------------------------------- generation
 
 
 @pytest.mark.parametrize("scaling", [None, "yarn"])
@@ -171,109 +150,121 @@ def test_generation_equals_transformers_whatever_the_prefill(make_llama, scaling
     changes = {"rope_parameters": {"rope_theta": 10000.0} | scaling_of(scaling)} if scaling else {}
     folder, theirs = make_llama(**changes)
     ours = weights.load(folder)
-    prompt = torch.randint(0, 320, (2, 37))
-    expected = theirs.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=12,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )[:, 37:]
+    prompt = random_tokens(2, 37)
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, **GREEDY)
     for prefill_chunk in (1, 8, 36, 37, 2048):
-        assert torch.equal(ours.generate(prompt, 12, prefill_chunk=prefill_chunk), expected)
+        assert torch.equal(ours.generate(prompt, 12, prefill_chunk=prefill_chunk), expected[:, 37:])
 
 
 @pytest.mark.parametrize("mode, n", [("dynamic", 200), ("longrope", 200), ("longrope", 64), ("longrope", 65)])
 def test_generation_with_angles_that_depend_on_the_length(make_llama, mode, n):
     """The frequencies of the n tokens that are read in all (the last new one is not) hold from the
-    first token on: those of a model that has them at every length."""
-    folder, _ = make_llama()
-    ours = weights.load(folder)
+    first token on. So the continuation is that of a model that has them at every length."""
+    ours = weights.load(make_llama()[0])
     L, d = 64, 16  # the original window, rotated dimensions
     scaling = {"rope_type": mode, "original_max_position_embeddings": L}
     if mode == "dynamic":
         ours.config.rope_scaling = scaling | {"factor": 2.0}
-        _, same = make_llama(
-            "same", rope_parameters={"rope_theta": 10000.0 * (2 * n / L - 1) ** (d / (d - 2))}
-        )
+        same = {"rope_theta": 10000.0 * (2 * n / L - 1) ** (d / (d - 2))}
     else:
-        ours.config.rope_scaling = scaling | {
-            "short_factor": [1.0] * 8,
-            "long_factor": [4.0] * 8,
-            "attention_factor": 1.0,
-        }
-        _, same = make_llama(
-            "same",
-            rope_parameters={"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0 if n > L else 1.0},
-        )
-    prompt = torch.randint(0, 320, (2, n - 11))
-    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = same.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[:, n - 11 :]
+        lists = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+        ours.config.rope_scaling = scaling | lists | {"attention_factor": 1.0}
+        same = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0 if n > L else 1.0}
+    _, theirs = make_llama("same", rope_parameters=same)
+    prompt = random_tokens(2, n - 11)
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, **GREEDY)
     for prefill_chunk in (50, 2048):
-        assert torch.equal(ours.generate(prompt, 12, prefill_chunk=prefill_chunk), expected)
+        assert torch.equal(ours.generate(prompt, 12, prefill_chunk=prefill_chunk), expected[:, n - 11 :])
 
 
 def test_cached_attention_lines_up_with_the_last_key():
     q, k, v = torch.randn(1, 3, 4, 8), torch.randn(1, 10, 2, 8), torch.randn(1, 10, 2, 8)
-    full = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
-    scores = q.transpose(1, 2) @ next(full).transpose(2, 3) / 8**0.5
+    keys, values = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
+    scores = q.transpose(1, 2) @ keys.transpose(2, 3) / 8**0.5
     allowed = torch.tensor([[key <= query + 7 for key in range(10)] for query in range(3)])
-    expected = scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ next(full)
-    torch.testing.assert_close(decoder.attention(q, k, v), expected.transpose(1, 2).flatten(2))
+    expected = scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ values
+    torch.testing.assert_close(decoder.causal_attention(q, k, v), expected.transpose(1, 2).flatten(2))
 
 
-def test_a_long_text_in_rows_holds_nothing_twice(make_llama, monkeypatch):
-    """While attention runs, the pieces that its queries, keys and values were put together from are gone."""
+# ---------------------------------------------------------------- what saves memory changes nothing
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_chunked_loss_equals_plain_and_never_holds_all_logits(with_bias):
+    torch.manual_seed(0)
+    hidden = torch.randn(100, 16, requires_grad=True)
+    weight = torch.randn(50, 16, requires_grad=True)
+    bias = torch.randn(50, requires_grad=True) if with_bias else None
+    targets = torch.randint(0, 50, (100,))
+    logits_held = []
+
+    def spy(logits, t):
+        logits_held.append(logits.numel())
+        return decoder.cross_entropy_and_gradient(logits, t)
+
+    loss = decoder.chunked_cross_entropy(hidden, weight, bias, targets, spy, max_logits=900)
+    inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
+    grads = torch.autograd.grad(loss, inputs)
+    plain = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum")
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+    for got, expected in zip(grads, torch.autograd.grad(plain, inputs)):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert max(logits_held) <= 900 and len(logits_held) > 5
+
+
+def test_a_long_text_in_chunks_holds_nothing_twice(make_llama, monkeypatch):
+    """While attention runs, the pieces that its queries, keys and values were put together from are
+    gone."""
     ours = weights.load(make_llama()[0])
-    monkeypatch.setattr(decoder, "ROWS", 16)
+    monkeypatch.setattr(decoder, "CHUNK_TOKENS", 16)
     pieces, alive = [], []
-    qkv, attention = decoder.Block.qkv, decoder.attention
+    project, attend = decoder.Attention.queries_keys_values, decoder.causal_attention
 
-    def noted(self, *arguments):
-        made = qkv(self, *arguments)
+    def project_and_note(self, *arguments):
+        made = project(self, *arguments)
         pieces.extend(weakref.ref(t) for t in made)
         return made
 
-    monkeypatch.setattr(decoder.Block, "qkv", noted)
-    monkeypatch.setattr(
-        decoder,
-        "attention",
-        lambda *qkv: alive.append(sum(p() is not None for p in pieces)) or attention(*qkv),
-    )
+    def count_and_attend(q, k, v):
+        alive.append(sum(piece() is not None for piece in pieces))
+        return attend(q, k, v)
+
+    monkeypatch.setattr(decoder.Attention, "queries_keys_values", project_and_note)
+    monkeypatch.setattr(decoder, "causal_attention", count_and_attend)
     with torch.no_grad():
-        ours.hidden(torch.randint(0, 320, (1, 50)))
+        ours.hidden(random_tokens(1, 50))
     assert len(pieces) == 2 * 4 * 3 and alive == [0, 0]
 
 
 @pytest.mark.parametrize(
     "family",
     [{"family": "Llama"}, {"family": "Phi"}, {"family": "Ministral3", "rope_parameters": SCALED}],
-    ids=str,
+    ids=lambda settings: settings["family"],
 )
-def test_a_long_text_in_rows_equals_one_piece(make_llama, monkeypatch, family):
-    """Without gradients each block takes ROWS tokens at a time; the hidden states are those of the whole."""
+def test_a_long_text_in_chunks_equals_one_piece(make_llama, monkeypatch, family):
+    """Without gradients each block takes CHUNK_TOKENS tokens at a time. The hidden states are those of
+    the whole."""
     ours = weights.load(make_llama(**family)[0])
-    tokens, positions = torch.randint(0, 320, (2, 50)), pose_positions(50, 1000, 2)
+    tokens, positions = random_tokens(2, 50), pose_positions(50, 1000, 2)
     whole = ours.hidden(tokens, positions)
     assert whole.requires_grad
-    monkeypatch.setattr(decoder, "ROWS", 7)
+    monkeypatch.setattr(decoder, "CHUNK_TOKENS", 7)
     with torch.no_grad():
         torch.testing.assert_close(ours.hidden(tokens, positions), whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Phi"])
 def test_float32_master_weights_compute_what_their_roundings_do(make_llama, family):
-    """A single process trains so. Every matrix is rounded where it is used, so nothing differs from a
-    bfloat16 model; gradients arrive in float32. A norm's weight is not: an update far below bfloat16's
-    step near 1 shows."""
+    """This is how a single process trains. Every matrix is rounded where it is used, so that nothing
+    differs from a bfloat16 model, and gradients arrive in float32. A norm's weight is not rounded: an
+    update far below bfloat16's step near 1 shows."""
     folder, _ = make_llama(family=family)
     master, rounded = (weights.load(folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     with torch.no_grad():
         for p, q in zip(master.parameters(), rounded.parameters()):
             p.copy_(q if p.dim() == 1 else p)
     master.compute_dtype = torch.bfloat16
-    tokens, positions = torch.randint(0, 320, (2, 50)), pose_positions(50, 1000, 2)
+    tokens, positions = random_tokens(2, 50), pose_positions(50, 1000, 2)
     before = master(tokens, positions)
     if family == "Llama":  # PyTorch's LayerNorm rounds otherwise in bfloat16
         assert torch.equal(before, rounded(tokens, positions))
@@ -289,9 +280,12 @@ def test_float32_master_weights_compute_what_their_roundings_do(make_llama, fami
     assert not torch.equal(master(tokens, positions), before)
 
 
+# ---------------------------------------------------------------- the rest
+
+
 def test_flops_count_every_matrix_product(make_llama):
-    """6 FLOPs per weight of a matrix product, and two products of half the T x T square a head, forward
-    and twice backward."""
+    """There are 6 operations for each weight of a matrix product. Attention has two products of half the
+    T x T square for each head, once forward and twice backward."""
     ours = weights.load(make_llama()[0])
     products = sum(m.weight.numel() for m in ours.modules() if isinstance(m, torch.nn.Linear))
     T, layers, heads, head_dim = 128, 2, 4, 16
@@ -300,8 +294,7 @@ def test_flops_count_every_matrix_product(make_llama):
 
 
 def test_meta_construction_has_no_buffers():
+    scaling = {"rope_type": "linear", "factor": 2.0}
     with torch.device("meta"):
-        model = decoder.Transformer(
-            decoder.Config(320, 64, 96, 2, 4, 2, 16, 64, rope_scaling={"rope_type": "linear", "factor": 2.0})
-        )
+        model = decoder.Transformer(decoder.Config(VOCAB, 64, 96, 2, 4, 2, 16, 64, rope_scaling=scaling))
     assert not list(model.buffers())
