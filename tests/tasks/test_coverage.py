@@ -30,3 +30,29 @@ def test_coverage_of_two_chunks_is_the_closed_form():
     middle = shares[train_len : target_len - train_len]
     # Distances side by side share their examples, so that their mean varies as a single one does.
     assert abs(middle.mean() - p) < 4 * (p * (1 - p) / examples) ** 0.5
+
+
+def test_the_command_draws_a_plot(call, tmp_path):
+    arguments = ("--train_len", 16, "--target_len", 64, "--chunks", "1,2", "--examples", 5)
+    done = call("tasks.coverage", *arguments, "--plot", tmp_path / "p.png")
+    assert done.returncode == 0 and done.stdout == f"wrote {tmp_path / 'p.png'}\n"
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--plot", "noext"], ["--plot", "noext", ".png"]),
+        (["--chunks", "1,two"], ["--chunks", "1,two"]),
+        (["--chunks", "0"], ["chunks must be at least 1"]),
+        (["--train_len", 64, "--target_len", 32], ["target_len 32"]),
+        (["--examples", 0], ["--examples", "0"]),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line(call, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    done = call("tasks.coverage", *arguments)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: ") and all(word in line for word in says)
+    assert not list(tmp_path.iterdir())

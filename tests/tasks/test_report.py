@@ -1,0 +1,31 @@
+"""tasks/report.py: uncertainties against other ways to find them."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks import report
+
+
+def test_error_over_documents_is_the_bootstraps():
+    rng = np.random.default_rng(0)
+    count = rng.integers(500, 2000, 60).astype(float)
+    nats = count * rng.normal(3, 0.3, 60)
+    ppl, error = report.over_documents(nats, count)
+    assert ppl == pytest.approx(math.exp(nats.sum() / count.sum()))
+    drawn = rng.integers(0, 60, (20000, 60))
+    assert error == pytest.approx(np.exp(nats[drawn].sum(1) / count[drawn].sum(1)).std(), rel=0.05)
+    assert report.over_documents(nats[:1], count[:1]) == (pytest.approx(math.exp(nats[0] / count[0])), None)
+
+
+@given(st.integers(1, 300), st.data())
+def test_wilson_interval_ends_where_the_normal_test_begins_to_reject(n, data):
+    """Its ends are the shares p that are 1.96 of their own standard deviations away from what was seen."""
+    right = data.draw(st.integers(0, n))
+    low, high = report.wilson(right, n)
+    assert 0 <= low <= right / n + 1e-9 and right / n - 1e-9 <= high <= 1
+    for p in (low, high):
+        assert abs(right / n - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / n), abs=1e-6)
