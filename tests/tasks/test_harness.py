@@ -1,4 +1,5 @@
-"""Our model behind lm-evaluation-harness's interface against the harness's own `hf` model, on the same items."""
+"""Our model behind lm-evaluation-harness's interface, beside the harness's own `hf` on the same items."""
+
 import functools
 import gzip
 import json
@@ -10,13 +11,14 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
 import eval as evaluation
-import harness
-import prompts
-import report
-import weights
-from errors import UserError
+from hf import builtin, weights
+from storage.files import InputError
+from tasks import harness, prompts, report
 
-WORDS = "the cat dog house river sees likes old red green of in and a runs home over under bridge bread makes door is was".split()
+WORDS = (
+    "the cat dog house river sees likes old red green of in and a runs home over under bridge bread makes "
+    "door is was"
+).split()
 
 
 def sentence(rng, n):
@@ -24,24 +26,29 @@ def sentence(rng, n):
 
 
 def question(rng, answer):
-    choices = [{"text": sentence(rng, rng.randint(1, 5)) + ".", "label": label} for label in ("1234" if answer in "1234" else "ABCD")]
+    labels = "1234" if answer in "1234" else "ABCD"
+    choices = [{"text": sentence(rng, rng.randint(1, 5)) + ".", "label": label} for label in labels]
     return {"id": None, "question": {"stem": sentence(rng, 8) + "?", "choices": choices}, "answerKey": answer}
 
 
 def item(name, rng):
     if name == "boolq":
-        return {"question": sentence(rng, 6).lower(), "title": "Bread", "answer": rng.random() < 0.5, "passage": sentence(rng, 40) + "."}
+        asked, answer = sentence(rng, 6).lower(), rng.random() < 0.5
+        return {"question": asked, "title": "Bread", "answer": answer, "passage": sentence(rng, 40) + "."}
     if name == "piqa":
-        return {"goal": sentence(rng, 6), "sol1": sentence(rng, 5), "sol2": sentence(rng, 9), "label": rng.randint(0, 1)}
+        goal, first, second = sentence(rng, 6), sentence(rng, 5), sentence(rng, 9)
+        return {"goal": goal, "sol1": first, "sol2": second, "label": rng.randint(0, 1)}
     if name == "winogrande":
-        return {"sentence": f"The cat and the dog {sentence(rng, 3)} so _ runs home.", "option1": "cat", "option2": "dog", "answer": rng.choice("12")}
+        with_a_gap = f"The cat and the dog {sentence(rng, 3)} so _ runs home."
+        return {"sentence": with_a_gap, "option1": "cat", "option2": "dog", "answer": rng.choice("12")}
     if name == "truthfulqa_mc":
         targets = {f"{sentence(rng, 5)} {i}.": int(i < 2) for i in range(5)}
         return {"question": sentence(rng, 6) + "?", "mc1_targets": targets, "mc2_targets": targets}
     if name == "hellaswag":
         context = f"{sentence(rng, 10)}. the old {rng.choice(WORDS)}"
         endings = [sentence(rng, rng.randint(2, 6)).lower() + "." for _ in range(4)]
-        return {"activity_label": "Running", "ctx": context, "query": f"Running: {context}", "endings": endings, "label": rng.randint(0, 3)}
+        in_words = {"activity_label": "Running", "ctx": context, "query": f"Running: {context}"}
+        return in_words | {"endings": endings, "label": rng.randint(0, 3)}
     return question(rng, rng.choice("ABCD1234"))
 
 
@@ -60,15 +67,17 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models():
-    """tiny, ours and the harness's."""
-    path = weights.resolve("tiny")
+    """tiny, as our model and as the harness's."""
+    folder = builtin.open_model("tiny")
     model = weights.load("tiny", dtype=torch.float32)
-    ours = harness.as_model(model.config, weights.load_tokenizer("tiny", model.config), functools.partial(evaluation.log_likelihoods, model))
-    return ours, HFLM(pretrained=str(path), tokenizer=str(path), dtype="float32", device="cpu", batch_size=8)
+    log_likelihoods = functools.partial(evaluation.log_likelihoods, model)
+    ours = harness.as_model(model.config, folder.load_tokenizer(), log_likelihoods)
+    path = str(folder.path)
+    return ours, HFLM(pretrained=path, tokenizer=path, dtype="float32", device="cpu", batch_size=8)
 
 
 class Recorder(LM):
-    """Any model: what it is asked, every answer equally likely."""
+    """A model that notes what it is asked and finds every answer equally likely."""
 
     def loglikelihood(self, requests):
         self.asked = [r.args for r in requests]
@@ -83,11 +92,12 @@ class Recorder(LM):
 @pytest.mark.parametrize("name", harness.BENCHMARKS)
 def test_scores_equal_those_of_the_harness_own_model(folder, models, name):
     """The few-shot prompts are longer than tiny's window: both must cut them in the same place."""
-    files = harness.find_files([folder])[name]
+    files = harness.find_files(folder)[name]
     with torch.no_grad():
         ours, theirs = (harness.evaluate(name, files, model, limit=6) for model in models)
-    assert ours["items"] == 6
-    assert ours == {key: pytest.approx(value, abs=1e-5) if isinstance(value, float) else value for key, value in theirs.items()}
+    assert ours["items"] == 6 and ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert ours[key] == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value)
 
 
 def test_log_likelihoods_equal_those_of_the_harness_own_model(models):
@@ -97,9 +107,16 @@ def test_log_likelihoods_equal_those_of_the_harness_own_model(models):
         def __init__(self, *args):
             self.args = args
 
-    pairs = [("", "The cat"), ("The cat ", "sees the dog"), ("The cat", " sees"), (sentence(rng, 600), " a dog runs home")]
+    pairs = [
+        ("", "The cat"),
+        ("The cat ", "sees the dog"),
+        ("The cat", " sees"),
+        (sentence(rng, 600), " a dog runs home"),
+    ]
     pairs += [(sentence(rng, rng.randint(1, 60)), " " + sentence(rng, rng.randint(1, 9))) for _ in range(20)]
-    pairs += [(f"{prompts.GARBAGE} {prompts.GARBAGE} The grass is green. The sky is", " blue")]  # which it says by itself
+    pairs += [
+        (f"{prompts.GARBAGE} {prompts.GARBAGE} The grass is green. The sky is", " blue")
+    ]  # which it says by itself
     with torch.no_grad():
         ours, theirs = (model.loglikelihood([Request(*pair) for pair in pairs]) for model in models)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
@@ -111,18 +128,20 @@ def test_an_answer_longer_than_the_window_is_scored_whole(models):
     """Where the harness's own model gives up. Of the question its last token is left."""
     answer = " ".join(sentence(random.Random(2), 8) for _ in range(60))
     model, encode = weights.load("tiny", dtype=torch.float32), models[0].tok_encode
+    question, continuation = encode("Why so?"), encode(answer, add_special_tokens=False)
     with torch.no_grad():
-        ((nats, greedy),) = models[0]._loglikelihood_tokens([(None, encode("Why so?"), encode(answer, add_special_tokens=False))])
-        tokens = torch.tensor([[encode("Why so?")[-1], *encode(answer, add_special_tokens=False)]])
+        ((nats, greedy),) = models[0]._loglikelihood_tokens([(None, question, continuation)])
+        tokens = torch.tensor([[question[-1], *continuation]])
         assert tokens.shape[1] > 258
-        expected = torch.nn.functional.cross_entropy(model(tokens[:, :-1])[0], tokens[0, 1:], reduction="sum")
+        logits = model(tokens[:, :-1])[0]
+        expected = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum")
     assert nats == pytest.approx(-expected.item(), rel=1e-5) and not greedy
 
 
 @pytest.mark.parametrize("name", harness.BENCHMARKS)
 def test_prompts_hold_the_items(folder, name):
     model = Recorder()
-    files = harness.find_files([folder])[name]
+    files = harness.find_files(folder)[name]
     result = harness.evaluate(name, files, model, limit=7)
     opened = gzip.open(files["test"]) if name != "piqa" else open(files["test"], "rb")
     items = [json.loads(line) for line in opened][:7]
@@ -131,7 +150,8 @@ def test_prompts_hold_the_items(folder, name):
     asked = iter(model.asked)
     for i in items:
         if name == "boolq":
-            expected = [(f"Bread -- {i['passage']}\nQuestion: {i['question']}?\nAnswer:", answer) for answer in (" no", " yes")]
+            context = f"Bread -- {i['passage']}\nQuestion: {i['question']}?\nAnswer:"
+            expected = [(context, " no"), (context, " yes")]
         elif name == "piqa":
             expected = [(f"Question: {i['goal']}\nAnswer:", " " + i[key]) for key in ("sol1", "sol2")]
         elif name == "winogrande":
@@ -140,7 +160,8 @@ def test_prompts_hold_the_items(folder, name):
         elif name == "truthfulqa_mc":
             expected = [(f"Q: {i['question']}\nA:", " " + answer) for answer in i["mc2_targets"]]
         elif name == "arc_challenge":
-            expected = [(f"Question: {i['question']['stem']}\nAnswer:", " " + c["text"]) for c in i["question"]["choices"]]
+            context = f"Question: {i['question']['stem']}\nAnswer:"
+            expected = [(context, " " + choice["text"]) for choice in i["question"]["choices"]]
         else:
             context = i["query"].replace(". the old", ". The old")
             expected = [(context, " " + ending) for ending in i["endings"]]
@@ -168,22 +189,24 @@ def test_the_right_answer_is_what_the_file_says(tmp_path):
         def loglikelihood(self, requests):
             return [(0.0 if r.args[1] == " Right." else -50.0, False) for r in requests]
 
-    assert harness.evaluate("arc_challenge", harness.find_files([tmp_path])["arc_challenge"], Knows())["score"] == 15 / 16
+    result = harness.evaluate("arc_challenge", harness.find_files(tmp_path)["arc_challenge"], Knows())
+    assert result["score"] == 15 / 16
 
 
 def test_a_single_item_has_no_error(folder):
-    result = harness.evaluate("piqa", harness.find_files([folder])["piqa"], Recorder(), limit=1)
+    result = harness.evaluate("piqa", harness.find_files(folder)["piqa"], Recorder(), limit=1)
     assert result["items"] == 1 and result["standard_error"] is None
-    assert report.figure(result)[1] == "-"
+    assert report.ScoreTable().figure(result)[1] == "-"
 
 
-def test_the_command(run, folder, tmp_path):
+def test_the_command(call, folder, tmp_path, monkeypatch):
     written, two = tmp_path / "r.json", tmp_path / "two"
     two.mkdir()
     for name in ("piqa.jsonl", "boolq.jsonl.gz"):
         (two / name).write_bytes((folder / name).read_bytes())
-    arguments = ("--task", "benchmarks", "--model", "tiny", "--data", two, "--limit", 2, "--json", written, "--plot", tmp_path / "p.png")
-    done = run("eval.py", *arguments, env={"HF_HUB_OFFLINE": "1"})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments = ("--model", "tiny", "--data", two, "--limit", 2, "--device", "cpu")
+    done = call("eval", "--task", "benchmarks", *arguments, "--json", written, "--plot", tmp_path / "p.png")
     assert done.returncode == 0, done.stderr
     results = json.loads(written.read_text())["results"]
     assert [(r["benchmark"], r["items"]) for r in results] == [("boolq", 2), ("piqa", 2)]
@@ -202,8 +225,8 @@ def test_the_command(run, folder, tmp_path):
 def test_folders_that_are_refused(tmp_path, files, says):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    with pytest.raises(UserError) as refusal:
-        harness.find_files([tmp_path])
+    with pytest.raises(InputError) as refusal:
+        harness.find_files(tmp_path)
     assert all(word in str(refusal.value) for word in says)
 
 
@@ -211,19 +234,27 @@ def test_folders_that_are_refused(tmp_path, files, says):
     "name, line",
     [
         *(("piqa", line) for line in ('{"goal": "a"}', "[]", '{"goal"', '"text"', "null")),
-        *(("piqa", {"label": label}) for label in (2, -1, "", None)), ("piqa", {"sol2": " "}), ("piqa", {"sol1": 7}),
-        ("winogrande", {"answer": ""}), ("winogrande", {"answer": 0}), ("winogrande", {"option1": ""}), ("boolq", {"answer": "true"}),
-        ("hellaswag", {"label": 4}), ("hellaswag", {"label": -1}), ("hellaswag", {"endings": ["a", "", "c", "d"]}),
-        ("truthfulqa_mc", {"mc2_targets": {"": 1}}), ("arc_challenge", {"answerKey": "E"}),
+        *(("piqa", {"label": label}) for label in (2, -1, "", None)),
+        ("piqa", {"sol2": " "}),
+        ("piqa", {"sol1": 7}),
+        ("winogrande", {"answer": ""}),
+        ("winogrande", {"answer": 0}),
+        ("winogrande", {"option1": ""}),
+        ("boolq", {"answer": "true"}),
+        ("hellaswag", {"label": 4}),
+        ("hellaswag", {"label": -1}),
+        ("hellaswag", {"endings": ["a", "", "c", "d"]}),
+        ("truthfulqa_mc", {"mc2_targets": {"": 1}}),
+        ("arc_challenge", {"answerKey": "E"}),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_items_that_are_refused(tmp_path, name, line):
     good = item(name, random.Random(0))
     line = line if isinstance(line, str) else json.dumps(good | line)
     (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(good)}\n{line}\n")
-    with pytest.raises(UserError, match=rf"{name}.jsonl, line 2: "):
-        harness.read(tmp_path / f"{name}.jsonl", harness.BENCHMARKS[name][3])
+    with pytest.raises(InputError, match=rf"{name}.jsonl, line 2: "):
+        harness.read(tmp_path / f"{name}.jsonl", harness.BENCHMARKS[name].convert)
 
 
 @pytest.mark.parametrize("name, key", [("piqa", "label"), ("winogrande", "answer"), ("hellaswag", "label")])
@@ -231,20 +262,21 @@ def test_a_label_may_be_a_number_or_its_text(tmp_path, name, key):
     good = item(name, random.Random(0))
     lines = [json.dumps(good | {key: label}) for label in (int(good[key]), str(good[key]))]
     (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    first, second = harness.read(tmp_path / f"{name}.jsonl", harness.BENCHMARKS[name][3])
+    first, second = harness.read(tmp_path / f"{name}.jsonl", harness.BENCHMARKS[name].convert)
     assert first == second and str(first["label" if key == "label" else key]) == str(good[key])
 
 
 def test_files_that_are_no_lines_of_items(tmp_path):
     good = json.dumps(item("piqa", random.Random(0)))
     (tmp_path / "piqa.jsonl.gz").write_text(good)
-    with pytest.raises(UserError, match="piqa.jsonl.gz, line 0: .*[Gg]zip"):
-        harness.evaluate("piqa", harness.find_files([tmp_path])["piqa"], Recorder())
-    (tmp_path / "piqa.jsonl.gz").write_bytes(gzip.compress(f"{good}\n\n{good}\n\n".encode()))  # blank lines count for nothing
-    assert harness.evaluate("piqa", harness.find_files([tmp_path])["piqa"], Recorder())["items"] == 2
+    with pytest.raises(InputError, match="piqa.jsonl.gz: .*gzip.* after line 0"):
+        harness.evaluate("piqa", harness.find_files(tmp_path)["piqa"], Recorder())
+    # Blank lines count for nothing.
+    (tmp_path / "piqa.jsonl.gz").write_bytes(gzip.compress(f"{good}\n\n{good}\n\n".encode()))
+    assert harness.evaluate("piqa", harness.find_files(tmp_path)["piqa"], Recorder())["items"] == 2
 
 
 def test_without_the_harness(tmp_path, monkeypatch):
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install lm_eval"):
-        harness.find_files([tmp_path])
+    with pytest.raises(InputError, match="pip install lm_eval"):
+        harness.find_files(tmp_path)
