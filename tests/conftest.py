@@ -235,10 +235,12 @@ def train_into(run, short):
     folder, which ends well. processes=N: not in this process but in N others."""
 
     def train(out, *arguments, processes=None):
-        if processes is None:
-            assert call_main("train", *short, "--out", out, *arguments) == 0
+        arguments = (*short, "--out", out, *arguments)
+        # What torch.compile has compiled, as it does for a GPU, stays in a process.
+        if processes is None and "cuda" not in arguments:
+            assert call_main("train", *arguments) == 0
         else:
-            done = run("train.py", *short, "--out", out, *arguments, processes=processes)
+            done = run("train.py", *arguments, processes=processes)
             assert done.returncode == 0, done.stderr
         return metrics(out)
 
@@ -259,3 +261,12 @@ def metrics(out):
 def losses(lines):
     """Return the losses of metrics' lines, float64."""
     return torch.tensor([line["loss"] for line in lines], dtype=torch.float64)
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.fixture
+def no_wait_for_disk(monkeypatch):
+    """Leave out the waits until files are on disk (fsync), where a test writes many small folders."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
