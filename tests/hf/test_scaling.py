@@ -1,0 +1,245 @@
+"""rope_scaling is read in every spelling, models are stretched further, and what is written is what stock
+loaders look for.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+
+import pytest
+import torch
+import transformers
+from conftest import hf_logits, scaling_of
+from equations import by_hand
+from published import FAR, NEAR, TINY, VOCAB, assert_same, edit, load_stock, ours, snapshot, stock
+
+import rope
+from hf import families, scaling, tokenizer, weights
+from model import Config
+from storage.files import InputError
+
+pytestmark = pytest.mark.usefixtures("no_wait_for_disk")
+LLAMA = Config(VOCAB, 64, 96, 2, 4, 2, 16, 64)  # the small model of make_llama
+
+
+@pytest.fixture(scope="module")
+def tiny_tokenizer():
+    return tokenizer.load(TINY)
+
+
+def frequencies(config):
+    """Return (inv_freq, attention_factor) of a Config."""
+    return rope.rope_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling)
+
+
+# ---------------------------------------------------------------- read from config.json
+
+SPELLED = {mode: scaling_of(mode) for mode in ("linear", "dynamic", "yarn", "llama3", "longrope")}
+SPELLED["yarn_keys"] = scaling_of("yarn") | {"beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3}
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_both_spellings_of_the_rope_config(make_llama, name):
+    """rope_scaling (`type` or `rope_type`) beside rope_theta, or rope_parameters: the Config is the same,
+    and transformers has the same logits from each."""
+    folder, _ = make_llama(max_position_embeddings=64 if name == "dynamic" else 512)
+    new = SPELLED[name]
+    old = {k: v for k, v in new.items() if k != "rope_type"} | {"type": new["rope_type"]}
+    plain = ours(folder, FAR)
+    configs = []
+    for spelling in (
+        {"rope_parameters": "absent", "rope_theta": 5e4, "rope_scaling": new},
+        {"rope_parameters": "absent", "rope_theta": 5e4, "rope_scaling": old},
+        {"rope_theta": "absent", "rope_scaling": "absent", "rope_parameters": new | {"rope_theta": 5e4}},
+    ):
+        edit(folder / "config.json", **spelling)
+        model, theirs = weights.load(folder), load_stock(folder)
+        configs.append(model.config)
+        for positions in (NEAR, FAR):
+            assert_same(ours(model, positions), stock(theirs, positions))
+        assert (ours(model, FAR) - plain).abs().max() > 0.1
+    assert configs[0] == configs[1] == configs[2]
+    assert configs[0].rope_theta == 5e4 and configs[0].rope_scaling["factor"] == 8.0
+
+
+def test_a_query_scale_of_null_is_none(tmp_path):
+    parameters = {"rope_type": "linear", "factor": 2.0, "llama_4_scaling_beta": None}
+    written = families.hf_config(LLAMA) | {"rope_scaling": None, "rope_parameters": parameters}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert families.read_config(tmp_path).rope_scaling == {"rope_type": "linear", "factor": 2.0}
+
+
+# ---------------------------------------------------------------- stretched further
+
+LLAMA31 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["linear", "ntk", "yarn", "yarn_revised", "llama3"])
+def test_a_scaled_model_is_stretched_further(make_llama, tiny_tokenizer, tmp_path, mode):
+    """Llama 3.1 has its 8 x, and 4 x come on top. Each pair is slowed by both, where it is slow by what it
+    does in the model as it came, and stock loaders agree."""
+    folder, base = make_llama(max_position_embeddings=512, rope_parameters=LLAMA31 | {"rope_theta": 5e5})
+    model = weights.load(folder)
+    model.config = scaling.extend(model.config, mode, 2048)
+    assert model.config.max_position_embeddings == 2048 and model.config.original_window == 64
+
+    def slowed_by(rope_scaling):
+        return rope.rope_frequencies(16, 5e5)[0] / rope.rope_frequencies(16, 5e5, rope_scaling)[0]
+
+    if mode == "llama3":  # the same mode: one stretch of the first window by 32
+        expected = slowed_by(LLAMA31 | {"factor": 32.0})
+    else:
+        expected = slowed_by(LLAMA31) * torch.tensor(slowed_by_4(mode), dtype=torch.float64)
+    torch.testing.assert_close(slowed_by(model.config.rope_scaling), expected, rtol=1e-12, atol=0)
+    assert expected[-1] == pytest.approx(32)  # the slowest pair: 8 times 4
+
+    weights.save(model, tiny_tokenizer, tmp_path / "out")
+    theirs = load_stock(tmp_path / "out")
+    for positions in (NEAR, FAR):
+        assert_same(stock(theirs, positions), ours(model, positions))
+    assert (stock(theirs, FAR) - stock(base, FAR)).abs().max() > 0.1
+
+
+def slowed_by_4(mode):
+    """Return how often each pair of the Llama 3.1 above is slowed by a stretch by 4."""
+
+    def pair_with(wavelength):
+        """Return the pair, a real number, that an unscaled model turns so slowly."""
+        return 8 * math.log(wavelength / (2 * math.pi), 5e5)
+
+    if mode == "linear":
+        return [4.0] * 8
+    if mode == "ntk":
+        return [4 ** (j / 7) for j in range(8)]
+    # YaRN's ramp lies between the pairs that turn 32 times in the window of 512 tokens, and once.
+    wavelengths = [2 * math.pi / f for f in by_hand("llama3", 5e5, 16, 8.0, 64, 1)[0]]
+    first, last = math.floor(pair_with(512 / 32)), math.ceil(pair_with(512))
+    ramp = [min(max((pair_with(w) - first) / (last - first), 0), 1) for w in wavelengths]
+    assert all(r == 1 for r, w in zip(ramp, wavelengths) if w > 2048)
+    if mode == "yarn":
+        return [1 / (1 - r + r / 4) for r in ramp]
+    return [1 - r + 4 * r for r in ramp]  # yarn_revised
+
+
+@pytest.mark.parametrize("mode", ["linear", "yarn"])
+def test_two_stretches_of_one_mode_are_one(mode):
+    twice = scaling.extend(scaling.extend(LLAMA, mode, 256), mode, 1024)
+    assert twice == scaling.extend(LLAMA, mode, 1024)
+
+
+@pytest.mark.parametrize("first, second", [("dynamic", "yarn"), ("yarn", "dynamic"), ("longrope", "linear")])
+def test_stretches_that_cannot_be_combined(first, second):
+    scaled = dataclasses.replace(LLAMA, rope_scaling=scaling_of(first))
+    with pytest.raises(InputError, match=f"{second} scaling on top of this model's {first}: one depends on"):
+        scaling.extend(scaled, second, 1024)
+
+
+# ---------------------------------------------------------------- scaled queries
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+@pytest.mark.parametrize("mode", rope.EXTENSIONS)
+def test_scaled_queries_are_written_as_ministral(make_llama, tiny_tokenizer, tmp_path, mode, family):
+    """transformers computes the same in five windows of 64. Our own reader agrees, and writes the same
+    bytes again."""
+    folder, _ = make_llama(family=family, **({"sliding_window": None} if family == "Mistral" else {}))
+    model, out = weights.load(folder), tmp_path / "out"
+    model.config = scaling.extend(model.config, mode, 512, llama_4_scaling_beta=0.3)
+    weights.save(model, tiny_tokenizer, out)
+    tokens, positions = torch.randint(0, VOCAB, (1, 300)), torch.arange(300).expand(1, -1)
+    again = weights.load(out)
+    with torch.no_grad():
+        expected = hf_logits(load_stock(out), tokens, positions)
+        assert_same(model(tokens), expected)
+        assert_same(again(tokens), expected)
+        model.config.rope_scaling = {**model.config.rope_scaling, "llama_4_scaling_beta": 0.0}
+        plain = model(tokens)
+        assert_same(plain[:, :64], expected[:, :64])
+        assert (plain - expected)[:, 64:].abs().max() > 0.1
+    weights.save(again, tokenizer.load(out), tmp_path / "again")
+    assert snapshot(out) == snapshot(tmp_path / "again")
+    written = json.loads((out / "config.json").read_text())
+    assert written["architectures"] == ["Ministral3ForCausalLM"]
+    # vLLM looks here.
+    assert written["llama_4_scaling"] == {"beta": 0.3, "original_max_position_embeddings": 64}
+
+
+def test_scaled_queries_stay_when_a_model_is_stretched_further(make_llama, tiny_tokenizer, tmp_path):
+    """NTK becomes another base, and YaRN comes on top. The queries count windows of the first 64 tokens,
+    and YaRN asks for turns in the 512 in between."""
+    model = weights.load(make_llama()[0])
+    ntk = scaling.extend(model.config, "ntk", 512)
+    with_its_base = dataclasses.replace(ntk, rope_theta=10000.0 * 8 ** (16 / 14), rope_scaling=None)
+    expected, expected_factor = frequencies(scaling.extend(with_its_base, "yarn", 2048))
+
+    model.config = scaling.extend(model.config, "ntk", 512, llama_4_scaling_beta=0.3)
+    weights.save(model, tiny_tokenizer, tmp_path / "ntk")
+    stretched = scaling.extend(families.read_config(tmp_path / "ntk"), "yarn", 2048)
+    assert stretched.rope_scaling["llama_4_scaling_beta"] == 0.3 and stretched.original_window == 64
+    inv_freq, factor = frequencies(stretched)
+    torch.testing.assert_close(inv_freq, expected, rtol=1e-12, atol=0)
+    assert factor == pytest.approx(expected_factor)
+
+
+def test_scaled_queries_on_top_of_linear_scaling(make_llama, tiny_tokenizer, tmp_path):
+    """Linear scaling does not record a first window. The queries count windows of the model as it came."""
+    linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    model = weights.load(make_llama(rope_parameters=linear)[0])
+    window, before = model.config.max_position_embeddings, frequencies(model.config)[0]
+    model.config = scaling.extend(model.config, "default", 4 * window, llama_4_scaling_beta=0.1)
+    assert torch.equal(frequencies(model.config)[0], before)
+    weights.save(model, tiny_tokenizer, tmp_path / "out")
+    config = families.read_config(tmp_path / "out")
+    scale = rope.query_scale(config.rope_scaling, 0, 4 * window).flatten()
+    assert scale[window - 1] == 1 and float(scale[window]) == pytest.approx(1 + 0.1 * math.log(2))
+    assert config.original_window == window
+
+
+# ---------------------------------------------------------------- written for stock loaders
+
+
+def test_config_json_of_an_extended_model():
+    extended = scaling.extend(LLAMA, "yarn", 512)
+    c = families.hf_config(dataclasses.replace(extended, max_position_embeddings=512.0))
+    # vLLM and llama.cpp refuse 512.0.
+    assert c["max_position_embeddings"] == 512 and type(c["max_position_embeddings"]) is int
+    written, parameters = c["rope_scaling"], c["rope_parameters"]
+    assert written["type"] == written["rope_type"] == parameters["rope_type"] == "yarn"
+    assert written["factor"] == parameters["factor"] == 8
+    assert c["dtype"] == c["torch_dtype"] == "float32"
+
+
+def test_longrope_is_spelled_out(make_llama, tiny_tokenizer, tmp_path):
+    """transformers before 5 looks for the first window beside rope_scaling alone, and vLLM for the factor
+    on cos and sin by other names."""
+    longrope = scaling_of("longrope") | {"rope_theta": 1e4}
+    # The window is not the 8 times 64 that the factor says.
+    folder, base = make_llama(max_position_embeddings=1024, rope_parameters=longrope)
+    weights.save(weights.load(folder), tiny_tokenizer, tmp_path / "out")
+    c = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert c["original_max_position_embeddings"] == 64
+    for written in (c["rope_scaling"], c["rope_parameters"]):
+        for key in ("short_mscale", "long_mscale", "attention_factor"):
+            assert written[key] == pytest.approx(math.sqrt(1.5))  # 1.5 is 1 + ln 8 / ln 64
+        for key in ("short_factor", "long_factor"):
+            assert written[key] == longrope[key]
+    theirs = load_stock(tmp_path / "out")
+    for positions in (NEAR, FAR):
+        assert_same(stock(theirs, positions), stock(base, positions))
+
+
+def test_the_first_window_stands_where_readers_look(tmp_path, caplog, monkeypatch):
+    """llama.cpp's converter reads llama3's beside rope_scaling alone. Inside that of linear and dynamic
+    stock loaders warn of it."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for mode in ("linear", "dynamic", "llama3", "yarn"):
+        written = families.hf_config(scaling.extend(LLAMA, mode, 512))
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        assert written["original_max_position_embeddings"] == 64
+        assert families.read_config(tmp_path).original_window == 64
+        transformers.AutoConfig.from_pretrained(tmp_path)
+    assert "rope" not in caplog.text
