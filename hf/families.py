@@ -284,8 +284,8 @@ def _refuse_sliding_window(c, family):
 
 def _check_rotary_dim(rotary_dim, head_dim):
     """Raise ValueError unless so many dimensions of a head can be turned, and written as a share of it."""
-    share_is_exact = int(head_dim * (rotary_dim / head_dim)) == rotary_dim
-    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim or not share_is_exact:
+    possible = rotary_dim % 2 == 0 and 0 < rotary_dim <= head_dim
+    if not possible or int(head_dim * (rotary_dim / head_dim)) != rotary_dim:
         raise ValueError(f"{rotary_dim} rotary dimensions in a head of {head_dim} are not known")
 
 

@@ -413,6 +413,7 @@ REFUSED = [
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         "partial_rotary_factor 0.5",
     ),
+    ("llama", {"hidden_size": 2, "head_dim": None}, "0 rotary dimensions in a head of 0"),
     ("qwen2", {"mlp_bias": True}, "mlp_bias"),
     (
         "llama",
