@@ -51,8 +51,7 @@ SHAPES = {
 
 
 def shape(name):
-    """Return the Config of a shape: a name of SHAPES, a built-in model or a folder, with `:LAYERS` or
-    without."""
+    """Return the Config of a name of SHAPES, a built-in model or a folder, each with `:LAYERS` if wanted."""
     name, _, layers = name.partition(":")
     if name in SHAPES:
         config = SHAPES[name]
@@ -71,8 +70,7 @@ def shape(name):
 
 @torch.no_grad()
 def randomise(model, device):
-    """Fill a model with random weights: the same for any number of processes, and wherever its weights
-    are."""
+    """Fill a model with random weights, the same on any number of processes and with offloading."""
     for seed, parameter in enumerate(model.parameters()):
         generator = torch.Generator(device).manual_seed(seed)
         whole = 0.02 * torch.randn(parameter.shape, generator=generator, device=device)
@@ -100,7 +98,7 @@ def peer(config, **more):
 
 
 class Clock:
-    """Measures the seconds that pieces of work take, on the device too, and its peak memory in bytes."""
+    """Measures the seconds of pieces of work, until the device has done them, and the peak of its memory."""
 
     def __init__(self, device):
         self.on_gpu = device.type == "cuda"
@@ -108,7 +106,7 @@ class Clock:
         self.peak = 0  # bytes; stays 0 on a CPU
 
     def __call__(self, work):
-        """Return work()."""
+        """Call work(), note its seconds and memory, and return its result."""
         if self.on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -233,13 +231,16 @@ class Side:
         self.waits = []  # seconds of each timed step
 
     def make_timed_step(self):
+        """Make one more step and note its time, its loss and how long it waited for its batch."""
         loss, waited = self.clock(self.step)
         self.losses.append(loss)
         self.waits.append(waited)
 
     def result(self, config, tokens, train_len, peak_flops):
-        """Return an entry of `results`. tokens: of this process in a step. peak_flops: of its device, or
-        None."""
+        """Return an entry of `results`.
+
+        tokens: of this process in a step. peak_flops: operations a second of its device, or None.
+        """
         step_seconds = statistics.median(self.clock.seconds)
         tokens_per_second = tokens / step_seconds
         mfu = tokens_per_second * config.flops_per_token(train_len) / peak_flops if peak_flops else None
@@ -355,13 +356,12 @@ def draw_efficiency(results, path):
 
 
 # ---------------------------------------------------------------- task: prefill
-# Each make function returns a function that does the work on a prompt, tokens int64 (1, T).
+# Each make function returns a function that does a side's work on a prompt, tokens int64 (1, T).
 
 
 @torch.no_grad()
 def prefill(config, args, device):
-    """Measure how long reading a prompt and naming 8 tokens takes. Return `results`, an entry for each
-    length.
+    """Measure how long reading a prompt and naming 8 tokens takes. Return `results`, an entry a length.
 
     Beside ours stand its kernels alone, and transformers if it is asked for.
     """
@@ -379,7 +379,7 @@ def prefill(config, args, device):
         tokens = torch.randint(config.vocab_size, (1, length), device=device)
         entry = {"length": length}
         for side, make_work in sides.items():
-            layers = config.n_layers if side == "kernels alone" else 1  # which runs one layer
+            layers = config.n_layers if side == "kernels alone" else 1  # the kernels run for one layer
             entry[side] = time_prompt(make_work, tokens, args.steps, layers, device)
             say(f"{length:>9,} tokens, {side}: {describe_prompt(entry[side], side)}")
         results.append(entry)
@@ -387,8 +387,10 @@ def prefill(config, args, device):
 
 
 def time_prompt(make_work, tokens, times, layers, device):
-    """Return the seconds and memory of one side on one prompt, times the number of layers; None if out of
-    memory."""
+    """Return the seconds and the memory of one side on one prompt; None if the memory is too small.
+
+    layers: how often the work has to be counted. times: how often it is timed.
+    """
     clock = Clock(device)
     try:
         make_work(tokens[:, :CHUNK])()  # warms up
@@ -413,7 +415,7 @@ def describe_prompt(timed, side):
 
 
 def make_reading(model, tokens):
-    """Work as eval.py's for a passkey: one forward pass, and the vocabulary for the last 8 tokens alone."""
+    """Return the work of eval.py for a passkey: one forward pass, and the head for the last 8 tokens."""
 
     def read():
         return model.head(model.hidden(tokens)[:, -8:]).argmax(-1)
@@ -422,15 +424,14 @@ def make_reading(model, tokens):
 
 
 def make_generating(other, tokens):
-    """Work of transformers: read the prompt and name the next 8 tokens."""
+    """Return the work of transformers: read the prompt and generate the next 8 tokens."""
     everything = torch.ones_like(tokens)  # without it a random token that is the pad token would make a mask
-    return partial(
-        other.generate, tokens, attention_mask=everything, max_new_tokens=8, do_sample=False, pad_token_id=0
-    )
+    greedily = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    return partial(other.generate, tokens, attention_mask=everything, **greedily)
 
 
 def make_kernels(model, tokens):
-    """Work of the first block's attention kernel and matrix products alone, on random numbers."""
+    """Return the work of the first block's attention kernel and matrix products, on random numbers."""
     config, length = model.config, tokens.shape[1]
     layers = [module for module in model.blocks[0].modules() if isinstance(module, torch.nn.Linear)]
     weights = [layer.weight for layer in layers]
@@ -501,24 +502,20 @@ def parse_arguments():
         help="timed steps, in two turns, or prompts (default: 10)",
     )  # fmt: skip
     p.add_argument(
-        "--activation_checkpointing",
-        choices=("none", "selective", "full"),
+        "--activation_checkpointing", choices=("none", "selective", "full"),
         help="as train.py's (default: none)",
-    )
+    )  # fmt: skip
     p.add_argument("--cpu_offload", action="store_true", help="as train.py's")
     p.add_argument("--param_dtype", choices=("float32", "bfloat16"), help="as train.py's (default: float32)")
     p.add_argument(
-        "--compare",
-        choices=("transformers",),
+        "--compare", choices=("transformers",),
         help="train, prefill: the same work there, in the same process",
-    )
+    )  # fmt: skip
     p.add_argument("--json", type=cli.output_file(), metavar="FILE", help="write the results there")
     p.add_argument(
-        "--plot",
-        type=cli.plot_file,
-        metavar="FILE.png",
+        "--plot", type=cli.plot_file, metavar="FILE.png",
         help="efficiency: draw time and memory by target there",
-    )
+    )  # fmt: skip
     return p.parse_args()
 
 

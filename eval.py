@@ -142,8 +142,7 @@ def answers_greedily(model, trials, digits):
 
 
 def check_by_decoding(model, tokenizer, trial, correct):
-    """Decode the answer token by token with a KV cache. Return what was said and whether `correct`
-    agrees."""
+    """Decode the answer token by token with a KV cache. Return what was said, and if `correct` agrees."""
     prompt = torch.tensor([trial.prompt], device=model.embed.weight.device)
     said = tokenizer.decode(model.generate(prompt, len(trial.answer) + 1)[0].tolist())
     number = re.match(r"\s*(\d*)", said)[1]
@@ -396,10 +395,10 @@ class Task(NamedTuple):
 
     options: tuple  # that belong to it; its results depend on them
     prepare: Callable  # one of the functions above
-    table: object  # one of the tables in tasks/report.py
+    table: report.Table
     draw: Callable  # one of the functions in tasks/plots.py
     unit: str = "length"  # what an entry of `results` is of: a length, or a benchmark
-    may_add_lengths: bool = True  # to the results in a file; not where the longest says what is scored
+    may_add_lengths: bool = True  # to a file of results: not if the longest length says what is scored
 
 
 TASKS = {
@@ -458,18 +457,17 @@ def parse_arguments():
         "--seed", type=cli.whole_number(0), help="passkey, needle: of the keys and their places (default: 0)"
     )
     p.add_argument(
-        "--keys",
-        type=cli.whole_number(1),
+        "--keys", type=cli.whole_number(1),
         help="needle: codes in the text, one of which is asked for (default: 4)",
-    )
+    )  # fmt: skip
     p.add_argument(
-        "--generate",
-        action="store_true",
+        "--generate", action="store_true",
         help="passkey, needle: decode each answer token by token too, as a check",
-    )
+    )  # fmt: skip
     p.add_argument(
         "--data", nargs="+", action="extend", default=[], metavar="FILE",
-        help="needle, ppl: texts (default: Python's standard library); benchmarks: the folder of files",
+        help="needle, ppl: texts (default: Python's standard library); benchmarks: the folder with their "
+        "files",
     )  # fmt: skip
     p.add_argument(
         "--documents", type=cli.whole_number(1),
@@ -488,11 +486,9 @@ def parse_arguments():
         help="ppl: the loss by position in the window too (--stride then defaults to a window)",
     )  # fmt: skip
     p.add_argument(
-        "--limit",
-        type=cli.whole_number(1),
-        metavar="N",
+        "--limit", type=cli.whole_number(1), metavar="N",
         help="benchmarks: the first N items of each (default: all)",
-    )
+    )  # fmt: skip
     p.add_argument(
         "--json", type=cli.output_file(), metavar="FILE",
         help="write the results there after each length; the same call again goes on from them",
@@ -524,8 +520,7 @@ def complete(args):
 
 
 def default_models(device):
-    """Return the base and the result of the run in out/; without a run, the built-in model for the
-    device."""
+    """Return the base and the result of the run in out/; without one, the built-in model for a device."""
     out = Path("out")
     if not (out / "model" / "config.json").is_file() or not (out / "args.json").is_file():
         return [default_model(device)]
@@ -583,15 +578,15 @@ def result_settings(args, names, folders, units):
     return settings
 
 
-def measure(args, name, folder, units, missing):
+def measure_model(args, name, folder, units, missing):
     """Yield the result of each length (or benchmark) in `missing` of one model. units: all asked for."""
     if not missing:
         return  # without loading the model
     task = TASKS[args.task]
     model = weights.load(name, args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
-    measure_one = task.prepare(args, model, folder.load_tokenizer(), units)
+    measure = task.prepare(args, model, folder.load_tokenizer(), units)
     for unit in missing:
-        result = measure_one(unit)
+        result = measure(unit)
         if task.unit == "length":
             result["beyond_window"] = unit > folder.config.max_position_embeddings
         yield result
@@ -613,7 +608,7 @@ def main():
     for name, folder, own in zip(names, folders, reports):
         done = [result[task.unit] for result in own["results"]]
         missing = [unit for unit in units if unit not in done]
-        for result in measure(args, name, folder, units, missing):
+        for result in measure_model(args, name, folder, units, missing):
             own["results"].append(result)
             if task.unit == "length":  # it may be shorter than what an earlier call measured
                 own["results"].sort(key=itemgetter("length"))

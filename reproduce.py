@@ -97,13 +97,15 @@ TABLES = {  # those that name no interpolation take the model's own recipe
 
 
 def steps(window, tokens):
-    """Return the steps of every arm. window: of the model, in tokens. tokens: that an arm is trained on."""
+    """Return the steps of every arm, see `training_options`."""
     return tokens // (WINDOWS * window)
 
 
 def training_options(arm, window, tokens):
-    """Return train.py's options of an arm, {option: value}: as many tokens in a step and in all as other
-    arms."""
+    """Return train.py's options of an arm, {option: value}, for as many tokens as every other arm's.
+
+    arm: its options in TABLES. window: of the model, in tokens. tokens: that an arm is trained on.
+    """
     options = dict(arm)
     target = options.pop("target")
     options["target_len"] = target * window
@@ -170,8 +172,7 @@ def run_eval(task, options):
 
 
 def words_of(options):
-    """Return {option: value, or list of values} as words of a command line. None and empty lists are left
-    out."""
+    """Return {option: value or list of values} as words of a command line, without None and empty lists."""
     words = []
     for option, value in options.items():
         values = value if isinstance(value, list) else [value]
@@ -181,8 +182,7 @@ def words_of(options):
 
 
 def run(script, *arguments):
-    """Print and run a call of a script of this repository. If it fails, end this process with its exit
-    code."""
+    """Print and run a call of a script of this repository. If it fails, exit with its code."""
     print("python", shlex.join([script, *arguments]), flush=True)
     called = subprocess.Popen([sys.executable, Path(__file__).parent / script, *arguments])
     try:
@@ -304,8 +304,7 @@ def complete(args, model):
 
 
 def check_lengths_of_texts(args, model, longest_length):
-    """Raise InputError if no document of one of the --dev files is as long as the longest length, in
-    tokens."""
+    """Raise InputError for a file of --dev without a document of the longest length, in tokens."""
     tokenizer = model.load_tokenizer()
     for file in args.dev:
         longest_document = max(map(len, data.prepare([file], tokenizer, cache_dir())))

@@ -53,11 +53,9 @@ def parse_arguments():
         "--target_len", type=cli.whole_number(1), default=16384, help="tokens in the window (default: 16384)"
     )
     p.add_argument(
-        "--chunks",
-        type=chunk_counts,
-        default=[1, 2, 3],
+        "--chunks", type=chunk_counts, default=[1, 2, 3],
         help="numbers of chunks, comma-separated (default: 1,2,3)",
-    )
+    )  # fmt: skip
     p.add_argument(
         "--examples", type=cli.whole_number(1), default=1000, help="to draw for each curve (default: 1000)"
     )

@@ -46,8 +46,7 @@ def passkey_prompt(tokenizer, length, depth, key):
     depth: from 0 to 1, where among the lines of garbage the key stands. key: its digits, a string. The
     prompt has as many whole lines of garbage as fit. What is left over is filled in front of them (see
     `fillings`): behind them a broken sentence would meet the question and cost small models answers. If no
-    filling is exact, the longest that fits is taken. Raises InputError if not even a prompt without garbage
-    fits.
+    filling is exact, the longest that fits is taken. Raises InputError if the length is too short.
     """
     encode = functools.partial(passkey_ids, tokenizer, key)
     before, after, left_over = lines_that_fit(encode, length, depth)
@@ -152,8 +151,7 @@ def needle_prompt(tokenizer, corpus, length, depth, rng, keys):
     The prompt is a random stretch of `corpus` (a 1-d array of ids) in which the door codes of `keys` cities
     stand in lines of their own, and a question for one of them. depth: from 0 to 1, where in the text that
     one stands, as nearly as a line or a sentence ends there; the others stand anywhere. rng: a numpy
-    Generator. Raises InputError if the length is too short for the prompt or the corpus too short for the
-    length.
+    Generator. Raises InputError if the length is too short, or the corpus too short for the length.
     """
     cities = rng.choice(CITIES, keys, replace=False).tolist()
     codes = rng.choice(np.arange(10000, 100000), keys, replace=False).tolist()
@@ -173,10 +171,8 @@ def needle_prompt(tokenizer, corpus, length, depth, rng, keys):
         needed = f"this tokenizer needs {fixed + 1}; hide fewer codes or take a longer prompt"
         raise InputError(f"{length} tokens are too few for the needle prompt with {keys} codes: {needed}")
     if room > len(corpus):
-        has = f"the texts have {len(corpus):,} tokens in all"
-        raise InputError(
-            f"{has}, too few for a needle prompt of {length}; add texts or take a shorter prompt"
-        )
+        too_few = f"the texts have {len(corpus):,} tokens in all, too few for a needle prompt of {length}"
+        raise InputError(f"{too_few}; add texts or take a shorter prompt")
     start = rng.integers(len(corpus) - room + 1)
     text = corpus[start : start + room]
 

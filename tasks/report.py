@@ -110,30 +110,52 @@ def write(path, settings, reports):
 # ---------------------------------------------------------------- one table for each kind of result
 
 
-class AccuracyTable:
+class Table:
+    """How results of one kind are shown: what stands in their table, and what they say in words.
+
+    `results` are those of one model, the entries of its report; `result` is one of them.
+    """
+
+    def introduction(self, results):
+        """Return the line above the table, None if the headings say enough."""
+        return None
+
+    def headings(self, results):
+        """Return the headings of the columns, first those of `figure`, then those of `details`."""
+        raise NotImplementedError
+
+    def figure(self, result):
+        """Return what counts in a result and its uncertainty, two texts."""
+        raise NotImplementedError
+
+    def details(self, result, first):
+        """Return the other columns of a result. first: the model's first result, at the shortest length."""
+        raise NotImplementedError
+
+    def conclusions(self, results):
+        """Yield what the results say, in sentences that go on after the model's name."""
+        raise NotImplementedError
+
+
+class AccuracyTable(Table):
     """Shows shares of right answers, also by the depth of the answer in the text: passkey and needle."""
 
     def introduction(self, results):
-        """Return the line above the table."""
         depths = "on the right, the share of correct answers by the key's depth in the text"
         return f"{results[0]['trials']} prompts a length; {depths}"
 
     def headings(self, results):
-        """Return the headings of the columns, first those of `figure`, then those of `details`."""
         ranges = [f"{100 * i // DEPTHS}-{100 * (i + 1) // DEPTHS}%" for i in range(DEPTHS)]
         return ["correct", "95% interval", *ranges]
 
     def figure(self, result):
-        """Return what counts in a result and its uncertainty, two texts."""
         low, high = result["interval"]
         return [percent(result["accuracy"]), f"{100 * low:.0f}-{100 * high:.0f}%"]
 
     def details(self, result, first):
-        """Return the further columns of a result. first: the model's result at the shortest length."""
         return [percent(share) for share in by_depth(result["by_trial"], DEPTHS)]
 
     def conclusions(self, results):
-        """Yield what the results of one model say, in sentences that go on after its name."""
         if results[0]["accuracy"] < WORKS:
             yield f"is below {WORKS:.0%} already at {results[0]['length']:,} tokens"
         else:
@@ -147,33 +169,25 @@ class AccuracyTable:
             yield f"decoded greedily gives the verdict of one-pass scoring on {of_all}"
 
 
-class PerplexityTable:
+class PerplexityTable(Table):
     """Shows perplexities by length, and the change of the loss where all lengths scored the same tokens."""
 
-    def introduction(self, results):
-        """Return no line: the headings say enough."""
-        return None
-
     def headings(self, results):
-        """Return the headings of the columns, first those of `figure`, then those of `details`."""
         headings = ["perplexity", "± error", "documents", "left out", "tokens scored"]
         if results[0]["tail"]:
             headings.append(f"loss against {results[0]['length']:,}")
         return headings
 
     def figure(self, result):
-        """Return what counts in a result and its uncertainty, two texts."""
         return with_error(result["ppl"], result["standard_error"], "{:,.2f}")
 
     def details(self, result, first):
-        """Return the further columns of a result. first: the model's result at the shortest length."""
         cells = [f"{result[key]:,}" for key in ("documents", "left_out", "tokens")]
         if result["tail"]:
             cells.append("" if result["length"] == first["length"] else loss_change(first, result))
         return cells
 
     def conclusions(self, results):
-        """Yield what the results of one model say, in sentences that go on after its name."""
         filled = [result for result in results if result["documents"]]
         shortest, longest = filled[0], filled[-1]
         # A perplexity of other documents cannot be compared.
@@ -190,27 +204,19 @@ class PerplexityTable:
             yield f"has this loss by position in {windows}: {', '.join(bins)} (nats a token)"
 
 
-class ScoreTable:
+class ScoreTable(Table):
     """Shows the scores of ordinary benchmarks."""
 
-    def introduction(self, results):
-        """Return no line: the headings say enough."""
-        return None
-
     def headings(self, results):
-        """Return the headings of the columns, first those of `figure`, then those of `details`."""
         return ["score", "± error", "metric", "shots", "items"]
 
     def figure(self, result):
-        """Return what counts in a result and its uncertainty, two texts."""
         return with_error(result["score"], result["standard_error"], "{:.1%}")
 
     def details(self, result, first):
-        """Return the further columns of a result."""
         return [result["metric"], str(result["shots"]), f"{result['items']:,}"]
 
     def conclusions(self, results):
-        """Yield what the results of one model say, in sentences that go on after its name."""
         average = np.mean([result["score"] for result in results])
         yield f"scores {average:.1%} on average of {len(results)} benchmarks"
 
@@ -243,7 +249,7 @@ def longest_that_holds(results, holds):
 def print_reports(reports, task, table):
     """Print the table of all models and what follows from it.
 
-    task: its name. table: an instance of one of the classes above.
+    task: its name. table: a Table.
     """
     introduction = table.introduction(reports[0]["results"])
     if introduction:
