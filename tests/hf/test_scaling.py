@@ -36,6 +36,7 @@ def frequencies(config):
 # ---------------------------------------------------------------- read from config.json
 
 SPELLED = {mode: scaling_of(mode) for mode in ("linear", "dynamic", "yarn", "llama3", "longrope")}
+SPELLED["longrope_without_factor"] = {k: v for k, v in SPELLED["longrope"].items() if k != "factor"}
 SPELLED["yarn_keys"] = scaling_of("yarn") | {"beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3}
 
 
@@ -86,6 +87,7 @@ def test_a_scaled_model_is_stretched_further(make_llama, tiny_tokenizer, tmp_pat
     model = weights.load(folder)
     model.config = scaling.extend(model.config, mode, 2048)
     assert model.config.max_position_embeddings == 2048 and model.config.original_window == 64
+    assert model.config.rope_scaling["factor"] == 32
 
     def slowed_by(rope_scaling):
         return rope.rope_frequencies(16, 5e5)[0] / rope.rope_frequencies(16, 5e5, rope_scaling)[0]
