@@ -13,79 +13,247 @@ import zlib
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, losses, metrics, needs_gpu
 from safetensors.torch import load_file, save_file
-from test_train import losses, metrics, short, texts, train  # noqa: F401 (fixtures)
 
-import data
-from hf import tokenizer, weights
-
-
-def start(short, out, *arguments, processes=None, **env):  # noqa: F811
-    launcher = [sys.executable] + (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    )
-    return subprocess.Popen(
-        [*launcher, ROOT / "train.py", *map(str, short), "--out", out, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | env, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+import fsdp
+from hf import weights
+from hf.builtin import resolve
+from storage.checkpoint import Checkpoints
 
 
 def steps_done(out):
-    return (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
+    """Return how many steps of a run are in its metrics.jsonl."""
+    log = out / "metrics.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
 def wait_for(condition, process=None, seconds=120):
+    """Wait until a condition holds, and return whether it does. It need not, after so many seconds or
+    when the process has ended."""
     until = time.time() + seconds
     while not condition() and time.time() < until and (process is None or process.poll() is None):
         time.sleep(0.01)
     return condition()
 
 
-KILLS = int(os.environ.get("POSE_KILLS", 4))
-
-
 def saved_steps(out):
-    """Of the checkpoints that have their name; each is whole."""
-    steps = {
-        int(path.name[5:]): path for path in (out / "checkpoints").glob("step-*") if path.name[5:].isdigit()
-    }
-    for path in steps.values():
-        checksums = json.loads((path / "checkpoint.json").read_text())["crc32"]
-        assert {file.name for file in path.iterdir()} == {"checkpoint.json", *checksums}
-        assert all(zlib.crc32((path / name).read_bytes()) == crc for name, crc in checksums.items())
-    return set(steps)
+    """Return the steps of the checkpoints that have their name. Each must be whole."""
+    steps = set()
+    for path in (out / "checkpoints").glob("step-*"):
+        number = path.name.removeprefix("step-")
+        if number.isdigit():
+            steps.add(int(number))
+            checksums = json.loads((path / "checkpoint.json").read_text())["crc32"]
+            assert {file.name for file in path.iterdir()} == {"checkpoint.json", *checksums}
+            assert all(zlib.crc32((path / name).read_bytes()) == crc for name, crc in checksums.items())
+    return steps
 
 
-def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(short, train, tmp_path):  # noqa: F811
+def checkpoint_names(out):
+    return {path.name for path in (out / "checkpoints").iterdir()}
+
+
+def only_error(stderr):
+    """Return the one line that says what is wrong."""
+    (line,) = (line for line in stderr.splitlines() if "error: " in line)
+    assert "Traceback" not in stderr
+    return line
+
+
+# ---------------------------------------------------------------- kills and signals
+
+KILLS = int(os.environ.get("POSE_KILLS", 4))
+STEPS = 10 * (KILLS + 1)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(train_into, tmp_path_factory):
+    """uninterrupted(device) -> the losses of a run of STEPS."""
+    runs = {}
+
+    def make(device):
+        if device not in runs:
+            out = tmp_path_factory.mktemp("uninterrupted") / device
+            runs[device] = losses(train_into(out, "--steps", STEPS, "--device", device))
+        return runs[device]
+
+    return make
+
+
+def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(
+    uninterrupted, start, short, train, tmp_path
+):
     """SIGKILL at random moments, nearly all of them while a checkpoint is being written (there is one a
     step)."""
-    arguments = ("--steps", 12 * (KILLS + 1), "--save_every", 1)
-    whole = losses(train("whole", *arguments))
-    out, rng, resume = tmp_path / "killed", random.Random(), []
+    out, rng = tmp_path / "killed", random.Random()
+    arguments = ("--steps", STEPS, "--save_every", 1)
+    resume, newest = (), 0
     for _ in range(KILLS):
-        before = saved_steps(out)
-        process = start(short, out, *arguments, *resume)
-        assert wait_for(lambda: steps_done(out) >= 1, process), process.communicate()[1]
-        time.sleep(rng.uniform(0, 6.0 if resume else 1.0))  # a resumed run needs seconds to start
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        resume = ["--resume"]
-        newest = max(saved_steps(out), default=0)
-        assert newest >= max(before, default=0)  # no checkpoint is lost
-        assert (
-            steps_done(out) - newest <= 3
-        )  # the one in the background, the one being copied, the step between
+        process = start("train.py", *short, "--out", out, *arguments, *resume)
+        assert wait_for(lambda: steps_done(out) >= 1, process), process.wait().stderr
+        # While it starts, in one of its steps or, so that it cannot end before, after ten of them.
+        until = time.time() + rng.uniform(0, 2)
+        while time.time() < until and steps_done(out) < newest + 10:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill(signal.SIGKILL)
+        assert process.wait().returncode == -signal.SIGKILL
+        resume = ("--resume",)
+        before, newest = newest, max(saved_steps(out), default=0)
+        assert newest >= before  # no checkpoint is lost
+        # The one in the background, the one that is being copied, the step between.
+        assert steps_done(out) - newest <= 3
     resumed = losses(train("killed", *arguments, "--resume"))
-    assert torch.equal(resumed, whole)
-    assert {p.name for p in (out / "checkpoints").iterdir()} == {
-        f"step-{12 * (KILLS + 1) - i}" for i in range(2)
-    }  # no leftovers
+    assert torch.equal(resumed, uninterrupted("cpu"))
+    assert checkpoint_names(out) == {f"step-{STEPS - i}" for i in range(2)}  # no leftovers
+
+
+@pytest.fixture(scope="module")
+def interrupted(start, short, tmp_path_factory):
+    """interrupted(device) -> the folder of a run of STEPS that SIGTERM has stopped after some."""
+    folders = {}
+
+    def make(device):
+        if device in folders:
+            return folders[device]
+        out = folders[device] = tmp_path_factory.mktemp("interrupted") / device
+        process = start("train.py", *short, "--device", device, "--out", out, "--steps", STEPS)
+        assert wait_for(lambda: steps_done(out) >= 5, process)
+        process.kill(signal.SIGTERM)
+        done = process.wait()
+        assert done.returncode == 0, done.stderr
+        assert 5 <= steps_done(out) < STEPS
+        assert f"stopped after step {steps_done(out)} of {STEPS}" in done.stderr
+        return out
+
+    return make
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_sigterm_saves_and_a_resumed_run_equals_the_uninterrupted_one(
+    uninterrupted, interrupted, train, tmp_path, device
+):
+    shutil.copytree(interrupted(device), tmp_path / "stopped")
+    model = weights.load(tmp_path / "stopped" / "model")
+    assert model.config.max_position_embeddings == 2048  # what is done is usable
+    resumed = losses(train("stopped", "--steps", STEPS, "--device", device, "--resume"))
+    assert len(resumed) == STEPS
+    # A GPU sums in any order.
+    tolerance = 0 if device == "cpu" else 1e-3
+    torch.testing.assert_close(resumed, uninterrupted(device), rtol=tolerance, atol=0)
+
+
+KILLED_INSIDE = """
+import os, runpy, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import storage.checkpoint, hf.weights
+def die(*arguments, **others):
+    os.kill(os.getpid(), signal.SIGKILL)
+exec(sys.argv[2])
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.path[0] + "/train.py", run_name="__main__")
+"""
+INSIDE_THE_MODEL = "hf.weights.save_tensors = die"
+
+
+@pytest.fixture
+def killed_inside(run, short, tmp_path):
+    """killed_inside(place, *arguments) -> a finished run of `short` that is killed at a place: a
+    statement that puts `die` there."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED_INSIDE)
+
+    def start(place, *arguments, processes=None):
+        return run(script, ROOT, place, *short, *arguments, processes=processes, timeout=100)
+
+    return start
+
+
+def test_the_model_of_an_interrupted_run_is_not_taken_for_the_finished_one(
+    interrupted, killed_inside, train, tmp_path
+):
+    """Though all steps are in metrics.jsonl, because the resumed run died while it wrote its own."""
+    out = tmp_path / "run"
+    shutil.copytree(interrupted("cpu"), out)
+    before = (out / "model" / "model.safetensors").read_bytes()
+    done = killed_inside(INSIDE_THE_MODEL, "--steps", STEPS, "--resume", "--out", out)
+    assert done.returncode == -signal.SIGKILL and steps_done(out) == STEPS
+    assert len(train("run", "--steps", STEPS, "--resume")) == STEPS
+    assert (out / "model" / "model.safetensors").read_bytes() != before
+
+
+def test_a_death_while_the_model_is_written(killed_inside, train, tmp_path):
+    out, arguments = tmp_path / "run", ("--steps", 4, "--save_every", 4)
+    done = killed_inside(INSIDE_THE_MODEL, *arguments, "--out", out)
+    assert done.returncode == -signal.SIGKILL and not (out / "model").exists()
+    assert len(train("run", *arguments, "--resume")) == 4
+    assert weights.load(out / "model") and not (out / "model.tmp").exists()
+
+
+def test_a_death_inside_the_writing_of_a_checkpoint(killed_inside, train, tmp_path):
+    """In the background, before its processes meet again."""
+    out, arguments = tmp_path / "run", ("--steps", 9, "--save_every", 3)
+    place = "if os.environ['RANK'] == '1': storage.checkpoint._checksum = die"
+    done = killed_inside(place, *arguments, "--out", out, processes=2)
+    assert done.returncode == 1
+    assert checkpoint_names(out) == {"step-3.tmp"} and not (out / "model").exists()
+    assert len(train("run", *arguments, "--resume")) == 9
+
+
+def test_an_error_while_a_checkpoint_is_written(call, short, train, tmp_path, monkeypatch):
+    """The checkpoint is finished first."""
+    out, arguments = tmp_path / "run", ("--steps", 8, "--save_every", 4)
+    complete, clip, steps = Checkpoints._complete, fsdp.clip_gradients, []
+
+    def complete_slowly(*given):
+        time.sleep(1)
+        complete(*given)
+
+    def clip_until_memory_is_full(*given):
+        steps.append(0)
+        if len(steps) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return clip(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "_complete", complete_slowly)
+        patched.setattr(fsdp, "clip_gradients", clip_until_memory_is_full)
+        done = call("train", *short, *arguments, "--out", out)
+    assert done.returncode == 2 and "memory is full" in only_error(done.stderr)
+    assert saved_steps(out) == {4} and len(train("run", *arguments, "--resume")) == 8
+
+
+# ---------------------------------------------------------------- going on from a checkpoint
+
+
+@pytest.fixture(scope="module")
+def six_steps(train_into, tmp_path_factory):
+    """six_steps(processes) -> the folder of a run of six steps with checkpoints after three and six, as
+    if killed before its model was written; and its losses. It is not to be written into."""
+    runs = {}
+
+    def make(processes=None):
+        if processes not in runs:
+            out = tmp_path_factory.mktemp("six_steps") / f"processes_{processes}"
+            lines = train_into(out, "--steps", 6, "--save_every", 3, processes=processes)
+            shutil.rmtree(out / "model")
+            runs[processes] = out, losses(lines)
+        return runs[processes]
+
+    return make
 
 
 def cut(folder):
     file = next(folder.glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-5000])
+
+
+def flip_a_bit(folder):
+    file = next(folder.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 DAMAGE = {
@@ -94,82 +262,36 @@ DAMAGE = {
     "metadata of nothing": lambda folder: (folder / ".metadata").write_bytes(b""),
     "without data": lambda folder: next(folder.glob("*.distcp")).unlink(),
     "without checksums": lambda folder: (folder / "checkpoint.json").unlink(),
-    "one bit": lambda folder: flip(next(folder.glob("*.distcp"))),
+    "one bit": flip_a_bit,
 }
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over(six_steps, call, short, tmp_path, name):
+    out = tmp_path / "run"
+    spare, whole = six_steps()
+    shutil.copytree(spare, out)
+    DAMAGE[name](out / "checkpoints" / "step-6")
+    done = call("train", *short, "--steps", 6, "--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "step-6 is damaged" in done.stderr and "going on after step 3" in done.stderr
+    assert torch.equal(losses(metrics(out)), whole)
 
 
-@pytest.fixture
-def finished(train, tmp_path):  # noqa: F811
-    """A run of six steps with checkpoints after three and six, as if killed before its model was written."""
-    whole = losses(train("run", "--steps", 6, "--save_every", 3))
-    shutil.rmtree(tmp_path / "run" / "model")
-    return tmp_path / "run", whole
-
-
-def test_a_damaged_checkpoint_is_passed_over(finished, run, short, train, tmp_path):  # noqa: F811
-    out, whole = finished
-    shutil.copytree(out, tmp_path / "spare")
-    for name, damage in DAMAGE.items():
-        shutil.rmtree(out)
-        shutil.copytree(tmp_path / "spare", out)
-        damage(out / "checkpoints" / "step-6")
-        done = run("train.py", *short, "--steps", 6, "--out", out, "--resume")
-        assert done.returncode == 0, (name, done.stderr)
-        assert "step-6 is damaged" in done.stderr and "going on after step 3" in done.stderr, name
-        assert torch.equal(losses(metrics(out)), whole), name
-    shutil.rmtree(out)
-    shutil.copytree(tmp_path / "spare", out)
+def test_a_run_without_a_whole_checkpoint_does_not_go_on(six_steps, run, short, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(six_steps()[0], out)
     for step in (3, 6):
         cut(out / "checkpoints" / f"step-{step}")
     done = run("train.py", *short, "--steps", 6, "--out", out, "--resume", processes=2)
     assert done.returncode == 1 and "no checkpoint there is whole" in only_error(done.stderr)
 
 
-def only_error(stderr):
-    """The one line that says what is wrong."""
-    (line,) = (line for line in stderr.splitlines() if "error: " in line)
-    assert "Traceback" not in stderr
-    return line
-
-
-@pytest.mark.parametrize("what", ["data", "model"])
-def test_a_path_that_holds_something_else_now(run, short, tmp_path, what):  # noqa: F811
-    shutil.copytree(weights.resolve("tiny"), tmp_path / "model")
-    shutil.copy(short[short.index("--data") + 1], tmp_path / "texts.jsonl")
-    model, data = ("--model", tmp_path / "model", "--target_len", 2048), ("--data", tmp_path / "texts.jsonl")
-    arguments = (*short, *model, *data, "--steps", 2, "--save_every", 1, "--out", tmp_path / "run")
-    assert run("train.py", *arguments).returncode == 0
-    shutil.rmtree(tmp_path / "run" / "model")
-    if what == "data":
-        (tmp_path / "texts.jsonl").write_text((tmp_path / "texts.jsonl").read_text().replace("a", "b"))
-    else:  # as another training run of the same model would leave it
-        tensors = load_file(tmp_path / "model" / "model.safetensors")
-        save_file(
-            {name: p * 1.01 for name, p in tensors.items()},
-            tmp_path / "model" / "model.safetensors",
-            metadata={"format": "pt"},
-        )
-    for _ in range(2):
-        done = run("train.py", *arguments, "--resume")
-        assert (
-            done.returncode == 2 and f"is of another run: {what}_sha256 was " in done.stderr.splitlines()[-1]
-        )
-        shutil.rmtree(
-            tmp_path / "run" / "checkpoints", ignore_errors=True
-        )  # nor may it start again with the first step
-
-
 @pytest.mark.parametrize("before, after", [(2, None), (2, 2), (2, 4), (None, 2)])
-def test_any_number_of_processes_goes_on(short, train, tmp_path, before, after):  # noqa: F811
+def test_any_number_of_processes_goes_on(six_steps, train, tmp_path, before, after):
     """A single process holds and saves plain tensors, several hold shards."""
-    whole = losses(train("run", "--steps", 6, "--save_every", 3, processes=before))
-    shutil.rmtree(tmp_path / "run" / "model")
+    spare, whole = six_steps(before)
+    shutil.copytree(spare, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-6")
     resumed = losses(train("run", "--steps", 6, "--resume", processes=after))
     same = 6 if before == after else 3  # steps that the same number of processes did
@@ -177,14 +299,67 @@ def test_any_number_of_processes_goes_on(short, train, tmp_path, before, after):
     torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_a_path_that_holds_something_else_now(call, short, texts, tmp_path, what):
+    shutil.copytree(resolve("tiny"), tmp_path / "model")
+    own_texts = tmp_path / "texts.jsonl"
+    shutil.copy(texts, own_texts)
+    own = ("--model", tmp_path / "model", "--target_len", 2048, "--data", own_texts)
+    arguments = (*short, *own, "--steps", 2, "--save_every", 1, "--out", tmp_path / "run")
+    assert call("train", *arguments).returncode == 0
+    shutil.rmtree(tmp_path / "run" / "model")
+    if what == "data":
+        own_texts.write_text(own_texts.read_text().replace("a", "b"))
+    else:  # as another training run of the same model would leave it
+        path = tmp_path / "model" / "model.safetensors"
+        tensors = {name: 1.01 * tensor for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    for _ in range(2):
+        done = call("train", *arguments, "--resume")
+        assert done.returncode == 2
+        assert f"is of another run: {what}_sha256 was " in done.stderr.splitlines()[-1]
+        # Nor may it start again with the first step.
+        shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+@pytest.fixture
+def torchrun(short, tmp_path):
+    """torchrun("--steps", 3, ...) -> the Popen of torchrun with two processes of a run of `short` in
+    tmp_path/run. It leads a process group, which is killed after the test."""
+    started = []
+
+    def start(*arguments):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command = [*launcher, ROOT / "train.py", *short, "--out", tmp_path / "run", *arguments]
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:  # its test has failed
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
 def torchrun_and_workers(process):
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    return [process.pid, *map(int, workers)]
+    """Return the process ids of a torchrun and of the processes that it has started."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [process.pid, *map(int, children.stdout.split())]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_death_of_a_process_ends_all(short, tmp_path, rank):  # noqa: F811
-    process = start(short, tmp_path / "run", "--steps", 10000, processes=2)
+def test_the_death_of_a_process_ends_all(torchrun, tmp_path, rank):
+    process = torchrun("--steps", 10000)
     assert wait_for(lambda: steps_done(tmp_path / "run") >= 3, process)
     workers = torchrun_and_workers(process)[1:]
     os.kill(workers[rank], signal.SIGKILL)
@@ -193,167 +368,39 @@ def test_the_death_of_a_process_ends_all(short, tmp_path, rank):  # noqa: F811
     assert wait_for(lambda: not os.path.exists(f"/proc/{workers[1 - rank]}"), seconds=40)
 
 
-KILLED_INSIDE = """
-import os, runpy, signal, sys
-sys.path.insert(0, sys.argv[1])
-import fsdp, weights
-def die(*arguments, **others):
-    os.kill(os.getpid(), signal.SIGKILL)
-exec(sys.argv[2])
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.path[0] + "/train.py", run_name="__main__")
-"""
-
-
-def killed_inside(run, tmp_path, place, *arguments, processes=None):
-    """A run that is killed at a place: a statement that puts `die` there."""
-    (tmp_path / "killed.py").write_text(KILLED_INSIDE)
-    return run(tmp_path / "killed.py", ROOT, place, *arguments, processes=processes, timeout=100)
-
-
-def test_a_death_inside_the_writing_of_a_checkpoint(run, short, train, tmp_path):  # noqa: F811
-    """In the background, before its processes meet again."""
-    arguments = ("--steps", 30, "--save_every", 10)
-    place = "fsdp._checksum = die if os.environ['RANK'] == '1' else fsdp._checksum"
-    done = killed_inside(run, tmp_path, place, *short, *arguments, "--out", tmp_path / "run", processes=2)
-    assert done.returncode == 1
-    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-10.tmp"} and not (
-        tmp_path / "run" / "model"
-    ).exists()
-    assert len(train("run", *arguments, "--resume")) == 30
-
-
-def test_an_error_while_a_checkpoint_is_written(run, short, train, tmp_path):  # noqa: F811
-    """It is finished first."""
-    arguments = ("--steps", 8, "--save_every", 4)
-    place = """
-import time, torch
-seal, update, done = fsdp.Checkpoints._seal, fsdp.update, []
-fsdp.Checkpoints._seal = lambda *given: time.sleep(2) or seal(*given)
-def full(*given):
-    done.append(0)
-    if len(done) == 6:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    return update(*given)
-fsdp.update = full
-"""
-    done = killed_inside(run, tmp_path, place, *short, *arguments, "--out", tmp_path / "run")
-    assert done.returncode == 2 and "memory is full" in only_error(done.stderr)
-    assert saved_steps(tmp_path / "run") == {4} and len(train("run", *arguments, "--resume")) == 8
-
-
-def test_a_death_while_the_model_is_written(run, short, train, tmp_path):  # noqa: F811
-    arguments = ("--steps", 4, "--save_every", 4)
-    done = killed_inside(
-        run, tmp_path, "weights.save_tensors = die", *short, *arguments, "--out", tmp_path / "run"
-    )
-    assert done.returncode == -signal.SIGKILL and not (tmp_path / "run" / "model").exists()
-    assert len(train("run", *arguments, "--resume")) == 4
-    assert weights.load(tmp_path / "run" / "model") and not (tmp_path / "run" / "model.tmp").exists()
-
-
-def test_the_model_of_an_interrupted_run_is_not_taken_for_the_finished_one(run, short, train, tmp_path):  # noqa: F811
-    """Though all steps are in metrics.jsonl, because the resumed run died while it wrote its own."""
-    out, arguments = tmp_path / "run", ("--steps", 30)
-    process = start(short, out, *arguments)
-    assert wait_for(lambda: steps_done(out) >= 3, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=100)
-    assert process.returncode == 0 and steps_done(out) < 30
-    interrupted = (out / "model" / "model.safetensors").read_bytes()
-    done = killed_inside(
-        run, tmp_path, "weights.save_tensors = die", *short, *arguments, "--resume", "--out", out
-    )
-    assert done.returncode == -signal.SIGKILL and steps_done(out) == 30
-    assert len(train("run", *arguments, "--resume")) == 30
-    assert (out / "model" / "model.safetensors").read_bytes() != interrupted
-
-
-def test_sigterm_to_torchrun_and_all_it_started(short, tmp_path):  # noqa: F811
+def test_sigterm_to_torchrun_and_all_it_started(torchrun, tmp_path):
     """As a cluster's scheduler sends it: each process gets it twice, for torchrun passes its own on."""
     out = tmp_path / "run"
-    process = start(short, out, "--steps", 10000, processes=2)
+    process = torchrun("--steps", 10000)
     assert wait_for(lambda: steps_done(out) >= 3, process)
     for pid in reversed(torchrun_and_workers(process)):
         os.kill(pid, signal.SIGTERM)
     stderr = process.communicate(timeout=100)[1]
     done = steps_done(out)
     assert f"stopped after step {done} of 10000" in stderr
-    assert (
-        process.returncode == 1 and "SignalException" in stderr
-    )  # torchrun's own end, whatever its processes did
+    # torchrun's own end, whatever its processes did.
+    assert process.returncode == 1 and "SignalException" in stderr
     assert (out / "checkpoints" / f"step-{done}").exists() and (out / "model").exists()
 
 
-def test_a_mistake_is_told_once_although_the_first_process_is_slow(run, short, tmp_path):  # noqa: F811
+def test_a_mistake_is_told_once_although_the_first_process_is_slow(killed_inside, tmp_path):
     """torchrun ends the others as soon as one has ended."""
-    late = "import time; time.sleep(3 * (os.environ['RANK'] == '0'))"
-    done = killed_inside(
-        run, tmp_path, late, *short, "--train_len", 0, "--out", tmp_path / "run", processes=2
-    )
-    assert done.returncode == 1 and only_error(done.stderr) == "error: --train_len 0: must be at least 1"
+    late = "if os.environ['RANK'] == '0': time.sleep(2)"
+    done = killed_inside(late, "--train_len", 0, "--out", tmp_path / "run", processes=2)
+    said = "error: --train_len: must be at least 1, not 0; see python train.py --help"
+    assert done.returncode == 1 and only_error(done.stderr) == said
 
 
-def test_processes_with_different_arguments(short, tmp_path):  # noqa: F811
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = str(s.getsockname()[1])
-    both = [
-        start(short, tmp_path / "run", "--steps", 3, "--seed", rank, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-              MASTER_ADDR="localhost", MASTER_PORT=port)
-        for rank in range(2)
-    ]  # fmt: skip
-    told = [process.communicate(timeout=100)[1] for process in both]
-    assert [process.returncode for process in both] == [2, 2], told
-    assert (
-        "seed differs between processes: [0, 1]" in told[0]
-        and "Traceback" not in told[0]
-        and not told[1].strip()
-    )
+def test_processes_with_different_arguments(start, short, tmp_path):
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    together = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    both = []
+    for rank in range(2):
+        own = ("--out", tmp_path / "run", "--steps", 3, "--seed", rank)
+        both.append(start("train.py", *short, *own, env=together | {"RANK": rank, "LOCAL_RANK": rank}))
+    told = [process.wait() for process in both]
+    assert [done.returncode for done in told] == [2, 2], told
+    assert "seed differs between processes: [0, 1]" in told[0].stderr and "Traceback" not in told[0].stderr
+    assert not told[1].stderr.strip()
     assert not (tmp_path / "run").exists()
-
-
-def test_validation_and_tensorboard(run, short, tmp_path, texts):  # noqa: F811
-    """The last validation is that of the model that is written; at both lengths the loss of a plain
-    forward pass on the same 64 tokens, the last of 500."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    settings = (
-        "--steps",
-        3,
-        "--eval_every",
-        2,
-        "--eval_data",
-        texts,
-        "--eval_lengths",
-        "64,500",
-        "--tensorboard",
-    )
-    done = run("train.py", *short, "--out", tmp_path / "run", *settings, processes=2)
-    said = [line.split(":")[0] for line in done.stderr.splitlines() if ": validation loss" in line]
-    assert done.returncode == 0 and said == ["step 0", "step 2", "step 3"]
-    lines = metrics(tmp_path / "run")
-    assert ["validation" in line for line in lines] == [False, True, True]
-    model, tok = (
-        weights.load(tmp_path / "run" / "model", dtype=torch.float32),
-        tokenizer.load(weights.resolve("tiny")),
-    )
-    documents = data.prepare([texts], tok, weights.cache_dir())
-    for n in (64, 500):
-        nats = []
-        for i in range(len(documents)):
-            row = torch.tensor([[tok.bos_id, *documents[i][500 - n : 500].tolist()]])
-            with torch.no_grad():
-                nats.append(
-                    torch.nn.functional.cross_entropy(model(row[:, :-1])[0, -64:], row[0, -64:]).item()
-                )
-        assert lines[-1]["validation"][str(n)] == pytest.approx(
-            sum(nats) / len(nats), rel=1e-3
-        )  # the written weights are bfloat16
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    for key in ("loss", "lr", "grad_norm"):
-        assert [e.value for e in events.Scalars(key)] == pytest.approx(
-            [line[key] for line in lines], rel=1e-6
-        )
-    assert [e.step for e in events.Scalars("validation/500")] == [2, 3]

@@ -25,21 +25,25 @@ import sys
 import numpy  # noqa: F401
 import safetensors.torch  # noqa: F401
 import tokenizers  # noqa: F401
-import torch._dynamo.backends.debugging  # noqa: F401 (every optimizer imports torch._dynamo at its first step)
+import torch._dynamo.backends.debugging  # noqa: F401 (every optimizer imports torch._dynamo)
+import torch._inductor.pattern_matcher  # noqa: F401 (torch.compile imports it, whatever its backend)
 import torch.distributed.checkpoint.state_dict  # noqa: F401
 import torch.distributed.fsdp  # noqa: F401
 import tqdm  # noqa: F401
 
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
+keepers = []
 for line in sys.stdin:
     request = json.loads(line)
-    if not os.fork():
+    keeper = os.fork()
+    if not keeper:
         break
+    keepers = [other for other in keepers if os.waitpid(other, os.WNOHANG) == (0, 0)] + [keeper]
 else:
+    for keeper in keepers:
+        os.waitpid(keeper, 0)
     sys.exit()
 
 # In a keeper, which starts the processes of one request and waits for them.
-signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 environments = [{}]
 if request["processes"]:
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -48,6 +52,7 @@ if request["processes"]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(request["processes"]),
+        "LOCAL_WORLD_SIZE": str(request["processes"]),
         "TORCHELASTIC_RUN_ID": "none",
     }
     ranks = map(str, range(request["processes"]))
