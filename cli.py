@@ -31,8 +31,8 @@ MICRO_BATCH_TOKENS = 32768  # tokens that a process takes through the model at o
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a mistake as one line, without the usage text, and only once under
-    torchrun."""
+    """An ArgumentParser that reports a mistake as one line, without the usage text,
+    and only once under torchrun."""
 
     def error(self, message):
         command = self.prog if self.prog.startswith("python ") else f"python {self.prog}"
@@ -132,8 +132,8 @@ def device(named):
 
 
 def split_batch(batch_size, micro_batch_size, tokens):
-    """Return (examples of each process in a step, those of them in one forward pass). tokens: in an
-    example.
+    """Return (examples of each process in a step, those of them in one forward
+    pass). tokens: in an example.
 
     micro_batch_size None: as many examples as make about MICRO_BATCH_TOKENS. Raises InputError if one
     does not divide the other."""
@@ -353,8 +353,8 @@ def training_parser():
 
 
 def training_arguments():
-    """Return train.py's options as given. With --resume, those that are not given are those of the run
-    in --out.
+    """Return train.py's options as given. With --resume, those that are not given are
+    those of the run in --out.
 
     Raises InputError for an --out that holds another run, and for a resumed run whose options differ."""
     parser = training_parser()
@@ -372,8 +372,8 @@ def training_arguments():
 
 
 def options_of_earlier_run(given, parser):
-    """Return the options of the run in --out, with those on top that are given and may change. given:
-    parsed options."""
+    """Return the options of the run in --out, with those on top that are given and may
+    change. given: parsed options."""
     out, record = given.out, given.out / "args.json"
     if not record.exists():
         raise InputError(f"--resume: {out} holds no run; leave --resume out to start one")
@@ -504,9 +504,9 @@ def refuse_contradictions(args):
 
 
 def training_record(args, as_given):
-    """Return what a run is recorded with in args.json, {option: value}. as_given: the options before
-    they were completed; those of FREE are recorded as they were, since their defaults are those of a
-    machine."""
+    """Return what a run is recorded with in args.json, {option: value}. as_given: the
+    options before they were completed; those of FREE are recorded as they were, since their
+    defaults are those of a machine."""
     record = {option: value for option, value in vars(args).items() if option not in OF_THIS_CALL}
     for option in FREE:
         record[option] = getattr(as_given, option)

@@ -198,8 +198,8 @@ def tokenise(files, tokenizer, folder):
 class Batches:
     """The batches of a run: calling it with a step gives that step's examples.
 
-    Documents too short for one window are left out; `skipped` counts them, and `usable` the tokens of
-    the others."""
+    Documents too short for one window are left out; `skipped` counts them, and
+    `usable` the tokens of the others."""
 
     def __init__(self, documents, seed, bos_id=None, **sampling):
         """sampling: the arguments of pose.sample after text_len. bos_id: replaces the first token of

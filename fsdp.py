@@ -55,8 +55,8 @@ def start(device_type):
 
 
 def peak_flops(device):
-    """Return the operations a second that the card's maker names, None for a card that is not listed
-    and for a CPU."""
+    """Return the operations a second that the card's maker names, None for a card that
+    is not listed and for a CPU."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for card, flops in PEAK_FLOPS.items():
@@ -77,8 +77,8 @@ def shard(
     cpu_offload=False,
     compile=False,
 ):
-    """Prepare a model on the meta device for training, and take uninitialised memory for this process's
-    share of it.
+    """Prepare a model on the meta device for training, and take uninitialised memory for
+    this process's share of it.
 
     Each block and then the rest is sharded over all processes. A single process keeps plain parameters,
     unless cpu_offload asks for FSDP. The master weights, and with them AdamW's state, are of
@@ -118,9 +118,9 @@ def shard(
 
 
 def checkpoint_activations(block, mode):
-    """Make a block keep its input alone and compute the rest again in the backward pass ("full"), or
-    keep its input and the results of matrix products and attention ("selective"), or everything
-    ("none")."""
+    """Make a block keep its input alone and compute the rest again in the backward pass
+    ("full"), or keep its input and the results of matrix products and attention
+    ("selective"), or everything ("none")."""
     if mode == "full":
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     elif mode == "selective":
@@ -161,8 +161,8 @@ def adamw(model, lr):
 
 
 def average_vector_gradients(model):
-    """Average the gradients of the vectors over processes, in float32. FSDP has done so with those of
-    the matrices."""
+    """Average the gradients of the vectors over processes, in float32. FSDP has done so
+    with those of the matrices."""
     gradients = [p.grad for p in split_parameters(model)[1]]
     together = torch.cat([gradient.float() for gradient in gradients])
     dist.all_reduce(together)
@@ -171,8 +171,8 @@ def average_vector_gradients(model):
 
 
 def clip_gradients(model, max_norm):
-    """Scale all gradients so that their norm is at most max_norm. Return the norm that they had, still
-    on the device."""
+    """Scale all gradients so that their norm is at most max_norm. Return the norm that
+    they had, still on the device."""
     groups = split_parameters(model)
     norms = []
     for group in groups:
@@ -188,8 +188,8 @@ def clip_gradients(model, max_norm):
 
 
 def skip_update_unless_finite(optimizer, loss, grad_norm):
-    """Have the optimizer's next step leave everything as it is if the loss or the norm of the gradient
-    is not finite.
+    """Have the optimizer's next step leave everything as it is if the loss or the norm of
+    the gradient is not finite.
 
     It is how torch.amp.GradScaler tells the fused kernel to skip a step: nothing has to wait for the
     device. Must be called before each step."""

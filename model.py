@@ -185,8 +185,8 @@ class Attention(nn.Module):
 
 
 def causal_attention(q, k, v):
-    """Return what the last T of S tokens attend to: q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H *
-    D)."""
+    """Return what the last T of S tokens attend to: q (B, T, H, D), k and v (B,
+    S, K, D) -> (B, T, H * D)."""
     T, S = q.shape[1], k.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T or S, D)
     grouped = k.shape[1] != q.shape[1]
@@ -216,9 +216,9 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, query_scale=None, cache=None, start=0):
         """x (B, T, C) -> (B, T, C).
 
-        cos, sin: see rope.rope_cos_sin. query_scale: see rope.query_scale. cache: None, or (keys,
-        values), each (B, S, K, D), whose first `start` places are filled and whose next T places this
-        call fills."""
+        cos, sin: see rope.rope_cos_sin. query_scale: see rope.query_scale. cache: None, or
+        (keys, values), each (B, S, K, D), whose first `start` places are filled and whose
+        next T places this call fills."""
         no_gradient = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if cache is None and x.shape[1] > CHUNK_TOKENS and no_gradient:
             return self.forward_in_chunks(x, cos, sin, query_scale)
@@ -232,8 +232,8 @@ class Block(nn.Module):
         return self.after_attention(x, causal_attention(q, k, v))
 
     def after_attention(self, x, attended):
-        """Return the block's output from its input x (B, T, C) and what the heads attended to (B, T, H
-        * D)."""
+        """Return the block's output from its input x (B, T, C) and what the heads
+        attended to (B, T, H * D)."""
         if self.parallel:
             return x + self.attention.o(attended) + self.mlp(self.attention_norm(x))
         x = x + self.attention.o(attended)
@@ -283,8 +283,8 @@ class Transformer(nn.Module):
         return self
 
     def forward(self, tokens, positions=None, targets=None):
-        """Return the logits (B, T, V) of tokens int64 (B, T) at positions int64 (B, T), by default 0
-        ... T-1.
+        """Return the logits (B, T, V) of tokens int64 (B, T) at positions int64
+        (B, T), by default 0 ... T-1.
 
         With targets int64 (B, N), those of the last N tokens: return their summed cross-entropy in
         nats, a float32 scalar, without ever holding all logits."""
@@ -295,8 +295,8 @@ class Transformer(nn.Module):
         return self.loss(scored.flatten(0, 1), targets.flatten())
 
     def loss(self, hidden, targets):
-        """Return the summed cross-entropy in nats of normed hidden states (N, C) against targets int64
-        (N,)."""
+        """Return the summed cross-entropy in nats of normed hidden states (N, C)
+        against targets int64 (N,)."""
         weight, bias = self.head.weight_and_bias(hidden.dtype)
         return chunked_cross_entropy(hidden, weight, bias, targets, self.cross_entropy)
 

@@ -60,8 +60,8 @@ def chunk_lengths(rng, train_len, chunks):
 
 
 def nondecreasing_uniform(rng, n, most):
-    """Draw n integers as in section 3.2: the first is 0, each later one is uniform on {the one before
-    ... most}."""
+    """Draw n integers as in section 3.2: the first is 0, each later one is uniform on
+    {the one before ... most}."""
     values = np.zeros(n, dtype=np.int64)
     for i in range(1, n):
         values[i] = rng.integers(values[i - 1], most, endpoint=True)

@@ -34,9 +34,9 @@ WINDOWS = 16  # windows of the model in a step of every arm
 class Table:
     """What is trained and what is measured. Lengths are in windows of the model.
 
-    arms: {name: {option of train.py: value}}, with the target as `target` windows. lengths: at which the
-    arms are measured; none for benchmarks. passkeys: prompts at each length, unless the user asks for
-    another number.
+    arms: {name: {option of train.py: value}}, with the target as `target` windows. lengths: at
+    which the arms are measured; none for benchmarks. passkeys: prompts at each length, unless the
+    user asks for another number.
     """
 
     arms: dict

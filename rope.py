@@ -34,8 +34,8 @@ def rope_frequencies(dim, theta, scaling=None, seq_len=None, f=None):
     tokens in the sequence, which only `dynamic` and `longrope` look at. f: the frequencies to stretch,
     if not theta^(-2j/dim); a model that is scaled already has others.
 
-    Returns (inv_freq float64 (dim/2,), attention_factor). Raises ValueError for an unknown mode or a
-    missing key.
+    Returns (inv_freq float64 (dim/2,), attention_factor). Raises ValueError for an
+    unknown mode or a missing key.
     """
     scaling = scaling or {}
     mode = scaling.get("rope_type", "default")
@@ -95,8 +95,8 @@ def linear(f, s):
 def ntk(f, s, dim):
     """Return f_j s^(-2j/(d-2)): NTK-aware interpolation (bloc97 2023).
 
-    It is the same as the base theta * s^(d/(d-2)). The fastest pair stays, and the slowest is divided
-    by exactly s."""
+    It is the same as the base theta * s^(d/(d-2)). The fastest pair stays, and the
+    slowest is divided by exactly s."""
     return f * default_frequencies(dim, s ** (dim / (dim - 2)))
 
 
@@ -144,8 +144,8 @@ def longrope(f, scaling, seq_len):
 
 
 def longrope_attention_factor(scaling):
-    """Return LongRoPE's factor on cos and sin: the recorded one, else sqrt(1 + ln s / ln L), 1 for s up
-    to 1."""
+    """Return LongRoPE's factor on cos and sin: the recorded one, else sqrt(1 + ln
+    s / ln L), 1 for s up to 1."""
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
     factor = required(scaling, "factor")
@@ -255,9 +255,9 @@ def rope_cos_sin(positions, inv_freq, attention_factor=1.0):
 
 
 def apply_rope(x, cos, sin):
-    """Turn the pairs (x[j], x[j + d/2]) of the first d dimensions by their angles, where d/2 =
-    cos.shape[-1]; further dimensions pass. x: (B, T, H, D) -> the same shape and dtype. The arithmetic
-    is float32."""
+    """Turn the pairs (x[j], x[j + d/2]) of the first d dimensions by their angles, where d/2
+    = cos.shape[-1]; further dimensions pass. x: (B, T, H, D) -> the same shape and dtype.
+    The arithmetic is float32."""
     d = 2 * cos.shape[-1]
     a, b = x[..., :d].float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos, x[..., d:]), dim=-1).to(x.dtype)

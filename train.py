@@ -168,8 +168,8 @@ def mfu(model, args, tokens_per_second, device):
 
 
 def peak_memory_gib(device):
-    """Return the most memory that this process had in use so far, in GiB: of the GPU, or of the host
-    without one."""
+    """Return the most memory that this process had in use so far, in GiB: of the GPU,
+    or of the host without one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
@@ -267,16 +267,16 @@ def stretched(config, args):
 
 
 def check_same_model_and_texts(out, record):
-    """Raise InputError if the run in the folder `out` began with other weights or texts, whatever their
-    paths."""
+    """Raise InputError if the run in the folder `out` began with other weights or
+    texts, whatever their paths."""
     hashes = {key: value for key, value in record.items() if key.endswith("_sha256")}
     if changed := describe_changes(read_json(out / "args.json"), hashes):
         raise InputError(f"--resume: {out} is of another run: {changed}; start again with another --out")
 
 
 def check_agreement(record):
-    """Raise InputError if the processes, on several machines perhaps, were started with different
-    arguments."""
+    """Raise InputError if the processes, on several machines perhaps, were
+    started with different arguments."""
     records = [None] * dist.get_world_size()
     dist.all_gather_object(records, record)
     for key in record:
@@ -314,8 +314,8 @@ def announce(args, original, config, batches, first_step):
 
 
 def catch_signals():
-    """Return a list to which every SIGINT or SIGTERM adds its number from here on, instead of ending
-    the process."""
+    """Return a list to which every SIGINT or SIGTERM adds its number from here on,
+    instead of ending the process."""
     caught = []
     speaks = dist.get_rank() == 0
 

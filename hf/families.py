@@ -253,8 +253,8 @@ def _refuse_other_architectures(c):
 
 
 def _sizes(c, family):
-    """Return the sizes of a Config, {field: positive int}. Raise ValueError for one that is missing or
-    no such number."""
+    """Return the sizes of a Config, {field: positive int}. Raise ValueError for one that is
+    missing or no such number."""
     for key in (*family.sizes.values(), *family.optional):
         if c.get(key) is None and key in family.optional:
             continue
@@ -356,8 +356,8 @@ def hf_config(config):
 def tokenizer_files(config, files):
     """Return the tokenizer's files {name: bytes} to go with `as_written`.
 
-    Stock loaders would look for a family's own tokenizer class beside them, and cut texts at the old
-    window."""
+    Stock loaders would look for a family's own tokenizer class beside them, and
+    cut texts at the old window."""
     family = FAMILIES[config.model_type]
     original = json.loads(files.get("tokenizer_config.json", b"{}"))
     settings = dict(original)
@@ -410,8 +410,8 @@ def is_recomputed(published):
 
 
 def has_interleaved_rotary(name, config):
-    """Return whether the published form of this weight of ours holds interleaved rotary pairs, see
-    half_split."""
+    """Return whether the published form of this weight of ours holds interleaved
+    rotary pairs, see half_split."""
     interleaved = FAMILIES[config.model_type].interleaved_rotary
     return interleaved and name.endswith((".attention.q.weight", ".attention.k.weight"))
 

@@ -19,15 +19,15 @@ INDEX = "model.safetensors.index.json"
 
 
 class CheckpointFolder:
-    """A folder whose weights fit its config.json. Nothing but headers has been read, and no memory is
-    taken.
+    """A folder whose weights fit its config.json. Nothing but headers has been
+    read, and no memory is taken.
 
     path: the folder. config: its Config. files: {path of a safetensors file: {published name of a
     tensor: its shape}}."""
 
     def __init__(self, path):
-        """Check the folder `path`. Raise InputError if a file, the architecture, a name or a shape is
-        wrong."""
+        """Check the folder `path`. Raise InputError if a file, the architecture,
+        a name or a shape is wrong."""
         self.path = Path(path)
         self.config = families.read_config(self.path)
         self._parameters = {}  # published name -> our names of the parameters in it, in their order
@@ -70,8 +70,8 @@ class CheckpointFolder:
                         self._read_tensor(f.get_slice(published), self._parameters[published], parameters)
 
     def _read_tensor(self, published, names, parameters):
-        """Copy a published tensor, a slice of a safetensors file, into the parameters that are stacked
-        in it."""
+        """Copy a published tensor, a slice of a safetensors file, into the
+        parameters that are stacked in it."""
         first_row = 0
         for name in names:
             parameter = parameters[name]
@@ -192,8 +192,8 @@ def read_index(index):
 
 
 def read_shapes(path):
-    """Return {name: shape} of a safetensors file, from its header. Raise InputError if it is missing or
-    damaged."""
+    """Return {name: shape} of a safetensors file, from its header. Raise InputError
+    if it is missing or damaged."""
     try:
         with safe_open(path, "pt") as f:
             return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}

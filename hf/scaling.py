@@ -11,8 +11,8 @@ from storage.files import InputError
 
 
 def extend(config, mode, target_len, llama_4_scaling_beta=None, **settings):
-    """Return the Config of the same weights with the window stretched to target_len tokens by a mode of
-    rope.py.
+    """Return the Config of the same weights with the window stretched to target_len
+    tokens by a mode of rope.py.
 
     settings: what else rope_scaling shall hold, such as `factor` (default: the ratio of the windows,
     and 1 for dynamic, which multiplies with that of the current length) or `beta_fast`.

@@ -26,8 +26,8 @@ from storage.files import new_folder
 
 
 def load(name, device="cpu", dtype=None):
-    """Return the model of a folder or a built-in name, in eval mode. dtype: of its weights, by default
-    as on disk.
+    """Return the model of a folder or a built-in name, in eval mode. dtype: of its
+    weights, by default as on disk.
 
     Raises InputError if anything about the folder is wrong: a file, the architecture, a name or a shape."""
     folder = open_model(name)

@@ -26,8 +26,8 @@ class Checkpoints:
     """The checkpoints of a run, folder/step-N. All processes call every method."""
 
     def __init__(self, folder, record, keep):
-        """record: what the run was started with, {setting: value}. keep: how many checkpoints stay, the
-        newest."""
+        """record: what the run was started with, {setting: value}. keep: how many
+        checkpoints stay, the newest."""
         self.folder, self.record, self.keep = Path(folder), record, keep
         self.writing = None  # the future of the checkpoint that is being written
         self.background = ThreadPoolExecutor(1)
@@ -134,8 +134,8 @@ class Checkpoints:
         return found[0]
 
     def _damaged_file(self, folder, checksums):
-        """Return the name of a file that is not what was written, or None. Each process reads a part of
-        the files."""
+        """Return the name of a file that is not what was written, or None. Each process
+        reads a part of the files."""
         mine = sorted(checksums)[dist.get_rank() :: dist.get_world_size()]
         damaged = []
         for name in mine:
@@ -159,8 +159,8 @@ class Checkpoints:
 
 
 def _is_full_disk(error):
-    """Return whether writing failed for want of space. PyTorch's zip writer turns that into an error of
-    its own."""
+    """Return whether writing failed for want of space. PyTorch's zip writer turns
+    that into an error of its own."""
     return getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "unexpected pos" in str(error)
 
 

@@ -39,8 +39,8 @@ class Log:
 
 
 def without_nan(value):
-    """Return the value, or the dict of values, with null for every NaN and infinity, which JSON does
-    not know."""
+    """Return the value, or the dict of values, with null for every NaN and
+    infinity, which JSON does not know."""
     if isinstance(value, dict):
         return {key: without_nan(v) for key, v in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
@@ -49,8 +49,8 @@ def without_nan(value):
 
 
 def show_progress(bar, line):
-    """Show the figures of a step beside tqdm's bar, or, where there is no terminal, as a line of text
-    now and then."""
+    """Show the figures of a step beside tqdm's bar, or, where there is no terminal, as a
+    line of text now and then."""
     mfu = f"{line['mfu']:.0%}" if line["mfu"] else "-"
     shown = {
         "loss": f"{line['loss']:.3f}",
@@ -65,7 +65,7 @@ def show_progress(bar, line):
 
 
 def is_finished(out, steps):
-    """Return whether the run in the folder `out` made all its steps. (An interrupted one has a model
-    too.)"""
+    """Return whether the run in the folder `out` made all its steps. (An
+    interrupted one has a model too.)"""
     metrics = out / "metrics.jsonl"
     return (out / "model").exists() and len(metrics.read_text().splitlines()) >= steps

@@ -99,9 +99,9 @@ def lines_that_fit(encode, length, depth):
 def fillings(tokenizer, before, after):
     """Return what can be put in front of the garbage, {text: tokens that it adds}, the nicest first.
 
-    A filling is the end of one more line of garbage: best from the beginning of a word on, next best after
-    one or two blank lines, else from inside a word. before, after: lines of garbage in the prompt, as for
-    `passkey_ids`.
+    A filling is the end of one more line of garbage: best from the beginning of a word on, next best
+    after one or two blank lines, else from inside a word. before, after: lines of garbage in the
+    prompt, as for `passkey_ids`.
     """
     from_inside_a_word = [GARBAGE[i:] for i in range(1, len(GARBAGE) + 1)]
     from_a_word = [end for end in from_inside_a_word if GARBAGE.endswith(" " + end) or not end]

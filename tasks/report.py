@@ -36,9 +36,9 @@ def wilson(right, n, z=1.96):
 def over_documents(nats, count):
     """Return the perplexity of all tokens and its standard error, which is None for a single document.
 
-    nats, count: summed loss and number of tokens of each document, 1-d arrays. Documents differ more than
-    tokens do, so they are the sample: the error is that of a ratio of two sums over documents (the delta
-    method).
+    nats, count: summed loss and number of tokens of each document, 1-d arrays. Documents differ
+    more than tokens do, so they are the sample: the error is that of a ratio of two sums over
+    documents (the delta method).
     """
     loss = nats.sum() / count.sum()
     ppl = math.exp(min(loss, 700))  # exp of more is not a float
