@@ -16,15 +16,15 @@ import sentencepiece
 import torch
 
 import data
-from hf import tokenizer, weights
+from hf import tokenizer
 from storage.files import InputError
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
 
 class FakeTokenizer:
-    """The document "7 12" has the tokens 7, 8, 9, 10, 11: consecutive, so that the token after t is t +
-    1. Counts what it is asked."""
+    """Its ids are consecutive: the document "7 12" has the tokens 7, 8, 9, 10, 11. `asked` counts the
+    documents that it was asked for."""
 
     def __init__(self, vocab_size=1000, files=None):
         self.vocab_size, self.files, self.asked = vocab_size, files or {"tokenizer.model": b"one"}, 0
@@ -48,7 +48,7 @@ def texts_of(*paths):
     return [text for file in data.find_files(paths) for text in data.read_documents(file)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- readers
+# ---------------------------------------------------------------- readers
 
 
 def test_txt_is_one_document(tmp_path):
@@ -77,25 +77,20 @@ def test_folder_is_searched_in_order_and_other_files_are_left_alone(tmp_path):
     write(tmp_path / "d" / "picture.png", b"\xff\xfe")
     write(tmp_path / "d" / "notes.md", "not asked for")
     assert texts_of(tmp_path / "d") == ["deep 1", "deep 2", "b", "packed"]
-    assert texts_of(str(tmp_path / "d" / "b.txt"), tmp_path / "d" / "a") == [
-        "b",
-        "deep 1",
-        "deep 2",
-    ]  # as named, str or Path
+    named = str(tmp_path / "d" / "b.txt"), tmp_path / "d" / "a"
+    assert texts_of(*named) == ["b", "deep 1", "deep 2"]  # in the order of their names, str or Path
 
 
 def test_a_name_that_is_not_utf_8(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("The cat.")
-    documents = data.prepare([tmp_path], tokenizer.load(weights.resolve("tiny")), tmp_path / "cache")
+    documents = data.prepare([tmp_path], tokenizer.load(TINY), tmp_path / "cache")
     assert len(documents) == 1
 
 
 def test_a_named_file_of_another_suffix_is_read_as_text(tmp_path):
     source = "def f():\n    return 1\n"
-    assert texts_of(write(tmp_path / "code.py", source), write(tmp_path / "README", "read me")) == [
-        source,
-        "read me",
-    ]
+    files = write(tmp_path / "code.py", source), write(tmp_path / "README", "read me")
+    assert texts_of(*files) == [source, "read me"]
 
 
 def test_without_paths_the_standard_library():
@@ -103,13 +98,11 @@ def test_without_paths_the_standard_library():
     library = Path(argparse.__file__).parent.resolve()
     inside = {file.resolve().relative_to(library) for file in files}
     assert {Path("argparse.py"), Path("gzip.py"), Path("json/__init__.py")} <= inside
-    assert not {"site-packages", "dist-packages", "test", "tests"} & {
-        part for file in inside for part in file.parts
-    }
+    parts = {part for file in inside for part in file.parts}
+    assert not {"site-packages", "dist-packages", "test", "tests"} & parts
     assert all(file.suffix == ".py" for file in files)
-    assert (
-        Path(argparse.__file__).read_text(encoding="utf-8") in texts_of()
-    )  # and none of the files is refused
+    # All are read, so none of the files is refused.
+    assert Path(argparse.__file__).read_text(encoding="utf-8") in texts_of()
 
 
 PACKED = gzip.compress(jsonl(*(f"document {i} {i**5}" for i in range(2000))).encode())
@@ -171,7 +164,7 @@ def test_folder_without_texts(tmp_path):
         data.prepare([tmp_path / "empty"], FakeTokenizer(), tmp_path / "cache")
 
 
-# ------------------------------------------------------------------------------------------------------------ token files
+# ---------------------------------------------------------------- token files
 
 
 def test_tokens_are_the_tokenizers_own(tmp_path):
@@ -182,9 +175,8 @@ def test_tokens_are_the_tokenizers_own(tmp_path):
     write(tmp_path / "d" / "c.jsonl", jsonl(*texts[68:]))
     documents = data.prepare([tmp_path / "d"], tokenizer.load(TINY), tmp_path / "cache")
     reference = sentencepiece.SentencePieceProcessor(model_file=str(TINY / "tokenizer.model"))
-    assert [documents[i].tolist() for i in range(len(documents))] == [
-        reference.encode(text) for text in texts
-    ]
+    own = [documents[i].tolist() for i in range(len(documents))]
+    assert own == [reference.encode(text) for text in texts]
     assert isinstance(documents.tokens, np.memmap) and not documents.tokens.flags.writeable
 
 
@@ -203,12 +195,12 @@ def test_tokens_are_reused_until_something_changes(tmp_path):
     a, b = write(tmp_path / "a.txt", "0 9"), write(tmp_path / "b.jsonl", jsonl("10 20", "30 50"))
 
     def prepare(paths, expected, **changes):
-        """How many documents the tokenizer was asked for, after a look at what came back."""
+        """Return how many documents the tokenizer was asked for. Documents must begin and end as
+        expected."""
         fake = FakeTokenizer(**changes)
         documents = data.prepare(paths, fake, tmp_path / "cache")
-        assert [
-            (int(d[0]), int(d[-1]) + 1) for d in (documents[i] for i in range(len(documents)))
-        ] == expected
+        every = [documents[i] for i in range(len(documents))]
+        assert [(int(document[0]), int(document[-1]) + 1) for document in every] == expected
         return fake.asked
 
     all_three = [(0, 9), (10, 20), (30, 50)]
@@ -255,7 +247,7 @@ def test_nothing_half_written_is_left_behind(tmp_path, stop):
     assert {path.name for path in folder.iterdir()} == {"tokens.bin", "starts.npy", "dtype", "sha256"}
 
 
-# ---------------------------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------- batches
 
 
 @pytest.fixture
@@ -286,11 +278,8 @@ def test_batch_is_a_pure_function_of_seed_step_and_index(make_documents):
     whole = batches(3, range(12))
     assert all(column.shape == (12, 8) and column.dtype == np.int64 for column in whole)
     batches(4, range(5))  # leaves nothing behind
-    for groups in (
-        [range(12)],
-        [range(6), range(6, 12)],
-        [[i] for i in range(12)],
-    ):  # one process, two, twelve
+    by_processes = {1: [range(12)], 2: [range(6), range(6, 12)], 12: [[i] for i in range(12)]}
+    for groups in by_processes.values():
         parts = [data.Batches(documents, seed=7, **POSE)(3, group) for group in groups]
         assert same(whole, [np.concatenate(columns) for columns in zip(*parts)])
     assert same([column[[8, 2, 2]] for column in whole], batches(3, [8, 2, 2]))
@@ -300,14 +289,12 @@ def test_steps_indices_and_seeds_all_make_other_examples(make_documents):
     """Also across the three: (seed, step, index) is no sum. There are millions of examples to draw, so
     216 never repeat by chance."""
     documents = make_documents(900)
-    examples = [
-        (tokens.tobytes(), positions.tobytes())
-        for seed in range(6)
-        for step in range(6)
-        for tokens, positions in zip(
-            *data.Batches(documents, seed, **POSE | {"target_len": 10**6})(step, range(6))[:2]
-        )
-    ]
+    examples = []
+    for seed in range(6):
+        batches = data.Batches(documents, seed, **POSE | {"target_len": 10**6})
+        for step in range(6):
+            tokens, positions, _ = batches(step, range(6))
+            examples += [(t.tobytes(), p.tobytes()) for t, p in zip(tokens, positions)]
     assert len(examples) == len(set(examples)) == 216
 
 
@@ -335,10 +322,8 @@ def test_target_is_the_token_that_follows_in_the_document(make_documents, sampli
         assert (targets == tokens + 1).all()
     else:
         assert (tokens[:, 0] == bos_id).all() and (targets[:, 1:] == tokens[:, 1:] + 1).all()
-        assert same(
-            data.Batches(make_documents(9, 10, 500), seed=0, **sampling)(0, range(300))[1:],
-            (positions, targets),
-        )
+        without_bos = data.Batches(make_documents(9, 10, 500), seed=0, **sampling)(0, range(300))
+        assert same(without_bos[1:], (positions, targets))
     documents, places = np.divmod(targets, 1000)
     assert (documents == documents[:, :1]).all()  # no example crosses from one document into the next
     assert (places < np.array([0, 9, 10, 500])[documents]).all() and (places >= 1).all()
@@ -392,7 +377,9 @@ def test_short_documents_are_counted_and_never_drawn(make_documents, lengths, sk
 
 
 def test_only_short_documents(make_documents):
-    with pytest.raises(InputError, match="longer than train_len 8: the longest of 3 has 8 tokens"):
+    with pytest.raises(
+        InputError, match="longer than the training window of 8 tokens: the longest of 3 has 8"
+    ):
         data.Batches(make_documents(5, 8, 1), seed=0, **POSE)
 
 
@@ -405,9 +392,8 @@ def test_text_of_an_example_spans_at_most_five_windows(make_documents):
 def test_text_offset_skip_reaches_as_far_as_the_positions(make_documents):
     """There the text of a chunk is where its positions say, up to target_len tokens away, wherever the
     document goes on that far."""
-    tokens, positions, _ = data.Batches(make_documents(900), seed=0, **POSE | {"offset": "skip"})(
-        0, range(1000)
-    )
+    batches = data.Batches(make_documents(900), seed=0, **POSE | {"offset": "skip"})
+    tokens, positions, _ = batches(0, range(1000))
     enough = tokens[:, 0] - 1000 + 64 < 900
     assert enough.sum() > 500 and positions[enough].max() == 63
     assert np.array_equal((tokens - tokens[:, :1])[enough], positions[enough])
