@@ -1,36 +1,36 @@
 """A user's mistake: exit code 2, one line on stderr that names it, and nothing on disk changed."""
 
 import errno
-import importlib
 import io
 import json
 import os
 import shutil
-import signal
-import sys
 from pathlib import Path
 
 import pytest
 import safetensors
 import torch
-import torch.distributed as dist
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from hf import weights
+import data
+from hf import writing
 
-TINY = Path(__file__).parent.parent / "assets" / "tiny"
+TINY = ROOT / "assets" / "tiny"
 
 
 def snapshot(folder):
+    """Return {relative path: content, None for a folder} of all that is in a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
-def check_refusal(code, err, says):
-    assert code == 2, err
-    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
-    assert "Traceback" not in err
+def check_refusal(done, says):
+    """Assert that a finished command was refused with one line that holds every word of `says`."""
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.endswith("\n"), done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
     for word in says:
-        assert str(word) in err, (word, err)
+        assert str(word) in done.stderr, (word, done.stderr)
 
 
 @pytest.fixture(autouse=True)
@@ -43,34 +43,13 @@ def own_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def call(monkeypatch, capfd):
-    """call("train", "--steps", 3, ...) -> exit code and stderr of that command, in this process."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def start(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            with pytest.raises(SystemExit) as stop:
-                errors.run(importlib.import_module(script).main)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        return stop.value.code, capfd.readouterr().err
-
-    yield start
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
-
-
-@pytest.fixture
 def refused(call):
-    """The command is refused, its one line holds every word of `says`, and the folder of the test is as
-    it was."""
+    """refused("train", *arguments, says=[...]) asserts that the command is refused, that its one line
+    holds every word of `says`, and that the folder of the test is as it was."""
 
-    def check(script, *arguments, says):
+    def check(module, *arguments, says):
         before = snapshot(Path())
-        check_refusal(*call(script, *arguments, "--device", "cpu"), says)
+        check_refusal(call(module, *arguments), says)
         assert snapshot(Path()) == before
 
     return check
@@ -78,12 +57,12 @@ def refused(call):
 
 @pytest.fixture
 def really_refused(run):
-    """The same with a real process."""
+    """really_refused("train.py", *arguments, says=[...]) asserts the same with a process of its own."""
 
-    def check(script, *arguments, says, env=None):
+    def check(script, *arguments, says):
         before = snapshot(Path())
-        done = run(script, *arguments, "--device", "cpu", env=env)
-        check_refusal(done.returncode, done.stderr, says)
+        done = run(script, *arguments)
+        check_refusal(done, says)
         assert done.stdout == "" and snapshot(Path()) == before
 
     return check
@@ -97,55 +76,59 @@ def model(make_llama):
     return folder
 
 
-TRAIN = ("--data", "text.txt", "--steps", 1, "--batch_size", 2, "--target_len", 256)
+CPU = ("--device", "cpu")
+SMALL_RUN = ("--steps", 1, "--batch_size", 2, "--target_len", 256, *CPU)
+TRAIN = ("--data", "text.txt", *SMALL_RUN)
+PASSKEY = ("--task", "passkey", "--lengths", 128, *CPU)
 
 
 # ---------------------------------------------------------------- what argparse refuses
 
 
 @pytest.mark.parametrize(
-    "script, arguments, says",
+    "module, arguments, says",
     [
         ("train", ["--stepz", 3], ["unrecognized arguments: --stepz 3"]),
         ("train", ["--steps", "many"], ["--steps", "'many'"]),
         ("train", ["--eval", 3], ["--eval", "--eval_every"]),
         ("eval", ["--model", "tiny"], ["required", "--task"]),
         ("bench", ["--task", "sprint"], ["--task", "'sprint'", "prefill"]),
-        ("pose", ["--chunks", "two"], ["--chunks two"]),
-        ("pose", ["--examples", 0], ["--examples 0"]),
+        ("tasks.coverage", ["--chunks", "two"], ["--chunks", "two"]),
+        ("tasks.coverage", ["--examples", 0], ["--examples", "at least 1, not 0"]),
+        ("tasks.coverage", ["--plot", "noext"], ["--plot", "noext", ".png"]),
     ],
     ids=str,
 )
-def test_arguments_that_are_none(call, script, arguments, says):
+def test_arguments_that_are_none(call, module, arguments, says):
+    command = f"-m {module}" if "." in module else f"{module}.py"
     before = snapshot(Path())
-    check_refusal(*call(script, *arguments), [*says, f"; see python {script}.py --help"])
+    check_refusal(call(module, *arguments), [*says, f"; see python {command} --help"])
     assert snapshot(Path()) == before
 
 
 def test_commands_that_are_none(run):
-    for command, *arguments in (
-        ["weights.py", "a"],
+    for script, *arguments in (
+        ["hf.weights", "a"],
         ["assets/make_tiny.py"],
-        ["pose.py", "--plots", "a.png"],
+        ["tasks.coverage", "--plots", "a.png"],
     ):
-        done = run(command, *arguments)
-        check_refusal(done.returncode, done.stderr, [f"; see python {command} --help"])
+        command = script if script.endswith(".py") else f"-m {script}"
+        check_refusal(run(script, *arguments), [f"; see python {command} --help"])
 
 
 # ---------------------------------------------------------------- the model
 
 
 def test_no_such_folder(really_refused):
-    really_refused("train.py", "--model", "nowhere/llama", *TRAIN, says=["nowhere/llama", "config.json"])
-    really_refused(
-        "eval.py", "--task", "passkey", "--model", "nowhere/llama", says=["nowhere/llama", "config.json"]
-    )
+    says = ["nowhere/llama", "config.json"]
+    really_refused("train.py", "--model", "nowhere/llama", *TRAIN, says=says)
+    really_refused("eval.py", "--model", "nowhere/llama", "--task", "passkey", says=says)
 
 
 def test_folder_without_config(refused, model):
     (model / "config.json").unlink()
     refused("train", "--model", model, *TRAIN, says=[model, "config.json"])
-    refused("eval", "--task", "ppl", "--model", model, says=[model, "config.json"])
+    refused("eval", "--model", model, "--task", "ppl", says=[model, "config.json"])
 
 
 def test_half_a_config(really_refused, model):
@@ -160,15 +143,31 @@ def test_config_that_is_no_object(refused, model, content):
     refused("train", "--model", model, *TRAIN, says=[model / "config.json"])
 
 
+def change_config(model, change):
+    """Change the model's config.json: {key: value}, or, for a key alone, take it out."""
+    path = model / "config.json"
+    config = json.loads(path.read_text())
+    if isinstance(change, str):
+        del config[change]
+    else:
+        config |= change
+    path.write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     "key",
     ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"],
 )
 def test_config_without_a_key(refused, model, key):
-    config = json.loads((model / "config.json").read_text())
-    del config[key]
-    (model / "config.json").write_text(json.dumps(config))
+    change_config(model, key)
     refused("train", "--model", model, *TRAIN, says=[model / "config.json", key])
+
+
+LONGROPE_OF_A_TEXT = {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": "64",
+    "rope_theta": 1e4,
+}
 
 
 @pytest.mark.parametrize(
@@ -186,10 +185,8 @@ def test_config_without_a_key(refused, model, key):
         ({"attention_bias": True}, ["bias"]),
         ({"hidden_act": "gelu"}, ["gelu"]),
         ({"model_type": "mistral", "sliding_window": 32}, ["mistral", "sliding_window 32"]),
-        (
-            {"model_type": "mistral", "max_position_embeddings": 32768},
-            ["mistral", "sliding_window 4096"],
-        ),  # what its class assumes
+        # What its class assumes.
+        ({"model_type": "mistral", "max_position_embeddings": 32768}, ["mistral", "sliding_window 4096"]),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32},
             ["qwen2", "sliding_window 32"],
@@ -199,16 +196,7 @@ def test_config_without_a_key(refused, model, key):
         ({"model_type": "qwen2_moe"}, ["qwen2_moe"]),
         ({"num_local_experts": 8}, ["mixture of experts", "num_local_experts 8"]),
         ({"quantization_config": {"quant_method": "fp8"}}, ["quantised"]),
-        (
-            {
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "original_max_position_embeddings": "64",
-                    "rope_theta": 1e4,
-                }
-            },
-            ["config.json"],
-        ),
+        ({"rope_parameters": LONGROPE_OF_A_TEXT}, ["config.json"]),
         ({"dtype": "int8"}, ["int8"]),
         ({"rope_parameters": {"rope_type": "spiral", "factor": 2.0, "rope_theta": 1e4}}, ["spiral"]),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["yarn", "factor"]),
@@ -219,16 +207,13 @@ def test_config_without_a_key(refused, model, key):
     ids=str,
 )
 def test_architecture_that_is_not_known(refused, model, change, says):
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | change))
+    change_config(model, change)
     refused("train", "--model", model, *TRAIN, says=[model / "config.json", *says])
-    refused("eval", "--task", "passkey", "--model", model, says=[model / "config.json", *says])
+    refused("eval", "--model", model, "--task", "passkey", says=[model / "config.json", *says])
 
 
 def test_scaling_that_depends_on_the_length(refused, model):
-    config = json.loads((model / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    (model / "config.json").write_text(json.dumps(config))
+    change_config(model, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}})
     refused("train", "--model", model, *TRAIN, says=["dynamic", "base model"])
 
 
@@ -236,6 +221,8 @@ def test_scaling_that_depends_on_the_length(refused, model):
 
 
 def change_tensors(change):
+    """Return a function of a model's folder that applies change({name: tensor}) to its weights."""
+
     def edit(folder):
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
@@ -244,20 +231,29 @@ def change_tensors(change):
     return edit
 
 
-def write_index(file, only=None):
+def write_index(file):
+    """Return a function of a model's folder that gives it an index, which says that the last norm is in
+    `file`."""
+
     def edit(folder):
         names = list(load_file(folder / "model.safetensors"))
         shutil.copy(folder / "model.safetensors", folder / "part-1.safetensors")
-        shutil.copy(
-            folder / "model.safetensors", folder.parent / "x.safetensors"
-        )  # a real file, out of bounds
+        # A real file, out of bounds.
+        shutil.copy(folder / "model.safetensors", folder.parent / "x.safetensors")
         weight_map = {name: "part-1.safetensors" for name in names} | {"model.norm.weight": str(file)}
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps({"metadata": {}, "weight_map": weight_map})
-        )
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         (folder / "model.safetensors").unlink()
 
     return edit
+
+
+def write_text_index(text):
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(text)
+
+
+def write_weights(content):
+    return lambda folder: (folder / "model.safetensors").write_bytes(content)
 
 
 def cut(folder):
@@ -270,32 +266,45 @@ def only_pickles(folder):
 
 
 UP, ROUTER = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.router.weight"
+GIT_LFS = b"version https://git-lfs.github.com/spec/v1\n"
 BROKEN_WEIGHTS = {
-    "none": (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors"]),
+    "none": (lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors"]),
     "pickled": (only_pickles, ["model.safetensors", ".bin"]),
-    "wrong_shape": (change_tensors(lambda t: t.update({UP: t[UP][1:].clone()})), [UP, "(95, 64)", "(96, 64)"]),
-    "transposed": (change_tensors(lambda t: t.update({UP: t[UP].T.contiguous()})), [UP, "(64, 96)", "(96, 64)"]),
-    "missing": (change_tensors(lambda t: t.pop(UP)), [UP, "missing"]),
-    "no_head": (change_tensors(lambda t: t.pop("lm_head.weight")), ["lm_head.weight", "missing"]),
-    "unexpected": (change_tensors(lambda t: t.update({ROUTER: torch.ones(3)})), [ROUTER, "unexpected"]),
+    "wrong_shape": (
+        change_tensors(lambda tensors: tensors.update({UP: tensors[UP][1:].clone()})),
+        [UP, "(95, 64)", "(96, 64)"],
+    ),
+    "transposed": (
+        change_tensors(lambda tensors: tensors.update({UP: tensors[UP].T.contiguous()})),
+        [UP, "(64, 96)", "(96, 64)"],
+    ),
+    "missing": (change_tensors(lambda tensors: tensors.pop(UP)), [UP, "missing"]),
+    "no_head": (
+        change_tensors(lambda tensors: tensors.pop("lm_head.weight")),
+        ["lm_head.weight", "missing"],
+    ),
+    "unexpected": (
+        change_tensors(lambda tensors: tensors.update({ROUTER: torch.ones(3)})),
+        [ROUTER, "unexpected"],
+    ),
     "truncated": (cut, ["model.safetensors"]),
-    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), ["model.safetensors"]),
-    "git_lfs": (lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), ["model.safetensors"]),
+    "empty": (write_weights(b""), ["model.safetensors"]),
+    "git_lfs": (write_weights(GIT_LFS), ["model.safetensors"]),
     "index_above": (write_index("../x.safetensors"), ["index.json", "../x.safetensors"]),
     "index_absolute": (write_index("/etc/passwd"), ["index.json", "/etc/passwd"]),
     "index_parent": (write_index(".."), ["index.json", "'..'"]),
     "index_empty_name": (write_index(""), ["index.json"]),
     "index_absent_file": (write_index("part-2.safetensors"), ["part-2.safetensors", "missing"]),
-    "index_no_json": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map"'), ["index.json"]),
-    "index_no_map": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": [1]}'), ["index.json"]),
-}  # fmt: skip
+    "index_no_json": (write_text_index('{"weight_map"'), ["index.json"]),
+    "index_no_map": (write_text_index('{"weight_map": [1]}'), ["index.json"]),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN_WEIGHTS)
 def test_broken_weights(refused, model, name):
     damage, says = BROKEN_WEIGHTS[name]
     damage(model)
-    refused("eval", "--task", "passkey", "--model", model, "--lengths", 128, says=[model, *says])
+    refused("eval", "--model", model, *PASSKEY, says=[model, *says])
 
 
 def test_index_that_lacks_a_weight(refused, model):
@@ -304,7 +313,7 @@ def test_index_that_lacks_a_weight(refused, model):
     index = json.loads((model / "model.safetensors.index.json").read_text())
     del index["weight_map"][UP]
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused("eval", "--task", "passkey", "--model", model, "--lengths", 128, says=[model, UP, "missing"])
+    refused("eval", "--model", model, *PASSKEY, says=[model, UP, "missing"])
 
 
 def test_truncated_weights_when_training(really_refused, model):
@@ -331,29 +340,29 @@ def test_no_tokenizer(refused, model):
     [
         (["--target_len", 64, "--train_len", 80], ["--target_len 64", "80"]),
         (["--target_len", 63, "--train_len", 16], ["--target_len 63", "window of 64"]),
-        (["--target_len", -5, "--rope", "ntk"], ["--target_len -5", "window of 64"]),
+        (["--target_len", -5, "--rope", "ntk"], ["--target_len", "at least 1, not -5"]),
         (["--target_len", 2**40], ["--target_len", "at most"]),
-        (["--train_len", 0], ["--train_len 0"]),
-        (["--train_len", -5], ["--train_len -5"]),
-        (["--chunks", 0], ["--chunks 0"]),
-        (["--batch_size", 0], ["--batch_size 0"]),
-        (["--steps", -1], ["--steps -1"]),
-        (["--warmup_steps", -1], ["--warmup_steps -1"]),
-        (["--save_every", -1], ["--save_every -1"]),
+        (["--train_len", 0], ["--train_len", "at least 1, not 0"]),
+        (["--train_len", -5], ["--train_len", "at least 1, not -5"]),
+        (["--chunks", 0], ["--chunks", "at least 1, not 0"]),
+        (["--batch_size", 0], ["--batch_size", "at least 1, not 0"]),
+        (["--steps", -1], ["--steps", "at least 0, not -1"]),
+        (["--warmup_steps", -1], ["--warmup_steps", "at least 0, not -1"]),
+        (["--save_every", -1], ["--save_every", "at least 0, not -1"]),
         (["--micro_batch_size", 3, "--batch_size", 8], ["--micro_batch_size 3", "8"]),
-        (["--micro_batch_size", 0], ["--micro_batch_size 0"]),
+        (["--micro_batch_size", 0], ["--micro_batch_size", "at least 1, not 0"]),
         (["--method", "full", "--train_len", 64], ["--method full", "256"]),
-        (["--seed", -1], ["--seed -1"]),
-        (["--lr", -1], ["--lr -1"]),
-        (["--llama_4_scaling_beta", "nan"], ["--llama_4_scaling_beta nan"]),
-        (["--overshoot", 0.5], ["--overshoot 0.5", "from 1 to"]),
-        (["--factor", 1e300], ["--factor 1e+300", "from 1 to"]),
+        (["--seed", -1], ["--seed", "at least 0, not -1"]),
+        (["--lr", -1], ["--lr", "at least 0, not -1"]),
+        (["--llama_4_scaling_beta", "nan"], ["--llama_4_scaling_beta", "not nan"]),
+        (["--overshoot", 0.5], ["--overshoot", "from 1 to", "not 0.5"]),
+        (["--factor", 1e300], ["--factor", "from 1 to", "not 1e+300"]),
         (["--overshoot", 2, "--method", "pi"], ["--overshoot", "with pi"]),
-        (["--factor", 0.5], ["--factor 0.5", "from 1 to"]),
-        (["--factor", "nan"], ["--factor nan"]),
+        (["--factor", 0.5], ["--factor", "from 1 to", "not 0.5"]),
+        (["--factor", "nan"], ["--factor", "not nan"]),
         (["--rope", "default", "--factor", 4], ["--factor", "--rope default"]),
         (["--rope", "ntk", "--beta_fast", 8], ["--beta_fast", "--rope ntk"]),
-        (["--beta_fast", 0], ["--beta_fast 0", "from 1 to"]),
+        (["--beta_fast", 0], ["--beta_fast", "from 1 to", "not 0"]),
         (["--method", "pi", "--chunks", 3], ["--chunks", "pi"]),
         (["--method", "randpos", "--offset", "zero"], ["--offset", "randpos"]),
         (["--eval_lengths", 64], ["--eval_lengths", "--eval_every"]),
@@ -369,14 +378,11 @@ def test_batch_size_that_does_not_divide(refused, model, monkeypatch):
     refused("train", "--model", model, *TRAIN, "--batch_size", 3, says=["--batch_size 3", "2 processes"])
 
 
-def test_no_cuda(call, monkeypatch):
+def test_no_cuda(refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for script, arguments in (("train", TRAIN), ("eval", ["--task", "passkey"])):
-        before = snapshot(Path())
-        check_refusal(
-            *call(script, "--model", "tiny", *arguments, "--device", "cuda"), ["--device cuda", "CUDA"]
-        )
-        assert snapshot(Path()) == before
+    for module, arguments in (("train", TRAIN), ("eval", PASSKEY)):
+        cuda = ("--model", "tiny", *arguments, "--device", "cuda")
+        refused(module, *cuda, says=["--device cuda", "CUDA"])
 
 
 # ---------------------------------------------------------------- the data
@@ -397,48 +403,30 @@ def test_no_cuda(call, monkeypatch):
         ("d.jsonl.gz", b'{"text": "not compressed"}\n', ["gzip"]),
     ],
     ids=lambda v: ascii(v)[:40],
-)  # fmt: skip
+)
 def test_data_that_cannot_be_read(refused, model, tmp_path, name, content, says):
     Path(name).write_bytes(content)
-    refused("train", "--model", model, *TRAIN[2:], "--data", name, says=[name, *says])
+    refused("train", "--model", model, "--data", name, *SMALL_RUN, says=[name, *says])
+    # There is no half-made token file for the next run to find.
     tokens = tmp_path / "cache" / "tokens"
-    assert not tokens.exists() or not list(
-        tokens.iterdir()
-    )  # no half-made token file for the next run to find
+    assert not tokens.exists() or not list(tokens.iterdir())
 
 
 def test_no_data(really_refused, refused, model):
     Path("empty.txt").write_text("")
     Path("folder").mkdir()
-    really_refused("train.py", "--model", model, *TRAIN[2:], "--data", "empty.txt", says=["empty.txt"])
-    refused("train", "--model", model, *TRAIN[2:], "--data", "absent.txt", says=["absent.txt"])
-    refused(
-        "train",
-        "--model",
-        model,
-        *TRAIN[2:],
-        "--data",
-        "absent.txt",
-        "--data",
-        "text.txt",
-        says=["absent.txt"],
-    )  # both count
-    refused("train", "--model", model, *TRAIN[2:], "--data", "folder", says=["folder", ".txt"])
+    run_of_model = ("--model", model, *SMALL_RUN)
+    really_refused("train.py", *run_of_model, "--data", "empty.txt", says=["empty.txt"])
+    refused("train", *run_of_model, "--data", "absent.txt", says=["absent.txt"])
+    both = ("--data", "absent.txt", "--data", "text.txt")  # both count
+    refused("train", *run_of_model, *both, says=["absent.txt"])
+    refused("train", *run_of_model, "--data", "folder", says=["folder", ".txt"])
 
 
 def test_train_len_longer_than_every_document(refused, model):
     Path("short.txt").write_text("a cat")
-    refused(
-        "train",
-        "--model",
-        model,
-        *TRAIN[2:],
-        "--data",
-        "short.txt",
-        "--train_len",
-        50,
-        says=["50", "--train_len"],
-    )
+    too_long = ("--data", "short.txt", "--train_len", 50)
+    refused("train", "--model", model, *SMALL_RUN, *too_long, says=["50", "training window"])
 
 
 # ---------------------------------------------------------------- the output folder
@@ -448,10 +436,11 @@ def test_train_len_longer_than_every_document(refused, model):
 def finished(model):
     """A folder that looks like a run's, with the arguments it had."""
     arguments = {
-        "model": str(model), "target_len": 256, "train_len": 64, "method": "pose", "rope": "yarn", "chunks": 2, "offset": "uniform",
-        "data": ["text.txt"], "steps": 1, "batch_size": 2, "micro_batch_size": 2, "lr": 2e-5, "factor": 4.0, "warmup_steps": 10, "seed": 0,
-        "llama_4_scaling_beta": 0.0, "overshoot": 1.0,
-        "activation_checkpointing": "none", "cpu_offload": False, "compile": False, "dtype": "float32", "device": "cpu",
+        "model": str(model), "data": ["text.txt"], "target_len": 256, "train_len": 64, "method": "pose",
+        "chunks": 2, "offset": "uniform", "overshoot": 1.0, "rope": "yarn", "factor": 4.0,
+        "llama_4_scaling_beta": 0.0, "steps": 1, "batch_size": 2, "micro_batch_size": 2, "lr": 2e-5,
+        "warmup_steps": 10, "seed": 0, "activation_checkpointing": "none", "cpu_offload": False,
+        "compile": False, "dtype": "float32", "device": "cpu",
     }  # fmt: skip
     Path("done/model").mkdir(parents=True)
     Path("done/args.json").write_text(json.dumps(arguments))
@@ -459,19 +448,19 @@ def finished(model):
 
 
 def test_out_that_holds_a_run(really_refused, refused, model, finished):
-    really_refused("train.py", "--model", model, *TRAIN, "--out", "done", says=["done", "--resume"])
+    into_done = ("--model", model, *TRAIN, "--out", "done")
+    really_refused("train.py", *into_done, says=["done", "--resume"])
     Path("done/args.json").unlink()  # a bare model is not overwritten either
-    refused("train", "--model", model, *TRAIN, "--out", "done", says=["done"])
+    refused("train", *into_done, says=["done"])
     Path("done/model").rename("done/checkpoints")  # nor are checkpoints mixed with those of another run
-    refused("train", "--model", model, *TRAIN, "--out", "done", says=["done"])
+    refused("train", *into_done, says=["done"])
 
 
 def test_resume_without_a_run(really_refused, refused, model):
-    really_refused(
-        "train.py", "--model", model, *TRAIN, "--out", "absent", "--resume", says=["--resume", "absent"]
-    )
+    resume = ("--model", model, *TRAIN, "--resume")
+    really_refused("train.py", *resume, "--out", "absent", says=["--resume", "absent"])
     Path("bare").mkdir()
-    refused("train", "--model", model, *TRAIN, "--out", "bare", "--resume", says=["--resume", "bare"])
+    refused("train", *resume, "--out", "bare", says=["--resume", "bare"])
 
 
 @pytest.mark.parametrize(
@@ -480,26 +469,15 @@ def test_resume_without_a_run(really_refused, refused, model):
         (["--lr", 1e-3], ["lr was 2e-05, now 0.001"]),
         (["--seed", 1, "--rope", "linear"], ["seed was 0, now 1", "rope was yarn, now linear"]),
         (["--train_len", 32], ["train_len was 64, now 32"]),
-        (
-            ["--rope", "default"],
-            ["rope was yarn, now default"],
-        ),  # and not that this has no factor, which was not given
+        # And not that this has no factor, which was not given.
+        (["--rope", "default"], ["rope was yarn, now default"]),
         (["--data", "text.txt"], ["data was ['text.txt'], now ['text.txt', 'text.txt']"]),
     ],
     ids=lambda v: " ".join(map(str, v)),
 )
 def test_resume_with_other_arguments(refused, model, finished, arguments, says):
-    refused(
-        "train",
-        "--model",
-        model,
-        *TRAIN,
-        "--out",
-        "done",
-        "--resume",
-        *arguments,
-        says=["--resume", "done", *says],
-    )
+    resume = ("--model", model, *TRAIN, "--out", "done", "--resume")
+    refused("train", *resume, *arguments, says=["--resume", "done", *says])
 
 
 def test_resume_of_a_broken_record(refused, model, finished):
@@ -517,25 +495,23 @@ def test_out_that_is_a_file(refused, model, out):
 
 @pytest.mark.parametrize("lengths", ["abc", "128,", "1e3", "64;128", ""])
 def test_lengths_that_are_no_numbers(refused, model, lengths):
-    refused("eval", "--task", "passkey", "--model", model, "--lengths", lengths, says=["--lengths"])
+    refused("eval", "--model", model, *PASSKEY, "--lengths", lengths, says=["--lengths", repr(lengths)])
 
 
 def test_lengths_abc(really_refused):
-    really_refused(
-        "eval.py", "--task", "passkey", "--model", "tiny", "--lengths", "abc", says=["--lengths abc"]
-    )
+    really_refused("eval.py", "--model", "tiny", *PASSKEY, "--lengths", "abc", says=["--lengths", "'abc'"])
 
 
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["passkey", "--lengths", 20], ["--lengths 20", "too short"]),
-        (["passkey", "--lengths", 0], ["--lengths 0"]),
-        (["passkey", "--lengths", "-64"], ["--lengths -64"]),
-        (["passkey", "--trials", 0], ["--trials 0"]),
-        (["passkey", "--seed", -1], ["--seed -1"]),
-        (["ppl", "--documents", 0], ["--documents 0"]),
-        (["ppl", "--stride", 0], ["--stride 0"]),
+        (["passkey", "--lengths", 20], ["20 tokens are too few", "passkey prompt"]),
+        (["passkey", "--lengths", 0], ["--lengths", "not 0"]),
+        (["passkey", "--lengths", "-64"], ["--lengths", "not -64"]),
+        (["passkey", "--trials", 0], ["--trials", "at least 1, not 0"]),
+        (["passkey", "--seed", -1], ["--seed", "at least 0, not -1"]),
+        (["ppl", "--documents", 0], ["--documents", "at least 1, not 0"]),
+        (["ppl", "--stride", 0], ["--stride", "at least 1, not 0"]),
         (["ppl", "--data", "text.txt", "--lengths", "100000,200000"], ["--data", "100000"]),
         (["ppl", "--data", "absent.txt"], ["absent.txt"]),
         (["passkey", "--json", "absent/r.json"], ["absent/r.json"]),
@@ -548,25 +524,25 @@ def test_lengths_abc(really_refused):
         (["ppl", "--trials", 1], ["--trials", "--task passkey or needle"]),
         (["benchmarks", "--lengths", 256], ["--lengths", "--task passkey or needle or ppl"]),
         (["ppl", "--generate"], ["--generate", "--task passkey or needle"]),
-        (["ppl", "--tail", 0], ["--tail 0"]),
+        (["ppl", "--tail", 0], ["--tail", "at least 1, not 0"]),
         (["ppl", "--tail", 256], ["--tail 256", "length of 256"]),
         (["ppl", "--tail", 8, "--by_position"], ["--tail 8", "--by_position"]),
         (["ppl", "--tail", 8, "--data", "text.txt", "--lengths", "128,100000"], ["--data", "100000"]),
         (["needle", "--keys", 17], ["--keys 17", "16"]),
         (["passkey", "--data", "text.txt"], ["--data", "needle"]),
-        (["needle", "--data", "text.txt", "--lengths", 60], ["--lengths 60", "too short", "--keys"]),
-        (["needle", "--data", "text.txt", "--lengths", 100000], ["--data", "100000"]),
+        (["needle", "--data", "text.txt", "--lengths", 60], ["60 tokens are too few", "fewer codes"]),
+        (["needle", "--data", "text.txt", "--lengths", 100000], ["texts", "too few", "100000"]),
         (["benchmarks"], ["--data", "boolq"]),
         (["benchmarks", "--data", "text.txt"], ["--data", "boolq"]),
         (["benchmarks", "--data", "folder"], ["folder", "boolq"]),
-        (["benchmarks", "--data", "folder", "--limit", 0], ["--limit 0"]),
+        (["benchmarks", "--data", "folder", "--limit", 0], ["--limit", "at least 1, not 0"]),
     ],
     ids=lambda v: " ".join(map(str, v)),
 )
 def test_evaluation_arguments(refused, model, arguments, says):
     Path("folder").mkdir()
     lengths = [] if arguments[0] == "benchmarks" else ["--lengths", 256]
-    refused("eval", "--model", model, *lengths, "--task", *arguments, says=says)
+    refused("eval", "--model", model, *lengths, *CPU, "--task", *arguments, says=says)
 
 
 @pytest.mark.parametrize(
@@ -582,124 +558,76 @@ def test_evaluation_arguments(refused, model, arguments, says):
 )
 def test_json_that_holds_nothing_to_go_on_from(refused, model, content):
     Path("r.json").write_bytes(content.encode("latin1"))
-    refused(
-        "eval",
-        "--task",
-        "passkey",
-        "--model",
-        model,
-        "--lengths",
-        256,
-        "--json",
-        "r.json",
-        says=["--json r.json"],
-    )
+    refused("eval", "--model", model, *PASSKEY, "--json", "r.json", says=["r.json", "holds no results"])
 
 
-def test_json_of_another_evaluation(refused, model, monkeypatch):
-    call = ["--task", "passkey", "--model", str(model), "--lengths", "200", "--json", "r.json", "--trials"]
-    monkeypatch.setattr(sys, "argv", ["eval.py", *call, "1", "--device", "cpu"])
-    importlib.import_module("eval").main()
-    refused("eval", *call, 2, "--seed", 5, says=["r.json", "trials was 1, now 2", "seed was 0, now 5"])
-    refused(
-        "eval",
-        "--task",
-        "needle",
-        "--model",
-        model,
-        "--trials",
-        1,
-        "--json",
-        "r.json",
-        says=["r.json", "task was passkey, now needle"],
-    )
-    refused(
-        "eval",
-        *call,
-        1,
-        "--model",
-        model,
-        "tiny",
-        says=["r.json", f"model was ['{model}'], now ['{model}', 'tiny']"],
-    )
-    change_tensors(lambda t: t.update({UP: t[UP] + 0.01}))(model)  # trained further into the same folder
-    refused("eval", *call, 1, says=["r.json", f"weights of {model} was "])
+def test_json_of_another_evaluation(refused, call, model):
+    evaluation = ("--model", model, "--lengths", 200, "--json", "r.json", *CPU)
+    passkey = (*evaluation, "--task", "passkey", "--trials")
+    assert call("eval", *passkey, 1).returncode == 0
+    refused("eval", *passkey, 2, "--seed", 5, says=["r.json", "trials was 1, now 2", "seed was 0, now 5"])
+    needle = (*evaluation, "--task", "needle", "--trials", 1)
+    refused("eval", *needle, says=["r.json", "task was passkey, now needle"])
+    two_models = (*passkey, 1, "--model", "tiny")
+    refused("eval", *two_models, says=["r.json", f"model was ['{model}'], now ['{model}', 'tiny']"])
+    # The model is trained further, into the same folder.
+    change_tensors(lambda tensors: tensors.update({UP: tensors[UP] + 0.01}))(model)
+    refused("eval", *passkey, 1, says=["r.json", f"weights of {model} was "])
 
 
-def test_json_of_other_texts(refused, model, monkeypatch):
+def test_json_of_other_texts(refused, call, model):
     """Of the same name and size as those that the results are of."""
-    call = [
-        "--task",
-        "ppl",
-        "--model",
-        str(model),
-        "--data",
-        "text.txt",
-        "--json",
-        "r.json",
-        "--lengths",
-        "64",
-    ]
-    monkeypatch.setattr(sys, "argv", ["eval.py", *call, "--device", "cpu"])
-    importlib.import_module("eval").main()
+    texts = ("--data", "text.txt", "--lengths", 64, "--json", "r.json")
+    evaluation = ("--model", model, "--task", "ppl", *texts, *CPU)
+    assert call("eval", *evaluation).returncode == 0
     Path("text.txt").write_text(Path("text.txt").read_text().replace("cat", "dog"))
-    refused("eval", *call, says=["r.json", "data was "])
+    refused("eval", *evaluation, says=["r.json", "data was "])
 
 
 def test_weights_that_give_no_number(refused, model):
-    change_tensors(lambda t: t.update({UP: t[UP] * float("nan")}))(model)
-    refused(
-        "eval",
-        "--task",
-        "ppl",
-        "--model",
-        model,
-        "--data",
-        "text.txt",
-        "--lengths",
-        64,
-        "--json",
-        "r.json",
-        says=["not finite"],
-    )
+    change_tensors(lambda tensors: tensors.update({UP: tensors[UP] * float("nan")}))(model)
+    texts = ("--data", "text.txt", "--lengths", 64, "--json", "r.json")
+    refused("eval", "--model", model, "--task", "ppl", *texts, *CPU, says=["not finite"])
 
 
-def test_plot_without_an_ending(call):
-    check_refusal(*call("pose", "--plot", "noext"), ["--plot noext", ".png"])
+def test_results_in_a_folder_that_cannot_be_written(refused, monkeypatch):
+    # root may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    refused("eval", "--model", "tiny", *PASSKEY, "--json", "r.json", says=["r.json", "cannot be written"])
 
 
 # ---------------------------------------------------------------- full memory
 
 
-def test_memory_that_is_full(capfd):
-    with pytest.raises(SystemExit) as stop:
-        errors.run(lambda: torch.empty(2**52))
-    check_refusal(stop.value.code, capfd.readouterr().err, ["memory is full", "lower"])
+def test_memory_that_is_full(call, monkeypatch):
+    monkeypatch.setattr(data, "prepare", lambda *arguments: torch.empty(2**52))
+    check_refusal(call("train", "--model", "tiny", *TRAIN), ["memory is full", "lower"])
 
 
 # ---------------------------------------------------------------- a full disk
 
 
-def disk_full(*_, **__):
+def disk_full(*arguments):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def safetensors_disk_full(*_, **__):
-    raise safetensors.SafetensorError(
-        "Error while serializing: I/O error: No space left on device (os error 28)"
-    )
+def safetensors_disk_full(*arguments, **others):
+    message = "Error while serializing: I/O error: No space left on device (os error 28)"
+    raise safetensors.SafetensorError(message)
 
 
-def check_disk_full(code, err):
-    assert code == 2, err
-    assert "Traceback" not in err and err.splitlines()[-1].startswith("error: the disk is full"), err
-    assert sum(line.startswith("error: ") for line in err.splitlines()) == 1
+def check_disk_full(done):
+    """Assert that a finished command says in its last line, and only there, that the disk is full."""
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[-1].startswith("error: the disk is full"), done.stderr
+    assert sum(line.startswith("error: ") for line in lines) == 1
 
 
 def test_disk_full_when_the_model_is_written(call, model, monkeypatch):
-    monkeypatch.setattr(weights, "save_file", safetensors_disk_full)
-    check_disk_full(*call("train", "--model", model, *TRAIN, "--out", "out", "--device", "cpu"))
-    assert {p.name for p in Path("out").iterdir()} == {"args.json", "metrics.jsonl"}
+    monkeypatch.setattr(writing, "save_file", safetensors_disk_full)
+    check_disk_full(call("train", "--model", model, *TRAIN, "--out", "out"))
+    assert {path.name for path in Path("out").iterdir()} == {"args.json", "metrics.jsonl"}
 
 
 @pytest.mark.parametrize("room", [0, 2**16], ids=["at_once", "inside_a_tensor"])
@@ -714,50 +642,24 @@ def test_disk_full_when_a_checkpoint_is_written(call, model, monkeypatch, room):
             return disk_full() if self.tell() + len(content) > room else super().write(content)
 
     def create_stream(self, path, mode):
-        return (
-            SmallDisk(path, mode)
-            if mode == "wb" and Path("out/checkpoints/step-1").exists()
-            else real(self, path, mode)
-        )
+        is_second = Path("out/checkpoints/step-1").exists()
+        return SmallDisk(path, mode) if mode == "wb" and is_second else real(self, path, mode)
 
     monkeypatch.setattr(checkpoint_files, "create_stream", create_stream)
-    arguments = ("--batch_size", 2, "--target_len", 256, "--steps", 2, "--save_every", 1)
-    check_disk_full(
-        *call("train", "--model", model, "--data", "text.txt", *arguments, "--out", "out", "--device", "cpu")
-    )
+    two_steps = (*TRAIN, "--steps", 2, "--save_every", 1)
+    check_disk_full(call("train", "--model", model, *two_steps, "--out", "out"))
     assert Path("out/checkpoints/step-1/.metadata").is_file() and not Path("out/checkpoints/step-2").exists()
 
 
 def test_disk_full_when_texts_are_tokenised(call, model, tmp_path, monkeypatch):
-    import data
-
     monkeypatch.setattr(data.np, "save", disk_full)
-    code, err = call("train", "--model", model, *TRAIN, "--out", "out", "--device", "cpu")
-    check_disk_full(code, err)
+    check_disk_full(call("train", "--model", model, *TRAIN, "--out", "out"))
     assert not Path("out").exists() and not list((tmp_path / "cache" / "tokens").iterdir())
-
-
-def test_a_json_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
-    errors.write_json(path, {"first": 1})
-    monkeypatch.setattr(Path, "replace", disk_full)
-    with pytest.raises(OSError):
-        errors.write_json(path, {"second": 2})
-    assert json.loads(path.read_text()) == {"first": 1} and not list(tmp_path.glob("*.part"))
-
-
-def test_results_in_a_folder_that_cannot_be_written(call, monkeypatch, tmp_path):
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
-    check_refusal(
-        *call("eval", "--task", "passkey", "--model", "tiny", "--json", "r.json"),
-        ["r.json", "cannot be written"],
-    )
 
 
 def test_a_really_full_disk(run, model):
     """/dev/full in the place of the log: the first line of it is refused by the kernel."""
     Path("out").mkdir()
     Path("out/metrics.jsonl").symlink_to("/dev/full")
-    done = run("train.py", "--model", model, *TRAIN, "--out", "out", "--device", "cpu")
-    check_disk_full(done.returncode, done.stderr)
+    check_disk_full(run("train.py", "--model", model, *TRAIN, "--out", "out"))
     assert not Path("out/model").exists()
