@@ -414,7 +414,8 @@ def complete_training(args, config, recipe):
     # What was found for one interpolation need not suit another: those have the paper's settings.
     complete_interpolation(args, config, recipe if args.rope == recipe.rope else Recipe())
     refuse_contradictions(args)
-    args.beta_fast = recipe.beta_fast if args.beta_fast is None and has_beta_fast(args) else args.beta_fast
+    if args.beta_fast is None and args.rope in rope.RAMPED:
+        args.beta_fast = recipe.beta_fast
     on_gpu = args.device == "cuda"
     args.compile = on_gpu if args.compile is None else args.compile
     args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
@@ -477,18 +478,13 @@ def complete_interpolation(args, config, recipe):
         args.overshoot = recipe.overshoot if args.method in ("pose", "randpos") else 1.0
 
 
-def has_beta_fast(args):
-    """Return whether the interpolation has YaRN's ramp."""
-    return args.rope in ("yarn", "yarn_revised", "ntk_by_parts")
-
-
 def refuse_contradictions(args):
     """Raise InputError for options that do not go together."""
     if args.eval_lengths and not args.eval_every:
         raise InputError("--eval_lengths belongs to --eval_every and --eval_data; leave it out or add them")
     if bool(args.eval_every) != bool(args.eval_data):
         raise InputError("--eval_every and --eval_data belong together: how often, and on which texts")
-    if args.beta_fast is not None and not has_beta_fast(args):
+    if args.beta_fast is not None and args.rope not in rope.RAMPED:
         raise InputError(f"--beta_fast: --rope {args.rope} does not have it; leave it out or choose yarn")
     if args.factor is not None and args.rope == "default":
         raise InputError("--factor: --rope default interpolates nothing; leave it out or choose a mode")

@@ -24,6 +24,7 @@ import torch
 
 EXTENSIONS = ("default", "linear", "ntk", "dynamic", "ntk_by_parts", "yarn", "yarn_revised", "llama3")
 MODES = (*EXTENSIONS, "longrope")  # longrope needs more than a factor: it comes with a checkpoint
+RAMPED = ("ntk_by_parts", "yarn", "yarn_revised")  # modes with YaRN's ramp, which have a beta_fast
 
 
 def rope_frequencies(dim, theta, scaling=None, seq_len=None, f=None):
@@ -68,6 +69,7 @@ def rope_frequencies(dim, theta, scaling=None, seq_len=None, f=None):
         return ntk_by_parts(f, factor, ramp), 1.0
     if mode == "yarn":
         return ntk_by_parts(f, factor, ramp), yarn_attention_factor(scaling)
+    assert mode == "yarn_revised", mode
     return yarn_revised(f, factor, ramp), yarn_attention_factor(scaling)
 
 

@@ -2,6 +2,7 @@
 a weight is read.
 """
 
+import dataclasses
 import hashlib
 import math
 from pathlib import Path
@@ -90,7 +91,13 @@ class CheckpointFolder:
     def fingerprint(self):
         """Return 16 hexadecimal digits of the SHA-256 of the config and of each tensor's first row. Two
         checkpoints of one shape differ in it, though little is read."""
-        digest = hashlib.sha256(repr(self.config).encode())
+        # Fields that have their default are left out, so that a new field of Config changes no fingerprint.
+        settings = {}
+        for field in dataclasses.fields(self.config):
+            value = getattr(self.config, field.name)
+            if value != field.default:
+                settings[field.name] = value
+        digest = hashlib.sha256(repr(settings).encode())
         for path, names in self.files.items():
             with safe_open(path, "pt") as f:
                 for published in names:

@@ -90,10 +90,10 @@ def stock_terms(dim, theta, scaling):
         return theta, {"rope_type": "default"} | query_scale if query_scale else None
     if mode == "ntk_by_parts":
         return theta, scaling | {"rope_type": "yarn", "attention_factor": 1.0}
-    if mode not in ("yarn_revised", "longrope"):
+    if mode in ("linear", "dynamic", "yarn", "llama3"):
         return theta, scaling
     inv_freq, attention_factor = rope.rope_frequencies(dim, theta, scaling)
-    if mode == "yarn_revised":
+    if mode != "longrope":
         original = scaling["original_max_position_embeddings"]
         scaling = _as_longrope(dim, theta, inv_freq, attention_factor, scaling["factor"], original)
     # Loaders derive the attention factor from the windows in different ways, and vLLM has two names of

@@ -42,6 +42,7 @@ def by_hand(mode, theta, dim, s, original, n):
     ramp = yarn_ramp(theta, dim, original)
     if mode == "yarn_revised":  # wavelengths are blended
         return [2 * math.pi / (w * (1 - r) + w * s * r) for w, r in zip(wavelength, ramp)], temperature
+    assert mode in ("yarn", "ntk_by_parts"), mode
     frequencies = [x * (1 - r) + x / s * r for x, r in zip(f, ramp)]  # frequencies are blended
     return frequencies, temperature if mode == "yarn" else 1
 

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from rope import (
     MODES,
+    RAMPED,
     apply_rope,
     depends_on_length,
     has_query_scale,
@@ -354,3 +355,10 @@ def test_dtype_is_kept_and_the_arithmetic_is_float32(dtype, half_ulp):
     z = torch.complex(*x.double().chunk(2, dim=-1)) * torch.exp(1j * (positions[:, :, None, None] * inv_freq))
     want = torch.cat((z.real, z.imag), dim=-1)
     assert ((got.double() - want).abs() <= half_ulp * want.abs() + 1e-6).all()
+
+
+def test_the_modes_with_a_ramp_are_those_that_beta_fast_changes():
+    for mode in MODES:
+        gentle, steep = (rope_scaling(mode) | {"beta_fast": times} for times in (32, 8))
+        differ = not torch.equal(rope_frequencies(64, 1e4, gentle)[0], rope_frequencies(64, 1e4, steep)[0])
+        assert differ == (mode in RAMPED), mode

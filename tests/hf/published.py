@@ -17,6 +17,7 @@ from equations import by_hand
 from safetensors.torch import save_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+import rope
 from hf import weights
 
 TINY = ROOT / "assets" / "tiny"
@@ -41,7 +42,7 @@ BAICHUAN = PHI | {
     "torch_dtype": "float32",
 }  # fmt: skip
 # transformers has no functions for these: equations.py has their equations.
-WITHOUT_STOCK_FUNCTION = ("ntk", "ntk_by_parts", "yarn_revised")
+WITHOUT_STOCK_FUNCTION = [mode for mode in rope.MODES if mode not in (*ROPE_INIT_FUNCTIONS, "default")]
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -1,5 +1,6 @@
 """CheckpointFolder accepts what fits its config.json, old exports too, and says what does not."""
 
+import dataclasses
 import json
 import re
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from hf import weights
 from hf.folder import CheckpointFolder
+from model import Config
 from storage.files import InputError
 
 
@@ -58,6 +60,15 @@ def test_the_fingerprint_is_of_the_config_and_the_weights(make_llama):
 
 
 # ---------------------------------------------------------------- what is refused
+
+
+def test_a_new_field_of_config_changes_no_fingerprint():
+    """Runs and results of before it can go on."""
+    folder = CheckpointFolder(TINY)
+    before = folder.fingerprint()
+    extended = dataclasses.make_dataclass("Extended", [("another", int, 0)], bases=(Config,))
+    folder.config = extended(**vars(folder.config))
+    assert folder.fingerprint() == before
 
 
 @pytest.mark.parametrize("shards", [1, 2])
