@@ -1,0 +1,59 @@
+"""The validation loss of a run, in metrics.jsonl and in TensorBoard's events."""
+
+import pytest
+import torch
+from conftest import metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import data
+from hf import tokenizer, weights
+from hf.builtin import resolve
+from storage.files import cache_dir
+
+
+@pytest.fixture(scope="module")
+def validated(run, short, texts, tmp_path_factory):
+    """The folder of a run of three steps by two processes, validated and shown in TensorBoard; and what
+    it said."""
+    out = tmp_path_factory.mktemp("runs") / "validated"
+    validation = ("--eval_every", 2, "--eval_data", texts, "--eval_lengths", "64,500")
+    arguments = (*short, "--out", out, "--steps", 3, *validation, "--tensorboard")
+    done = run("train.py", *arguments, processes=2)
+    assert done.returncode == 0, done.stderr
+    return out, done.stderr
+
+
+def test_validation_is_measured_before_the_first_step_and_after_the_last(validated):
+    """And every second step."""
+    out, stderr = validated
+    said = [line.split(":")[0] for line in stderr.splitlines() if ": validation loss" in line]
+    assert said == ["step 0", "step 2", "step 3"]
+    assert ["validation" in line for line in metrics(out)] == [False, True, True]
+
+
+def test_the_last_validation_is_that_of_the_model_that_is_written(validated, texts):
+    """At both lengths it is the loss of a plain forward pass on the same 64 tokens, the last of 500."""
+    out, _ = validated
+    model = weights.load(out / "model", dtype=torch.float32)
+    tok = tokenizer.load(resolve("tiny"))
+    documents = data.prepare([texts], tok, cache_dir())
+    for n in (64, 500):
+        nats = []
+        for i in range(len(documents)):
+            row = torch.tensor([[tok.bos_id, *documents[i][500 - n : 500].tolist()]])
+            with torch.no_grad():
+                logits = model(row[:, :-1])[0, -64:]
+            nats.append(torch.nn.functional.cross_entropy(logits, row[0, -64:]).item())
+        # The written weights are bfloat16.
+        measured = metrics(out)[-1]["validation"][str(n)]
+        assert measured == pytest.approx(sum(nats) / len(nats), rel=1e-3)
+
+
+def test_tensorboard_shows_the_figures_of_metrics(validated):
+    out, _ = validated
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    for key in ("loss", "lr", "grad_norm"):
+        expected = [line[key] for line in metrics(out)]
+        assert [event.value for event in events.Scalars(key)] == pytest.approx(expected, rel=1e-6)
+    assert [event.step for event in events.Scalars("validation/500")] == [2, 3]
