@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import zlib
 
@@ -326,61 +325,43 @@ def test_a_path_that_holds_something_else_now(call, short, texts, tmp_path, what
 
 
 @pytest.fixture
-def torchrun(short, tmp_path):
-    """torchrun("--steps", 3, ...) -> the Popen of torchrun with two processes of a run of `short` in
-    tmp_path/run. It leads a process group, which is killed after the test."""
-    started = []
+def torchrun(start, short, tmp_path):
+    """torchrun() -> Started of torchrun with two processes of a long run of `short` in tmp_path/run,
+    which has done three steps; and the ids of these processes."""
 
-    def start(*arguments):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command = [*launcher, ROOT / "train.py", *short, "--out", tmp_path / "run", *arguments]
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
+    def start_and_wait():
+        launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py")
+        process = start(*launcher, *short, "--out", tmp_path / "run", "--steps", 10000)
+        assert wait_for(lambda: steps_done(tmp_path / "run") >= 3, process), process.wait().stderr
+        (pid,) = process.pids
+        children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+        return process, [int(worker) for worker in children.stdout.split()]
 
-    yield start
-    for process in started:
-        if process.poll() is None:  # its test has failed
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-
-
-def torchrun_and_workers(process):
-    """Return the process ids of a torchrun and of the processes that it has started."""
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    return [process.pid, *map(int, children.stdout.split())]
+    return start_and_wait
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_death_of_a_process_ends_all(torchrun, tmp_path, rank):
-    process = torchrun("--steps", 10000)
-    assert wait_for(lambda: steps_done(tmp_path / "run") >= 3, process)
-    workers = torchrun_and_workers(process)[1:]
+def test_the_death_of_a_process_ends_all(torchrun, rank):
+    process, workers = torchrun()
     os.kill(workers[rank], signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert wait_for(lambda: process.poll() is not None, seconds=60)
+    assert process.poll() == 1
     assert wait_for(lambda: not os.path.exists(f"/proc/{workers[1 - rank]}"), seconds=40)
 
 
 def test_sigterm_to_torchrun_and_all_it_started(torchrun, tmp_path):
     """As a cluster's scheduler sends it: each process gets it twice, for torchrun passes its own on."""
     out = tmp_path / "run"
-    process = torchrun("--steps", 10000)
-    assert wait_for(lambda: steps_done(out) >= 3, process)
-    for pid in reversed(torchrun_and_workers(process)):
+    process, workers = torchrun()
+    for pid in (*reversed(workers), *process.pids):
         os.kill(pid, signal.SIGTERM)
-    stderr = process.communicate(timeout=100)[1]
-    done = steps_done(out)
-    assert f"stopped after step {done} of 10000" in stderr
+    assert wait_for(lambda: process.poll() is not None, seconds=100)
+    done = process.wait()
+    steps = steps_done(out)
+    assert f"stopped after step {steps} of 10000" in done.stderr
     # torchrun's own end, whatever its processes did.
-    assert process.returncode == 1 and "SignalException" in stderr
-    assert (out / "checkpoints" / f"step-{done}").exists() and (out / "model").exists()
+    assert done.returncode == 1 and "SignalException" in done.stderr
+    assert (out / "checkpoints" / f"step-{steps}").exists() and (out / "model").exists()
 
 
 def test_a_mistake_is_told_once_although_the_first_process_is_slow(killed_inside, tmp_path):
