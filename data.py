@@ -148,18 +148,16 @@ def prepare(paths, tokenizer, cache):
         key.update(identity.encode(errors="surrogateescape"))
     folder = Path(cache) / "tokens" / key.hexdigest()[:24]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with only_one_process(
-        Path(cache) / f"tokens-{folder.name}.lock"
-    ):  # under torchrun the others find it done
+    lock = Path(cache) / f"tokens-{folder.name}.lock"
+    with only_one_process(lock):  # under torchrun the other processes wait here and find the folder
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
                 tokenised = Path(aside) / "tokens"
                 tokenise(files, tokenizer, tokenised)
                 try:
                     tokenised.rename(folder)
-                except (
-                    OSError
-                ):  # another machine was faster: on some shared file systems a lock is of one machine alone
+                except OSError:
+                    # On some shared file systems the lock holds on one machine alone, and another was faster.
                     if not folder.exists():
                         raise
     return Documents(folder)

@@ -61,30 +61,22 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
     nats a token}. signals: a list; one that any process finds in it ends training early, with a
     checkpoint. Raises InputError after MAX_SKIPPED updates in a row that were not finite."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    share = args.batch_size // world
-    own_examples = range(rank * share, (rank + 1) * share)  # of every global batch
     tokens_per_step = args.batch_size * args.train_len
     log = Log(args.out, first_step, args.tensorboard) if rank == 0 else None
     skipped_in_a_row = 0
-    if validation:  # the loss before training; and too little memory for it shows here, not at the end
-        validate(validation, model, device, first_step)
-
     steps = range(first_step, args.steps)
     progress = tqdm(steps, initial=first_step, total=args.steps, disable=None if rank == 0 else True)
     began = time.perf_counter()
-    for step, batch in zip(progress, data.prefetched(batches, first_step, own_examples, device)):
+    for step, batch in zip(progress, data.prefetched(batches, first_step, own_examples(args), device)):
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         loss = torch.zeros((), device=device)  # nats a token, the mean over the global batch
-        for micro_batch in zip(
-            *(x.split(args.micro_batch_size) for x in batch)
-        ):  # tokens, positions, targets
-            part = model(*micro_batch) / tokens_per_step
-            (
-                part * world
-            ).backward()  # FSDP averages gradients over processes, where the loss wants their sum
+        micro_batches = zip(*(x.split(args.micro_batch_size) for x in batch))
+        for tokens, positions, targets in micro_batches:
+            part = model(tokens, positions, targets) / tokens_per_step
+            (part * world).backward()  # FSDP averages over processes, and the loss is a sum over them
             loss += part.detach()
         dist.all_reduce(loss)
         fsdp.average_vector_gradients(model)
@@ -95,36 +87,20 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
 
         done = step + 1
         stop = any_process(signals, device) and done < args.steps
-        loss, grad_norm = loss.item(), grad_norm.item()  # waits for the device
-        tokens_per_second = tokens_per_step / (time.perf_counter() - began)
-        line = {
-            "step": done,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "tokens_per_second": tokens_per_second,
-        }
-        line |= {
-            "mfu": mfu(model, args, tokens_per_second, device),
-            "peak_memory_gib": peak_memory_gib(device),
-        }
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            skipped_in_a_row = 0
-        else:
-            skipped_in_a_row += 1
-            line["skipped"] = True
+        figures = {"step": done, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
+        figures |= speed_and_memory(model, args, time.perf_counter() - began, device)
+        was_skipped = not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"]))
+        skipped_in_a_row = skipped_in_a_row + 1 if was_skipped else 0
+        if was_skipped:
+            figures["skipped"] = True
         if validation and not stop and (done % args.eval_every == 0 or done == args.steps):
-            line["validation"] = validate(validation, model, device, done)
+            figures["validation"] = validate(validation, model, device, done)
         if rank == 0:
-            log.write(line)
-            show_progress(progress, line)
+            log.write(figures)
+            show_progress(progress, figures)
 
         checkpoints.finish(wait=False)  # raises what went wrong with the one in the background
-        if skipped_in_a_row == MAX_SKIPPED:
-            raise InputError(
-                f"step {done}: loss or gradient was not finite {MAX_SKIPPED} times in a row, these updates "
-                "were left out; look at the texts, or start again with a lower --lr and another --out"
-            )
+        give_up_if_lost(skipped_in_a_row, done)
         if stop or (args.save_every and done % args.save_every == 0):
             checkpoints.save(model, optimizer, done)
         if stop:
@@ -134,12 +110,28 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
         began = time.perf_counter()  # the wait for the next batch counts, validation and checkpoints do not
 
 
+def own_examples(args):
+    """Return the indices of this process's examples in every global batch."""
+    share = args.batch_size // dist.get_world_size()
+    first = dist.get_rank() * share
+    return range(first, first + share)
+
+
 def learning_rate(step, args):
     """Return the learning rate of a step (it counts from 0): linear warm-up over warmup_steps, then
     linear decay to zero."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     return args.lr * (args.steps - step) / max(1, args.steps - args.warmup_steps)
+
+
+def give_up_if_lost(skipped_in_a_row, done):
+    """Raise InputError if too many updates in a row were left out. done: steps so far."""
+    if skipped_in_a_row == MAX_SKIPPED:
+        raise InputError(
+            f"step {done}: loss or gradient was not finite {MAX_SKIPPED} times in a row, these updates "
+            "were left out; look at the texts, or start again with a lower --lr and another --out"
+        )
 
 
 def any_process(signals, device):
@@ -159,12 +151,17 @@ def validate(validation, model, device, step):
     return nats
 
 
-def mfu(model, args, tokens_per_second, device):
-    """Return the model FLOP/s utilisation of the processes' cards, None where their peak is not known."""
+def speed_and_memory(model, args, seconds, device):
+    """Return the figures of a step that took so many seconds: tokens_per_second over all processes, mfu (the
+    model FLOP/s utilisation, None where the card's peak is not known) and peak_memory_gib."""
+    tokens_per_second = args.batch_size * args.train_len / seconds
     peak = fsdp.peak_flops(device)
-    if peak is None:
-        return None
-    return tokens_per_second / dist.get_world_size() * model.config.flops_per_token(args.train_len) / peak
+    flops = tokens_per_second / dist.get_world_size() * model.config.flops_per_token(args.train_len)
+    return {
+        "tokens_per_second": tokens_per_second,
+        "mfu": flops / peak if peak else None,
+        "peak_memory_gib": peak_memory_gib(device),
+    }
 
 
 def peak_memory_gib(device):
@@ -195,51 +192,31 @@ def main():
     cli.complete_training(args, original, RECIPES.get(args.model, PAPER))
     config = stretched(original, args)
     tokenizer = folder.load_tokenizer()
+    batches, validation = read_texts(args, tokenizer) if args.steps else (None, None)
     record = cli.training_record(args, as_given)
     record["model_sha256"] = folder.fingerprint()  # the same path may hold something else another day
-
-    batches = validation = None
-    if args.steps:
-        documents = data.prepare(args.data, tokenizer, cache_dir())
-        record["data_sha256"] = documents.sha256
-        if args.eval_every:
-            lengths = args.eval_lengths or [args.train_len]
-            validation = Validation(lengths, data.prepare(args.eval_data, tokenizer, cache_dir()), tokenizer)
-        batches = data.Batches(
-            documents,
-            args.seed,
-            tokenizer.bos_id,
-            method=args.method,
-            train_len=args.train_len,
-            target_len=round(args.overshoot * args.target_len),
-            chunks=args.chunks,
-            offset=args.offset,
-        )
+    if batches:
+        record["data_sha256"] = batches.documents.sha256
     if args.resume:
         check_same_model_and_texts(args.out, record)
 
-    # Everything that a user can get wrong has been looked at. What follows takes memory and writes into
-    # --out.
+    # Everything that a user can get wrong has been looked at. What follows takes memory and writes into --out.
     device = fsdp.start(args.device)
     check_agreement(record)
     if dist.get_rank() == 0 and not args.resume:
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "args.json", record)
-    model = folder.empty_model()
-    model.config = config
-    dtypes = getattr(torch, args.dtype), getattr(torch, args.param_dtype)
-    fsdp.shard(model, device, *dtypes, args.activation_checkpointing, args.cpu_offload, args.compile)
-    folder.read_into(model)
-    model.train()
+    model = load_sharded(args, folder, config, device)
     optimizer = fsdp.adamw(model, args.lr)
     fixed = {key: value for key, value in record.items() if key not in cli.FREE}
     checkpoints = Checkpoints(args.out / "checkpoints", fixed, args.keep)
     first_step = checkpoints.load(model, optimizer, say) if args.resume else 0
     if args.resume and dist.get_rank() == 0:
-        # With all lines in metrics.jsonl, the interrupted run's model would pass for that of the
-        # finished one.
+        # With all lines in metrics.jsonl, the interrupted run's model would pass for that of the finished one.
         shutil.rmtree(args.out / "model", ignore_errors=True)
     announce(args, original, config, batches, first_step)
+    if validation:  # the loss before training; and too little memory for it shows here, not at the end
+        validate(validation, model, device, first_step)
 
     signals = catch_signals()
     try:
@@ -252,6 +229,36 @@ def main():
     if signal.SIGINT in signals:
         sys.exit(130)  # so that a shell does not go on to the next command
     say(f"wrote {args.out / 'model'}; next: python eval.py --task passkey --model {args.out / 'model'}")
+
+
+def read_texts(args, tokenizer):
+    """Return the data.Batches to train on, and the Validation or None."""
+    documents = data.prepare(args.data, tokenizer, cache_dir())
+    validation = None
+    if args.eval_every:
+        lengths = args.eval_lengths or [args.train_len]
+        validation = Validation(lengths, data.prepare(args.eval_data, tokenizer, cache_dir()), tokenizer)
+    batches = data.Batches(
+        documents,
+        args.seed,
+        tokenizer.bos_id,
+        method=args.method,
+        train_len=args.train_len,
+        target_len=round(args.overshoot * args.target_len),
+        chunks=args.chunks,
+        offset=args.offset,
+    )
+    return batches, validation
+
+
+def load_sharded(args, folder, config, device):
+    """Return the model of a CheckpointFolder with another Config, ready for training."""
+    model = folder.empty_model()
+    model.config = config
+    dtypes = getattr(torch, args.dtype), getattr(torch, args.param_dtype)
+    fsdp.shard(model, device, *dtypes, args.activation_checkpointing, args.cpu_offload, args.compile)
+    folder.read_into(model)
+    return model.train()
 
 
 def stretched(config, args):

@@ -28,7 +28,7 @@ import torch
 import rope
 from hf.scaling import read_rope, stock_terms
 from model import Config
-from storage.files import InputError
+from storage.files import InputError, read_json
 
 # Our name of a module -> its name in Hugging Face's LLaMA, and in GGUF. Inside a block first.
 BLOCK_NAMES = {
@@ -98,6 +98,7 @@ FAMILIES = {  # by the model_type of config.json
     ),
     "ministral3": Family(
         "Ministral3ForCausalLM",
+        written_as="mistral",  # with the scale switched off
         scaled_queries_as="ministral3",
         defaults={"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128},
         slides_unless_null=True,
@@ -178,10 +179,7 @@ def read_config(folder):
     """Return the Config of a folder's config.json. Raise InputError for an architecture, or a variant
     of one, that this code does not compute exactly."""
     path = Path(folder) / "config.json"
-    try:
-        c = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not readable ({error}); copy it again") from None
+    c = read_json(path)
     try:
         return _config(c)
     except (ValueError, TypeError, ArithmeticError) as error:
@@ -233,8 +231,6 @@ def _config(c):
 
 def _refuse_other_architectures(c):
     """Raise ValueError for what is not a RoPE model of one of FAMILIES."""
-    if not isinstance(c, dict):
-        raise ValueError("not a JSON object")
     model_type = c.get("model_type")
     if c.get("position_embedding_type") == "alibi" or c.get("alibi") or model_type in ALIBI:
         raise ValueError(f"{model_type!r} uses ALiBi, not RoPE")
@@ -310,39 +306,16 @@ def as_written(config):
 
 
 def hf_config(config):
-    """Return the content of config.json for a Config of a family with a stock class (see as_written),
-    in terms that stock loaders compute exactly."""
+    """Return the content of config.json for a Config of a family with a stock class (see as_written), in
+    terms that stock loaders compute exactly."""
     family = FAMILIES[config.model_type]
-    theta, scaling = stock_terms(config.rotary_dim, config.rope_theta, config.rope_scaling)
-    window = config.max_position_embeddings
-    beside = {}  # keys of the scaling that stand beside it
-    if scaling:
-        # transformers before 5 (longrope) and llama.cpp's converter (llama3) look for the original
-        # window nowhere else.
-        original = {"original_max_position_embeddings": config.original_window}
-        beside |= original
-        scaling = scaling | original
-        scales_queries = rope.has_query_scale(scaling)
-        if scaling["rope_type"] in ("linear", "dynamic") and not scales_queries:
-            del scaling["original_max_position_embeddings"]  # stock loaders do not know it inside these two
-        if scaling["rope_type"] == "dynamic":
-            window = config.original_window  # where stock dynamic scaling begins
-        if scales_queries:  # vLLM has a name of its own for the scale of the queries
-            beside["llama_4_scaling"] = {"beta": scaling["llama_4_scaling_beta"]} | original
-    partial = {}
-    if family.partial_rotary:
-        partial = {"partial_rotary_factor": config.rotary_dim / config.head_dim}
+    sizes = {key: getattr(config, name) for name, key in family.sizes.items()}
     return {
         "architectures": [family.architecture],
         "model_type": config.model_type,
-        **{key: getattr(config, name) for name, key in family.sizes.items()},
-        "max_position_embeddings": int(window),
+        **sizes,
         family.norm_eps: config.norm_eps,
-        "rope_theta": theta,
-        "rope_scaling": scaling and scaling | {"type": scaling["rope_type"]},  # older readers want `type`
-        "rope_parameters": (scaling or {"rope_type": "default"}) | {"rope_theta": theta} | partial,
-        **beside,
-        **partial,
+        **_rope_keys(config),  # the window among them
         "tie_word_embeddings": config.tie_embeddings,
         **family.fixed,
         **family.written,
@@ -350,6 +323,35 @@ def hf_config(config):
         "eos_token_id": config.eos_token_id,
         "dtype": config.dtype,
         "torch_dtype": config.dtype,
+    }
+
+
+def _rope_keys(config):
+    """Return what config.json says of RoPE and the window, in both spellings (see scaling.read_rope)."""
+    theta, scaling = stock_terms(config.rotary_dim, config.rope_theta, config.rope_scaling)
+    partial = {}
+    if FAMILIES[config.model_type].partial_rotary:
+        partial = {"partial_rotary_factor": config.rotary_dim / config.head_dim}
+    window = int(config.max_position_embeddings)  # vLLM and llama.cpp refuse 512.0
+    keys = {"max_position_embeddings": window, "rope_theta": theta, **partial}
+    if scaling is None:
+        parameters = {"rope_type": "default", "rope_theta": theta} | partial
+        return keys | {"rope_scaling": None, "rope_parameters": parameters}
+
+    mode = scaling["rope_type"]
+    original = {"original_max_position_embeddings": config.original_window}
+    # transformers before 5 (longrope) and llama.cpp's converter (llama3) look for it nowhere else.
+    keys |= original
+    scaling = scaling | original
+    if rope.has_query_scale(scaling):  # vLLM has a name of its own for the scale of the queries
+        keys["llama_4_scaling"] = {"beta": scaling["llama_4_scaling_beta"]} | original
+    elif mode in ("linear", "dynamic"):  # stock loaders do not know it inside these two
+        del scaling["original_max_position_embeddings"]
+    if mode == "dynamic":  # where stock dynamic scaling begins
+        keys["max_position_embeddings"] = int(config.original_window)
+    return keys | {
+        "rope_scaling": scaling | {"type": mode},  # older readers want `type`
+        "rope_parameters": scaling | {"rope_theta": theta} | partial,
     }
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 
 import cli
 from hf import families
@@ -39,62 +40,52 @@ def load(name, device="cpu", dtype=None):
 
 
 def save(model, tokenizer, path):
-    """Write a model as a Hugging Face folder: config.json, safetensors files of at most 5 GiB, the
-    tokenizer's files.
+    """Write a model as a Hugging Face folder.
 
+    It gets config.json, safetensors files of at most 5 GiB, and the tokenizer's files.
     Under torch.distributed every process calls it, since sharded weights are gathered one at a time;
     process 0 writes."""
-    path = Path(path)
     config = families.as_written(model.config)
+    with torch.device("meta"):
+        written = Transformer(config).state_dict()
+    if config.tie_embeddings:
+        del written["head.weight"]
     dtype = getattr(torch, config.dtype)
-    sizes = {name: p.numel() * dtype.itemsize for name, p in _written_parameters(config).items()}
-    shards = split_by_size(sizes)
-    file_of = {}  # our name of a weight -> the file that it goes into
-    for i, names in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else shard_name(i, len(shards))
-        file_of |= dict.fromkeys(names, file)
+    shards = split_by_size({name: p.numel() * dtype.itemsize for name, p in written.items()})
+    parameters = model.state_dict()
 
     writes = not dist.is_initialized() or dist.get_rank() == 0
-    with new_folder(path) if writes else contextlib.nullcontext() as aside:
-        for names in shards:
+    with new_folder(Path(path)) if writes else contextlib.nullcontext() as aside:
+        weight_map = {}  # {published name: file}
+        for i, names in enumerate(shards):
+            file = "model.safetensors" if len(shards) == 1 else shard_name(i, len(shards))
             tensors = {}
             for name in names:
-                tensor = _gather(model, name, config)
+                tensor = _gather(name, parameters, written[name].shape, model.config)
                 if writes:
-                    tensors[families.published_name(name, config.model_type)] = tensor.to(
-                        "cpu", dtype
-                    ).contiguous()
+                    published = families.published_name(name, config.model_type)
+                    tensors[published] = tensor.to("cpu", dtype).contiguous()
             if writes:
-                save_tensors(tensors, aside / file_of[names[0]])
+                save_tensors(tensors, aside / file)
+                weight_map |= dict.fromkeys(tensors, file)
         if writes:
             if len(shards) > 1:
-                published = {
-                    families.published_name(name, config.model_type): file for name, file in file_of.items()
-                }
-                write_index(aside, published, sum(sizes.values()))
+                write_index(aside, weight_map, sum(p.numel() for p in written.values()) * dtype.itemsize)
             (aside / "config.json").write_text(json.dumps(families.hf_config(config), indent=2) + "\n")
             for name, content in families.tokenizer_files(model.config, tokenizer.files).items():
                 (aside / name).write_bytes(content)
 
 
-def _written_parameters(config):
-    """Return {our name: parameter on the meta device} of what a model of this Config has on disk."""
-    with torch.device("meta"):
-        parameters = Transformer(config).state_dict()
-    if config.tie_embeddings:
-        del parameters["head.weight"]
-    return parameters
+def _gather(name, parameters, shape, config):
+    """Return a whole weight of a model. Every process takes part.
 
-
-def _gather(model, name, config):
-    """Return a whole weight of the model for a folder of the given Config. Every process takes part."""
-    parameters = model.state_dict()
+    parameters: the model's state_dict. shape: of the weight. config: the model's own Config."""
     if name not in parameters:  # a bias that GPT-J does not have and Phi does
-        return torch.zeros(_written_parameters(config)[name].shape)
+        return torch.zeros(shape)
     tensor = parameters[name].detach()
-    if hasattr(tensor, "full_tensor"):  # a DTensor
+    if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
-    if name == "head.weight" and model.config.normalised_head:
+    if name == "head.weight" and config.normalised_head:
         tensor = F.normalize(tensor.float())
     return tensor
 
