@@ -200,7 +200,7 @@ def main():
     if args.resume:
         check_same_model_and_texts(args.out, record)
 
-    # Everything that a user can get wrong has been looked at. What follows takes memory and writes into --out.
+    # All that a user can get wrong has been looked at. What follows takes memory and writes into --out.
     device = fsdp.start(args.device)
     check_agreement(record)
     if dist.get_rank() == 0 and not args.resume:
@@ -212,7 +212,7 @@ def main():
     checkpoints = Checkpoints(args.out / "checkpoints", fixed, args.keep)
     first_step = checkpoints.load(model, optimizer, say) if args.resume else 0
     if args.resume and dist.get_rank() == 0:
-        # With all lines in metrics.jsonl, the interrupted run's model would pass for that of the finished one.
+        # With all lines in metrics.jsonl, the interrupted run's model would pass for the finished one's.
         shutil.rmtree(args.out / "model", ignore_errors=True)
     announce(args, original, config, batches, first_step)
     if validation:  # the loss before training; and too little memory for it shows here, not at the end
