@@ -91,9 +91,9 @@ def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(
     for _ in range(KILLS):
         process = start("train.py", *short, "--out", out, *arguments, *resume)
         assert wait_for(lambda: steps_done(out) >= 1, process), process.wait().stderr
-        # While it starts, in one of its steps or, so that it cannot end before, after ten of them.
+        # While it starts, in one of its steps or, so that it cannot end before, after eight of them.
         until = time.time() + rng.uniform(0, 2)
-        while time.time() < until and steps_done(out) < newest + 10:
+        while time.time() < until and steps_done(out) < newest + 8:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.1))
         process.kill(signal.SIGKILL)

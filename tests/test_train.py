@@ -165,7 +165,7 @@ def test_the_first_losses_equal_a_plain_loop(three_steps, train, texts):
         (2, ("--micro_batch_size", 2)),
         (4, ()),
     ],
-    ids=str,
+    ids=["1, recomputed", "2, recomputed and offloaded", "2", "4"],
 )
 def test_the_curve_depends_neither_on_processes_nor_on_memory_savers(
     three_steps, train, processes, arguments
@@ -302,16 +302,17 @@ def test_resume_needs_no_more_than_the_folder(train, call, run, texts, tmp_path)
 
 
 def test_the_quick_start_extends_tiny(tmp_path):
-    """The README's first command, as a new user runs it, but for 60 of its 150 steps and 20 of its 50
-    prompts: it takes minutes."""
+    """The README's first commands, as a new user runs them, but for 100 of the 150 steps, 8 of the 32
+    examples in each, and 20 of the 50 prompts: all take minutes."""
 
     def call(script, *arguments):
         command = [sys.executable, ROOT / script, *arguments, "--device", "cpu"]
-        two_threads = os.environ | {"OMP_NUM_THREADS": "2"}
+        # On a busy machine the second thread must not burn the time that it waits for the first.
+        two_threads = os.environ | {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
         done = subprocess.run(command, cwd=tmp_path, env=two_threads, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
-    call("train.py", "--steps", "60")
+    call("train.py", "--steps", "100", "--batch_size", "8")
     call("eval.py", "--task", "passkey", "--trials", "20", "--json", "passkey.json")
     report = json.loads((tmp_path / "passkey.json").read_text())
     extended, base = (
@@ -320,4 +321,4 @@ def test_the_quick_start_extends_tiny(tmp_path):
     )
     assert list(extended) == list(base) == [256, 512, 1024, 2048]
     assert base[256] >= 0.95 and base[1024] <= 0.1 and base[2048] <= 0.1
-    assert min(extended.values()) >= 0.7  # 98, 100, 100 and 96% after all 150
+    assert min(extended.values()) >= 0.7  # 98, 100, 100 and 96% with all of them
