@@ -302,7 +302,7 @@ def test_resume_needs_no_more_than_the_folder(train, call, run, texts, tmp_path)
 
 
 def test_the_quick_start_extends_tiny(tmp_path):
-    """The README's first commands, as a new user runs them, but for 100 of the 150 steps, 8 of the 32
+    """The README's first commands, as a new user runs them, but for 120 of the 150 steps, 8 of the 32
     examples in each, and 20 of the 50 prompts: all take minutes."""
 
     def call(script, *arguments):
@@ -312,7 +312,7 @@ def test_the_quick_start_extends_tiny(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env=two_threads, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
-    call("train.py", "--steps", "100", "--batch_size", "8")
+    call("train.py", "--steps", "120", "--batch_size", "8")
     call("eval.py", "--task", "passkey", "--trials", "20", "--json", "passkey.json")
     report = json.loads((tmp_path / "passkey.json").read_text())
     extended, base = (
