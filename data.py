@@ -135,7 +135,7 @@ class Documents:
         return self.tokens[self.starts[i] : self.starts[i + 1]]
 
 
-def prepare(paths, tokenizer, cache):
+def tokenised(paths, tokenizer, cache):
     """Return the Documents in `paths` (see find_files), tokenised into a folder under `cache` unless
     they are there already."""
     files = find_files(paths)
@@ -152,10 +152,10 @@ def prepare(paths, tokenizer, cache):
     with only_one_process(lock):  # under torchrun the other processes wait here and find the folder
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-                tokenised = Path(aside) / "tokens"
-                tokenise(files, tokenizer, tokenised)
+                new = Path(aside) / "tokens"
+                tokenise(files, tokenizer, new)
                 try:
-                    tokenised.rename(folder)
+                    new.rename(folder)
                 except OSError:
                     # On some shared file systems the lock holds on one machine alone, and another was faster.
                     if not folder.exists():

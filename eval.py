@@ -344,7 +344,7 @@ def prepare_passkey(args, model, tokenizer, lengths):
 
 
 def prepare_needle(args, model, tokenizer, lengths):
-    corpus = data.prepare(args.data, tokenizer, cache_dir()).tokens
+    corpus = data.tokenised(args.data, tokenizer, cache_dir()).tokens
 
     def measure(length):
         return needle(model, tokenizer, corpus, length, args.trials, args.seed, args.keys, args.generate)
@@ -354,7 +354,7 @@ def prepare_needle(args, model, tokenizer, lengths):
 
 def prepare_perplexity(args, model, tokenizer, lengths):
     shortest, longest = lengths[0], lengths[-1]
-    documents = data.prepare(args.data, tokenizer, cache_dir())
+    documents = data.tokenised(args.data, tokenizer, cache_dir())
     chosen = longest_documents(documents, args.documents, needed=longest if args.tail else shortest)
 
     def measure(length):

@@ -307,7 +307,7 @@ def check_lengths_of_texts(args, model, longest_length):
     """Raise InputError for a file of --dev without a document of the longest length, in tokens."""
     tokenizer = model.load_tokenizer()
     for file in args.dev:
-        longest_document = max(map(len, data.prepare([file], tokenizer, cache_dir())))
+        longest_document = max(map(len, data.tokenised([file], tokenizer, cache_dir())))
         if longest_document < longest_length:
             too_short = f"its longest document has {longest_document} tokens"
             needed = f"this table's longest length is {longest_length}"

@@ -233,11 +233,11 @@ def main():
 
 def read_texts(args, tokenizer):
     """Return the data.Batches to train on, and the Validation or None."""
-    documents = data.prepare(args.data, tokenizer, cache_dir())
+    documents = data.tokenised(args.data, tokenizer, cache_dir())
     validation = None
     if args.eval_every:
         lengths = args.eval_lengths or [args.train_len]
-        validation = Validation(lengths, data.prepare(args.eval_data, tokenizer, cache_dir()), tokenizer)
+        validation = Validation(lengths, data.tokenised(args.eval_data, tokenizer, cache_dir()), tokenizer)
     batches = data.Batches(
         documents,
         args.seed,

@@ -210,7 +210,7 @@ def main():
         train_tokenizer(texts, rng, args.out)
     tokenizer = tokenizers.load(args.out)
     pool = synthetic_windows(args.records, texts, tokenizer, rng)
-    documents = data.prepare(files, tokenizer, cache_dir())
+    documents = data.tokenised(files, tokenizer, cache_dir())
     sampling = {"method": "pi", "train_len": WINDOW, "target_len": WINDOW}
     batches = data.Batches(documents, 0, tokenizer.bos_id, **sampling)
 

@@ -83,7 +83,7 @@ def test_folder_is_searched_in_order_and_other_files_are_left_alone(tmp_path):
 
 def test_a_name_that_is_not_utf_8(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("The cat.")
-    documents = data.prepare([tmp_path], tokenizer.load(TINY), tmp_path / "cache")
+    documents = data.tokenised([tmp_path], tokenizer.load(TINY), tmp_path / "cache")
     assert len(documents) == 1
 
 
@@ -145,7 +145,7 @@ def test_bad_input_is_named(tmp_path, name, content, says):
     fake = FakeTokenizer()
     fake.encode_batch = lambda texts: [[1] * len(text) for text in texts]
     with pytest.raises(InputError) as error:
-        data.prepare([*before, bad], fake, tmp_path / "cache")
+        data.tokenised([*before, bad], fake, tmp_path / "cache")
     message = str(error.value)
     assert all(part in message for part in [str(bad), *says]) and "\n" not in message
     assert not list((tmp_path / "cache" / "tokens").iterdir())
@@ -155,13 +155,13 @@ def test_bad_input_is_named(tmp_path, name, content, says):
 def test_missing_path(tmp_path, missing):
     fine = write(tmp_path / "fine.txt", "text")
     with pytest.raises(InputError, match=f"{tmp_path / missing}: no such file"):
-        data.prepare([fine, tmp_path / missing], FakeTokenizer(), tmp_path / "cache")
+        data.tokenised([fine, tmp_path / missing], FakeTokenizer(), tmp_path / "cache")
 
 
 def test_folder_without_texts(tmp_path):
     write(tmp_path / "empty" / "picture.png", b"\xff")
     with pytest.raises(InputError, match=f"{tmp_path / 'empty'}: no .txt, .jsonl"):
-        data.prepare([tmp_path / "empty"], FakeTokenizer(), tmp_path / "cache")
+        data.tokenised([tmp_path / "empty"], FakeTokenizer(), tmp_path / "cache")
 
 
 # ---------------------------------------------------------------- token files
@@ -173,7 +173,7 @@ def test_tokens_are_the_tokenizers_own(tmp_path):
     write(tmp_path / "d" / "a.jsonl", jsonl(*texts[:67]))
     write(tmp_path / "d" / "b.txt", texts[67])
     write(tmp_path / "d" / "c.jsonl", jsonl(*texts[68:]))
-    documents = data.prepare([tmp_path / "d"], tokenizer.load(TINY), tmp_path / "cache")
+    documents = data.tokenised([tmp_path / "d"], tokenizer.load(TINY), tmp_path / "cache")
     reference = sentencepiece.SentencePieceProcessor(model_file=str(TINY / "tokenizer.model"))
     own = [documents[i].tolist() for i in range(len(documents))]
     assert own == [reference.encode(text) for text in texts]
@@ -186,7 +186,7 @@ def test_tokens_are_the_tokenizers_own(tmp_path):
 def test_every_id_of_the_vocabulary_fits(tmp_path, vocab_size, dtype):
     file = write(tmp_path / "a.txt", f"{vocab_size - 4} {vocab_size}")
     for _ in range(2):  # made, then found
-        documents = data.prepare([file], FakeTokenizer(vocab_size), tmp_path / "cache")
+        documents = data.tokenised([file], FakeTokenizer(vocab_size), tmp_path / "cache")
         assert documents[0].tolist() == list(range(vocab_size - 4, vocab_size))
         assert documents.tokens.dtype == dtype
 
@@ -198,7 +198,7 @@ def test_tokens_are_reused_until_something_changes(tmp_path):
         """Return how many documents the tokenizer was asked for. Documents must begin and end as
         expected."""
         fake = FakeTokenizer(**changes)
-        documents = data.prepare(paths, fake, tmp_path / "cache")
+        documents = data.tokenised(paths, fake, tmp_path / "cache")
         every = [documents[i] for i in range(len(documents))]
         assert [(int(document[0]), int(document[-1]) + 1) for document in every] == expected
         return fake.asked
@@ -237,11 +237,11 @@ def test_nothing_half_written_is_left_behind(tmp_path, stop):
 
     fake.encode_batch = encode_some
     with pytest.raises(stop):
-        data.prepare([file], fake, tmp_path / "cache")
+        data.tokenised([file], fake, tmp_path / "cache")
     assert 0 < fake.asked < 100
     assert not list((tmp_path / "cache" / "tokens").iterdir())
 
-    documents = data.prepare([file], FakeTokenizer(), tmp_path / "cache")
+    documents = data.tokenised([file], FakeTokenizer(), tmp_path / "cache")
     assert [documents[i].tolist() for i in range(len(documents))] == [list(range(*span)) for span in spans]
     (folder,) = (tmp_path / "cache" / "tokens").iterdir()
     assert {path.name for path in folder.iterdir()} == {"tokens.bin", "starts.npy", "dtype", "sha256"}
@@ -260,7 +260,7 @@ def make_documents(tmp_path):
             tmp_path / "documents.jsonl",
             jsonl(*(f"{1000 * i} {1000 * i + n}" for i, n in enumerate(lengths, 1))),
         )
-        return data.prepare([file], FakeTokenizer(vocab_size=100_000), tmp_path / "cache")
+        return data.tokenised([file], FakeTokenizer(vocab_size=100_000), tmp_path / "cache")
 
     return make
 

@@ -131,7 +131,7 @@ def plain_loop(texts, lrs, skipped=(), reach=2048):
     model = weights.load("tiny", dtype=torch.float32)
     model.config = scaling.extend(model.config, "yarn", 2048, beta_fast=8)
     bos_id = tiny.load_tokenizer().bos_id
-    documents = data.prepare([texts], tokenizer.load(tiny.path), cache_dir())
+    documents = data.tokenised([texts], tokenizer.load(tiny.path), cache_dir())
     sampling = {"method": "pose", "train_len": 64, "target_len": reach, "chunks": 2, "offset": "uniform"}
     batches = data.Batches(documents, 0, bos_id, **sampling)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)

@@ -36,7 +36,7 @@ def test_the_last_validation_is_that_of_the_model_that_is_written(validated, tex
     out, _ = validated
     model = weights.load(out / "model", dtype=torch.float32)
     tok = tokenizer.load(resolve("tiny"))
-    documents = data.prepare([texts], tok, cache_dir())
+    documents = data.tokenised([texts], tok, cache_dir())
     for n in (64, 500):
         nats = []
         for i in range(len(documents)):
