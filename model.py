@@ -27,7 +27,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 import rope
 
-CHUNK_TOKENS = 65536  # tokens that go through a block's matrix products together where no gradient is wanted
+SLICE_TOKENS = 65536  # tokens that go through a block's matrix products together where no gradient is wanted
 MAX_LOGITS = 2**28  # logits that the loss holds at once
 
 
@@ -49,9 +49,7 @@ class Config:
     eos_token_id: int | None = None
     dtype: str = "float32"  # of the weights on disk
     model_type: str = "llama"  # Hugging Face's name of the family, which only hf/ looks at
-    rotary_dim: int | None = (
-        None  # RoPE turns this many dimensions of each head, the first ones; None: all of them
-    )
+    rotary_dim: int | None = None  # RoPE turns so many dimensions of each head, the first ones; None: all
     # What a block computes:
     norm: str = "rms"  # or "layer"
     mlp: str = "swiglu"  # or "gelu"
@@ -70,9 +68,8 @@ class Config:
     def original_window(self):
         """The window before any interpolation that rope_scaling records, in tokens. (NTK is written as
         another theta, which does not record it.)"""
-        return (self.rope_scaling or {}).get(
-            "original_max_position_embeddings"
-        ) or self.max_position_embeddings
+        recorded = (self.rope_scaling or {}).get("original_max_position_embeddings")
+        return recorded or self.max_position_embeddings
 
     def flops_per_token(self, T):
         """Return the operations of a training step per token: 6 for each weight in a matrix product,
@@ -219,9 +216,10 @@ class Block(nn.Module):
         cos, sin: see rope.rope_cos_sin. query_scale: see rope.query_scale. cache: None, or
         (keys, values), each (B, S, K, D), whose first `start` places are filled and whose
         next T places this call fills."""
-        no_gradient = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if cache is None and x.shape[1] > CHUNK_TOKENS and no_gradient:
-            return self.forward_in_chunks(x, cos, sin, query_scale)
+        # A compiled block takes no slices: it has one graph for every length.
+        may_overwrite_x = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if cache is None and x.shape[1] > SLICE_TOKENS and may_overwrite_x:
+            return self.forward_in_slices(x, cos, sin, query_scale)
         q, k, v = self.attention.queries_keys_values(self.attention_norm(x), cos, sin, query_scale)
         if cache is not None:
             keys, values = cache
@@ -235,27 +233,28 @@ class Block(nn.Module):
         """Return the block's output from its input x (B, T, C) and what the heads
         attended to (B, T, H * D)."""
         if self.parallel:
+            # The norm is computed once more: keeping it from before attention would take memory.
             return x + self.attention.o(attended) + self.mlp(self.attention_norm(x))
         x = x + self.attention.o(attended)
         return x + self.mlp(self.mlp_norm(x))
 
-    def forward_in_chunks(self, x, cos, sin, query_scale):
+    def forward_in_slices(self, x, cos, sin, query_scale):
         """Compute `forward` without gradients, in x itself, with all but attention done for
         CHUNK_TOKENS tokens at a time.
 
         Little more is in memory then than x, queries, keys and values: only attention mixes tokens."""
-        chunks = [slice(i, i + CHUNK_TOKENS) for i in range(0, x.shape[1], CHUNK_TOKENS)]
+        slices = [slice(i, i + SLICE_TOKENS) for i in range(0, x.shape[1], SLICE_TOKENS)]
         projected = []
-        for chunk in chunks:
-            scale = None if query_scale is None else query_scale[:, chunk]
-            h = self.attention_norm(x[:, chunk])
-            projected.append(self.attention.queries_keys_values(h, cos[:, chunk], sin[:, chunk], scale))
-        q, k, v = (torch.cat(parts, dim=1) for parts in zip(*projected))
-        del projected  # the parts would stay in memory beside the whole
+        for part in slices:
+            scale = None if query_scale is None else query_scale[:, part]
+            h = self.attention_norm(x[:, part])
+            projected.append(self.attention.queries_keys_values(h, cos[:, part], sin[:, part], scale))
+        q, k, v = (torch.cat(pieces, dim=1) for pieces in zip(*projected))
+        del projected  # the pieces would stay in memory beside the whole
         attended = causal_attention(q, k, v)
         del q, k, v
-        for chunk in chunks:
-            x[:, chunk] = self.after_attention(x[:, chunk], attended[:, chunk])
+        for part in slices:
+            x[:, part] = self.after_attention(x[:, part], attended[:, part])
         return x
 
 
@@ -273,14 +272,20 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.compute_dtype = None  # dtype of the hidden states, where it is not that of the weights
-        self.cross_entropy = cross_entropy_and_gradient  # fsdp.shard puts a compiled one here
+        # It computes the loss of some tokens and its gradient. fsdp.shard puts a compiled one here.
+        self.cross_entropy = cross_entropy_and_gradient
 
-    def to_empty(self, **device):
+    def to_empty(self, **arguments):
         """Move the model to a device without its values, as nn.Module does, but keep a tied head tied."""
-        super().to_empty(**device)
+        super().to_empty(**arguments)
         if self.config.tie_embeddings:
             self.head.weight = self.embed.weight
         return self
+
+    @property
+    def hidden_dtype(self):
+        """The dtype of the hidden states."""
+        return self.compute_dtype or self.embed.weight.dtype
 
     def forward(self, tokens, positions=None, targets=None):
         """Return the logits (B, T, V) of tokens int64 (B, T) at positions int64
@@ -313,7 +318,7 @@ class Transformer(nn.Module):
         inv_freq, attention_factor = self.frequencies(positions, seq_len)
         cos, sin = rope.rope_cos_sin(positions, inv_freq, attention_factor)
         query_scale = rope.query_scale(self.config.rope_scaling, start, end, tokens.device)
-        x = self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)  # (B, T, C)
+        x = self.embed(tokens).to(self.hidden_dtype)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, query_scale, cache[i] if cache else None, start)
         return self.norm(x)
@@ -334,25 +339,32 @@ class Transformer(nn.Module):
         return torch.stack([inv_freq for inv_freq, _ in by_row]), attention_factor
 
     @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, prefill_chunk=2048):
+    def generate(self, tokens, max_new_tokens, prefill_tokens=2048):
         """Return the greedy continuation (B, max_new_tokens) of tokens int64 (B, T), read
-        `prefill_chunk` tokens at a time.
+        `prefill_tokens` tokens at a time.
 
         Angles that depend on the length (`dynamic`, `longrope`) are, from the first token on, those of
         one forward pass over all but the last new token, which is never read."""
-        config, (B, T) = self.config, tokens.shape
+        config = self.config
+        B, T = tokens.shape
         seq_len = T + max_new_tokens - 1
         shape = (B, seq_len, config.n_kv_heads, config.head_dim)
-        options = {"dtype": self.compute_dtype or self.embed.weight.dtype, "device": tokens.device}
+        options = {"dtype": self.hidden_dtype, "device": tokens.device}
         cache = [(torch.empty(shape, **options), torch.empty(shape, **options)) for _ in self.blocks]
-        for start in range(0, T, prefill_chunk):
-            chunk = tokens[:, start : start + prefill_chunk]
-            h = self.hidden(chunk, cache=cache, start=start, seq_len=seq_len)
+        for start in range(0, T, prefill_tokens):
+            prompt = tokens[:, start : start + prefill_tokens]
+            h = self.hidden(prompt, cache=cache, start=start, seq_len=seq_len)
         new_tokens = [self.head(h[:, -1:]).argmax(-1)]  # each (B, 1)
         for start in range(T, seq_len):
             h = self.hidden(new_tokens[-1], cache=cache, start=start, seq_len=seq_len)
             new_tokens.append(self.head(h).argmax(-1))
         return torch.cat(new_tokens, dim=1)
+
+
+def empty(config):
+    """Return a Transformer without values, on the meta device."""
+    with torch.device("meta"):
+        return Transformer(config)
 
 
 # ---------------------------------------------------------------- the loss
@@ -406,8 +418,10 @@ def chunked_cross_entropy(
 ):
     """Return the summed cross-entropy in nats, a float32 scalar, with at most max_logits logits in
     memory. Shapes as in ChunkedCrossEntropy."""
-    most = max(1, max_logits // len(weight))
-    chunk_size = 2 ** (most.bit_length() - 1)  # a power of two, so that all chunks are equal for the usual N
+    fitting_tokens = max(1, max_logits // len(weight))
+    chunk_size = 2 ** (
+        fitting_tokens.bit_length() - 1
+    )  # a power of two, so that all chunks are equal for the usual N
     if torch.is_grad_enabled():
         return ChunkedCrossEntropy.apply(hidden, weight, bias, targets, chunk_size, cross_entropy)
     total = 0.0

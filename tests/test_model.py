@@ -35,7 +35,7 @@ def assert_same_gradients(ours, theirs, ours_loss, theirs_loss):
     theirs_loss.backward()
     parameters = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
-        expected = parameters[families.published_name(name)].grad
+        expected = parameters[families.published_name(name, "llama")].grad
         torch.testing.assert_close(p.grad, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
@@ -107,8 +107,8 @@ def test_scaled_queries_equal_transformers(make_llama, monkeypatch):
     monkeypatch.undo()
     prompt = tokens[:, :37]
     expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, **GREEDY)
-    for prefill_chunk in (1, 7, 16, 2048):
-        assert torch.equal(ours.generate(prompt, 12, prefill_chunk=prefill_chunk), expected[:, 37:])
+    for prefill_tokens in (1, 7, 16, 2048):
+        assert torch.equal(ours.generate(prompt, 12, prefill_tokens=prefill_tokens), expected[:, 37:])
 
 
 def test_queries_are_scaled_beyond_the_first_window_only(make_llama):
@@ -152,8 +152,8 @@ def test_generation_equals_transformers_whatever_the_prefill(make_llama, scaling
     ours = weights.load(folder)
     prompt = random_tokens(2, 37)
     expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, **GREEDY)
-    for prefill_chunk in (1, 8, 36, 37, 2048):
-        assert torch.equal(ours.generate(prompt, 12, prefill_chunk=prefill_chunk), expected[:, 37:])
+    for prefill_tokens in (1, 8, 36, 37, 2048):
+        assert torch.equal(ours.generate(prompt, 12, prefill_tokens=prefill_tokens), expected[:, 37:])
 
 
 @pytest.mark.parametrize("mode, n", [("dynamic", 200), ("longrope", 200), ("longrope", 64), ("longrope", 65)])
@@ -173,8 +173,8 @@ def test_generation_with_angles_that_depend_on_the_length(make_llama, mode, n):
     _, theirs = make_llama("same", rope_parameters=same)
     prompt = random_tokens(2, n - 11)
     expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, **GREEDY)
-    for prefill_chunk in (50, 2048):
-        assert torch.equal(ours.generate(prompt, 12, prefill_chunk=prefill_chunk), expected[:, n - 11 :])
+    for prefill_tokens in (50, 2048):
+        assert torch.equal(ours.generate(prompt, 12, prefill_tokens=prefill_tokens), expected[:, n - 11 :])
 
 
 def test_cached_attention_lines_up_with_the_last_key():
@@ -216,7 +216,7 @@ def test_a_long_text_in_chunks_holds_nothing_twice(make_llama, monkeypatch):
     """While attention runs, the pieces that its queries, keys and values were put together from are
     gone."""
     ours = weights.load(make_llama()[0])
-    monkeypatch.setattr(decoder, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(decoder, "SLICE_TOKENS", 16)
     pieces, alive = [], []
     project, attend = decoder.Attention.queries_keys_values, decoder.causal_attention
 
@@ -242,13 +242,13 @@ def test_a_long_text_in_chunks_holds_nothing_twice(make_llama, monkeypatch):
     ids=lambda settings: settings["family"],
 )
 def test_a_long_text_in_chunks_equals_one_piece(make_llama, monkeypatch, family):
-    """Without gradients each block takes CHUNK_TOKENS tokens at a time. The hidden states are those of
+    """Without gradients each block takes SLICE_TOKENS tokens at a time. The hidden states are those of
     the whole."""
     ours = weights.load(make_llama(**family)[0])
     tokens, positions = random_tokens(2, 50), pose_positions(50, 1000, 2)
     whole = ours.hidden(tokens, positions)
     assert whole.requires_grad
-    monkeypatch.setattr(decoder, "CHUNK_TOKENS", 7)
+    monkeypatch.setattr(decoder, "SLICE_TOKENS", 7)
     with torch.no_grad():
         torch.testing.assert_close(ours.hidden(tokens, positions), whole, rtol=0, atol=1e-5)
 

@@ -199,8 +199,8 @@ def test_generation_equals_transformers(published, family):
     greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, **greedy)
     model = weights.load(folder)
-    for prefill_chunk in (1, 7, 2048):
-        assert torch.equal(model.generate(prompt, 8, prefill_chunk=prefill_chunk), expected[:, 23:])
+    for prefill_tokens in (1, 7, 2048):
+        assert torch.equal(model.generate(prompt, 8, prefill_tokens=prefill_tokens), expected[:, 23:])
 
 
 @pytest.mark.parametrize("family", ["gptj", "phi", "baichuan2"])
