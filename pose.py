@@ -37,7 +37,7 @@ def sample(method, rng, text_len, train_len, target_len, chunks=2, offset="unifo
     if method == "randpos":
         return plain, np.sort(rng.choice(target_len, train_len, replace=False))
     if method in ("full", "pi"):
-        return plain, plain.copy()
+        return plain, plain.copy()  # the caller may change one of the two
 
     lengths = chunk_lengths(rng, train_len, min(chunks, train_len))
     room = text_len - 1 - train_len  # how far the text may move on

@@ -136,10 +136,8 @@ def longrope(f, scaling, seq_len):
     for sequences of up to `original_max_position_embeddings` tokens, `long_factor` beyond. Raise
     ValueError if a list has not one factor per pair."""
     original = required(scaling, "original_max_position_embeddings")
-    beyond = seq_len is not None and seq_len > original
-    factors = torch.tensor(
-        required(scaling, "long_factor" if beyond else "short_factor"), dtype=torch.float64
-    )
+    name = "long_factor" if seq_len is not None and seq_len > original else "short_factor"
+    factors = torch.tensor(required(scaling, name), dtype=torch.float64)
     if len(factors) != len(f):
         raise ValueError(f"longrope needs {len(f)} factors (half the rotated dimension), got {len(factors)}")
     return f / factors
@@ -165,11 +163,11 @@ def yarn_ramp(f, dim, theta, scaling):
     high = pair_with_turns(scaling.get("beta_slow") or 1, dim, theta, original)
     if scaling.get("truncate", True):  # YaRN's own code rounds to whole pairs
         low, high = math.floor(low), math.ceil(high)
+    # dim - 1 as in YaRN's own code, though there are dim / 2 pairs.
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
-        high += 0.001
-    # An already scaled model asks for the pair whose unscaled frequency f is; that is 0, 1, 2, ... for
-    # an unscaled one.
+        high += 0.001  # no division by zero
+    # The pair of the unscaled model that has frequency f_j: j itself, unless the model is scaled already.
     pair = -f.log() * dim / (2 * math.log(theta))
     return ((pair - low) / (high - low)).clamp(0, 1)
 
@@ -201,9 +199,11 @@ def ntk_factor(dim, theta, scaling, window, ratio):
     ratio^((d-2)/(2j)). With s = ratio the angles would be new long before the end.
     """
     f, _ = rope_frequencies(dim, theta, scaling)
-    turns_once = window * f >= 2 * math.pi
     slowest = dim // 2 - 1
-    critical = turns_once.sum().clamp(1, slowest).item()  # if all pairs turn once, the slowest one
+    n_turning_once = (
+        (window * f >= 2 * math.pi).sum().item()
+    )  # pairs 0 ... n - 1 do: pair n is the critical one
+    critical = min(max(n_turning_once, 1), slowest)  # if all pairs turn once, the slowest one
     return ratio ** (slowest / critical)
 
 
