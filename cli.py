@@ -76,7 +76,7 @@ def token_counts(least=1):
 
     def parse(text):
         try:
-            lengths = sorted({int(number) for number in text.split(",")})
+            lengths = sorted({int(length) for length in text.split(",")})
         except ValueError:
             expected = "must be whole numbers of tokens, comma-separated, such as 2048,4096"
             raise argparse.ArgumentTypeError(f"{expected}, not {text!r}") from None
@@ -171,8 +171,8 @@ def run(main):
         if message is None:
             raise
         # Under torchrun every process meets the same mistake of the user: it is said once a machine.
-        says = not isinstance(error, InputError) or os.environ.get("LOCAL_RANK", "0") == "0"
-        if says:
+        is_said_here = not isinstance(error, InputError) or os.environ.get("LOCAL_RANK", "0") == "0"
+        if is_said_here:
             print(f"error: {message}", file=sys.stderr)
         elif "TORCHELASTIC_RUN_ID" in os.environ:
             # torchrun ends all processes when the first one ends, and that must be the one that says it.
@@ -242,10 +242,32 @@ class Recipe:
     llama_4_scaling_beta: float = 0.0
 
 
-# Options that name no property of the run: they belong to one call, or change its speed and what is
-# shown or kept.
-OF_THIS_CALL = ("out", "resume")
-FREE = (
+# The paper's settings are Recipe's defaults. The built-in models have their own: tiny for a laptop,
+# smollm2-135m for a few minutes on one GPU.
+RECIPES = {
+    "tiny": Recipe(
+        steps=150,
+        batch_size=32,
+        lr=2e-4,
+        target_windows=8,
+        headroom=2,
+        beta_fast=8,
+    ),
+    "smollm2-135m": Recipe(
+        steps=200,
+        batch_size=16,
+        lr=1e-4,
+        train_windows=4,
+        rope="ntk",
+        headroom=1.188,
+        overshoot=1.25,
+        llama_4_scaling_beta=0.1,
+    ),
+}
+
+NOT_RECORDED = ("out", "resume")  # options that belong to one call
+# Options that a resumed run may change: speed, and what is shown or kept.
+MAY_CHANGE = (
     "micro_batch_size", "device", "compile", "activation_checkpointing", "cpu_offload", "save_every", "keep",
     "tensorboard", "eval_every", "eval_data", "eval_lengths",
 )  # fmt: skip
@@ -392,30 +414,34 @@ def options_of_earlier_run(given, parser):
     args = parser.parse_args()
     if not args.eval_every:  # validation is switched off: the run's own texts and lengths go too
         args.eval_data, args.eval_lengths = given.eval_data, given.eval_lengths
-    fixed = {option: value for option, value in vars(args).items() if option not in OF_THIS_CALL + FREE}
-    if changed := describe_changes(earlier, fixed):
+    must_match = {
+        option: value for option, value in vars(args).items() if option not in NOT_RECORDED + MAY_CHANGE
+    }
+    if changed := describe_changes(earlier, must_match):
         raise InputError(f"--resume: the run in {out} had other arguments: {changed}")
     if is_finished(out, args.steps):
         raise InputError(f"--resume: the run in {out} is finished; its model is {out / 'model'}")
     return args
 
 
-def complete_training(args, config, recipe):
+def complete_training(args, config):
     """Fill in the options of train.py that depend on the model and the machine. Raise InputError for
     what cannot run.
 
     config: the model's. recipe: its Recipe."""
+    recipe = RECIPES.get(args.model, Recipe())
     window = config.max_position_embeddings
     for option in ("steps", "lr", "warmup_steps", "rope"):
         if getattr(args, option) is None:
             setattr(args, option, getattr(recipe, option))
     complete_lengths(args, window, recipe)
     complete_batch(args, window, recipe)
-    # What was found for one interpolation need not suit another: those have the paper's settings.
+    # The factor, the overshoot and the scale of the queries were found for one interpolation and need not
+    # suit another: with another one they are the paper's.
     complete_interpolation(args, config, recipe if args.rope == recipe.rope else Recipe())
-    refuse_contradictions(args)
     if args.beta_fast is None and args.rope in rope.RAMPED:
-        args.beta_fast = recipe.beta_fast
+        args.beta_fast = recipe.beta_fast  # suits the model's size, and with it every interpolation
+    refuse_contradictions(args)
     on_gpu = args.device == "cuda"
     args.compile = on_gpu if args.compile is None else args.compile
     args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
@@ -465,12 +491,12 @@ def complete_interpolation(args, config, recipe):
     """Fill in factor, llama_4_scaling_beta and overshoot."""
     window = config.max_position_embeddings
     if args.factor is None and args.rope not in ("default", "dynamic"):
-        args.factor = recipe.headroom * args.target_len / window
+        ratio = recipe.headroom * args.target_len / window
+        args.factor = ratio
         if args.rope == "ntk":
-            factor = rope.ntk_factor(
-                config.rotary_dim, config.rope_theta, config.rope_scaling, window, args.factor
-            )
-            args.factor = float(f"{factor:.3g}")
+            of_model = config.rotary_dim, config.rope_theta, config.rope_scaling
+            factor = rope.ntk_factor(*of_model, window, ratio)
+            args.factor = float(f"{factor:.3g}")  # rounded to three digits
     if args.llama_4_scaling_beta is None:
         own = (config.rope_scaling or {}).get("llama_4_scaling_beta")
         args.llama_4_scaling_beta = recipe.llama_4_scaling_beta if own is None else own
@@ -501,9 +527,9 @@ def refuse_contradictions(args):
 
 def training_record(args, as_given):
     """Return what a run is recorded with in args.json, {option: value}. as_given: the
-    options before they were completed; those of FREE are recorded as they were, since their
+    options before they were completed; those of MAY_CHANGE are recorded as they were, since their
     defaults are those of a machine."""
-    record = {option: value for option, value in vars(args).items() if option not in OF_THIS_CALL}
-    for option in FREE:
+    record = {option: value for option, value in vars(args).items() if option not in NOT_RECORDED}
+    for option in MAY_CHANGE:
         record[option] = getattr(as_given, option)
     return record

@@ -24,7 +24,7 @@ from storage.files import InputError, only_one_process
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 JSON_LINES = (".jsonl", ".jsonl.gz")
-SPAN = 5  # the text of one example lies within SPAN * train_len tokens, as in the official code
+SPAN_IN_WINDOWS = 5  # an example's text lies within so many train_len, as in the official code
 CACHE_LAYOUT = b"2"  # version of the folders in the cache
 DOCUMENTS_AT_ONCE = 32  # that are tokenised together, by several threads
 
@@ -100,7 +100,8 @@ def read_json_lines(path, convert, expected):
     Raise InputError with the number of a line that is not JSON or that `convert` raises an error for.
     expected: what a line should be, in words."""
     number = 0
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+    open_file = gzip.open if path.suffix == ".gz" else open
+    with open_file(path, "rb") as f:
         try:
             for number, line in enumerate(f, 1):
                 if line.strip():
@@ -204,7 +205,7 @@ class Batches:
         each window, if the model has one. Raise InputError if no document is long enough."""
         self.documents, self.seed, self.bos_id, self.sampling = documents, seed, bos_id, sampling
         train_len = sampling["train_len"]
-        reach = SPAN * train_len
+        reach = SPAN_IN_WINDOWS * train_len
         if sampling.get("offset") == "skip":  # the text stands where its positions say
             reach = max(reach, sampling["target_len"])
         # An example chooses from so many tokens of a document; the last one can only be a target.
@@ -214,7 +215,8 @@ class Batches:
         # its text.
         self.window_counts = np.cumsum(np.maximum(lengths - train_len, 0))
         fits = lengths > train_len
-        self.skipped, self.usable = int((~fits).sum()), int(lengths[fits].sum())
+        self.n_too_short = int((~fits).sum())
+        self.usable_tokens = int(lengths[fits].sum())
         if self.window_counts[-1] == 0:
             raise InputError(
                 f"no document is longer than the training window of {train_len} tokens: the longest of "
@@ -249,5 +251,6 @@ def prefetched(batches, first_step, indices, device):
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(batches, first_step, indices)
         for step in count(first_step + 1):
-            batch, following = following.result(), thread.submit(batches, step, indices)
+            batch = following.result()
+            following = thread.submit(batches, step, indices)
             yield tuple(torch.from_numpy(x).to(device) for x in batch)

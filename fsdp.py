@@ -102,19 +102,23 @@ def shard(
             cast_forward_inputs=False,  # it would round the float32 cos and sin
         )
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
-        vectors = set(split_parameters(model)[1])
+        kept_whole = set(vectors(model))
         for module in (*model.blocks, model):
             fully_shard(
-                module, mesh=mesh, mp_policy=precision, offload_policy=offload, ignored_params=vectors
+                module, mesh=mesh, mp_policy=precision, offload_policy=offload, ignored_params=kept_whole
             )
 
     model.to_empty(device="cpu" if cpu_offload else device)
     if cpu_offload:
-        for vector in split_parameters(model)[1]:
+        for vector in vectors(model):
             vector.data = vector.data.to(device)
-        # AdamW works on the CPU then, and torchrun leaves each process one thread.
-        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here))
+        use_all_cores()  # AdamW works on the CPU then
+
+
+def use_all_cores():
+    """Share the machine's cores among its processes. (torchrun leaves each process one thread.)"""
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here))
 
 
 def checkpoint_activations(block, mode):
@@ -124,11 +128,11 @@ def checkpoint_activations(block, mode):
     if mode == "full":
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     elif mode == "selective":
-        contexts = partial(create_selective_checkpoint_contexts, _save_matrix_products)
+        contexts = partial(create_selective_checkpoint_contexts, save_matrix_products)
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
 
-def _save_matrix_products(context, op, *args, **kwargs):
+def save_matrix_products(context, op, *args, **kwargs):
     """Return what selective checkpointing does with the result of an operation."""
     name = op.overloadpacket.__name__ if hasattr(op, "overloadpacket") else str(op)
     if name in ("mm", "addmm") or "scaled_dot_product" in name:
@@ -136,10 +140,14 @@ def _save_matrix_products(context, op, *args, **kwargs):
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def split_parameters(model):
-    """Return the model's matrices and its vectors, two lists."""
-    parameters = list(model.parameters())
-    return [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]
+def matrices(model):
+    """Return the model's parameters that have rows and columns."""
+    return [parameter for parameter in model.parameters() if parameter.dim() > 1]
+
+
+def vectors(model):
+    """Return the model's other parameters: biases and the weights of norms."""
+    return [parameter for parameter in model.parameters() if parameter.dim() == 1]
 
 
 def own_rows(parameter):
@@ -156,14 +164,14 @@ def own_rows(parameter):
 def adamw(model, lr):
     """Return the optimizer, without weight decay. Where matrices are sharded and vectors are not, they
     must be groups of their own."""
-    groups = [{"params": parameters} for parameters in split_parameters(model)]
+    groups = [{"params": parameters} for parameters in (matrices(model), vectors(model))]
     return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)
 
 
 def average_vector_gradients(model):
     """Average the gradients of the vectors over processes, in float32. FSDP has done so
     with those of the matrices."""
-    gradients = [p.grad for p in split_parameters(model)[1]]
+    gradients = [p.grad for p in vectors(model)]
     together = torch.cat([gradient.float() for gradient in gradients])
     dist.all_reduce(together)
     together /= dist.get_world_size()
@@ -173,14 +181,14 @@ def average_vector_gradients(model):
 def clip_gradients(model, max_norm):
     """Scale all gradients so that their norm is at most max_norm. Return the norm that
     they had, still on the device."""
-    groups = split_parameters(model)
+    groups = matrices(model), vectors(model)
     norms = []
     for group in groups:
         norm = torch.nn.utils.get_total_norm([p.grad for p in group])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         norms.append(norm)
-    device = norms[1].device  # vectors are where the computation is, offloaded matrices are not
+    device = vectors(model)[0].device  # that of the computation; offloaded matrices are elsewhere
     grad_norm = torch.stack([norm.to(device) for norm in norms]).norm()
     for group in groups:
         torch.nn.utils.clip_grads_with_norm_(group, max_norm, grad_norm)
@@ -194,5 +202,5 @@ def skip_update_unless_finite(optimizer, loss, grad_norm):
     It is how torch.amp.GradScaler tells the fused kernel to skip a step: nothing has to wait for the
     device. Must be called before each step."""
     is_bad = ~(loss.isfinite() & grad_norm.isfinite())
-    matrices = optimizer.param_groups[0]["params"]
-    optimizer.found_inf = is_bad.float().to(matrices[0].device)
+    a_matrix = optimizer.param_groups[0]["params"][0]
+    optimizer.found_inf = is_bad.float().to(a_matrix.device)

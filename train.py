@@ -24,29 +24,13 @@ from tqdm import tqdm
 import cli
 import data
 import fsdp
-from cli import Recipe
+import model as model_module
 from hf import builtin, families, scaling, weights
 from storage.checkpoint import Checkpoints
 from storage.files import InputError, cache_dir, describe_changes, read_json, write_json
 from storage.log import Log, show_progress
 from tasks.validation import Validation
 
-# The paper's settings are the Recipe's own. The built-in models have theirs, for a laptop and for
-# minutes on one GPU.
-PAPER = Recipe()
-RECIPES = {
-    "tiny": Recipe(steps=150, batch_size=32, lr=2e-4, target_windows=8, headroom=2, beta_fast=8),
-    "smollm2-135m": Recipe(
-        steps=200,
-        batch_size=16,
-        lr=1e-4,
-        train_windows=4,
-        rope="ntk",
-        headroom=1.188,
-        overshoot=1.25,
-        llama_4_scaling_beta=0.1,
-    ),
-}
 MAX_GRAD_NORM = 1.0
 MAX_SKIPPED = 10  # updates in a row that are not finite before a run gives up
 
@@ -65,8 +49,10 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
     log = Log(args.out, first_step, args.tensorboard) if rank == 0 else None
     skipped_in_a_row = 0
     steps = range(first_step, args.steps)
-    progress = tqdm(steps, initial=first_step, total=args.steps, disable=None if rank == 0 else True)
+    is_silent = None if rank == 0 else True  # None: shown where there is a terminal
+    progress = tqdm(steps, initial=first_step, total=args.steps, disable=is_silent)
     began = time.perf_counter()
+    # zip asks progress first: after the last step no batch is asked for.
     for step, batch in zip(progress, data.prefetched(batches, first_step, own_examples(args), device)):
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
@@ -99,8 +85,8 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
             log.write(figures)
             show_progress(progress, figures)
 
-        checkpoints.finish(wait=False)  # raises what went wrong with the one in the background
-        give_up_if_lost(skipped_in_a_row, done)
+        checkpoints.raise_if_failed()
+        raise_if_diverged(skipped_in_a_row, done)
         if stop or (args.save_every and done % args.save_every == 0):
             checkpoints.save(model, optimizer, done)
         if stop:
@@ -125,7 +111,7 @@ def learning_rate(step, args):
     return args.lr * (args.steps - step) / max(1, args.steps - args.warmup_steps)
 
 
-def give_up_if_lost(skipped_in_a_row, done):
+def raise_if_diverged(skipped_in_a_row, done):
     """Raise InputError if too many updates in a row were left out. done: steps so far."""
     if skipped_in_a_row == MAX_SKIPPED:
         raise InputError(
@@ -144,10 +130,8 @@ def any_process(signals, device):
 def validate(validation, model, device, step):
     """Return the validation loss {length: nats a token} after a step, and say it."""
     nats = validation(model, device)
-    say(
-        f"step {step}: validation loss "
-        + ", ".join(f"{loss:.3f} at {length:,}" for length, loss in nats.items())
-    )
+    by_length = ", ".join(f"{loss:.3f} at {length:,}" for length, loss in nats.items())
+    say(f"step {step}: validation loss {by_length}")
     return nats
 
 
@@ -188,9 +172,9 @@ def main():
     args.device = cli.device(args.device)
     args.model = args.model or builtin.default_model(args.device)
     folder = builtin.open_model(args.model)
-    original = folder.config
-    cli.complete_training(args, original, RECIPES.get(args.model, PAPER))
-    config = stretched(original, args)
+    base = folder.config
+    cli.complete_training(args, base)
+    config = extended_config(base, args)
     tokenizer = folder.load_tokenizer()
     batches, validation = read_texts(args, tokenizer) if args.steps else (None, None)
     record = cli.training_record(args, as_given)
@@ -208,13 +192,13 @@ def main():
         write_json(args.out / "args.json", record)
     model = load_sharded(args, folder, config, device)
     optimizer = fsdp.adamw(model, args.lr)
-    fixed = {key: value for key, value in record.items() if key not in cli.FREE}
-    checkpoints = Checkpoints(args.out / "checkpoints", fixed, args.keep)
+    must_match = {key: value for key, value in record.items() if key not in cli.MAY_CHANGE}
+    checkpoints = Checkpoints(args.out / "checkpoints", must_match, args.keep)
     first_step = checkpoints.load(model, optimizer, say) if args.resume else 0
     if args.resume and dist.get_rank() == 0:
         # With all lines in metrics.jsonl, the interrupted run's model would pass for the finished one's.
         shutil.rmtree(args.out / "model", ignore_errors=True)
-    announce(args, original, config, batches, first_step)
+    announce(args, base, config, batches, first_step)
     if validation:  # the loss before training; and too little memory for it shows here, not at the end
         validate(validation, model, device, first_step)
 
@@ -253,15 +237,21 @@ def read_texts(args, tokenizer):
 
 def load_sharded(args, folder, config, device):
     """Return the model of a CheckpointFolder with another Config, ready for training."""
-    model = folder.empty_model()
-    model.config = config
-    dtypes = getattr(torch, args.dtype), getattr(torch, args.param_dtype)
-    fsdp.shard(model, device, *dtypes, args.activation_checkpointing, args.cpu_offload, args.compile)
+    model = model_module.empty(config)
+    fsdp.shard(
+        model,
+        device,
+        compute_dtype=getattr(torch, args.dtype),
+        param_dtype=getattr(torch, args.param_dtype),
+        activation_checkpointing=args.activation_checkpointing,
+        cpu_offload=args.cpu_offload,
+        compile=args.compile,
+    )
     folder.read_into(model)
     return model.train()
 
 
-def stretched(config, args):
+def extended_config(config, args):
     """Return the Config of the model with its window stretched as the options say. Raise InputError if
     no stock class would compute it."""
     settings = {}
@@ -295,28 +285,27 @@ def check_agreement(record):
             )
 
 
-def announce(args, original, config, batches, first_step):
+def announce(args, base, config, batches, first_step):
     """Say what will be done. original, config: the Config before and after the window was stretched."""
     if args.resume and not first_step:
         say(f"--resume: {args.out} holds no checkpoint yet; starting with the first step")
     stretch = f"{args.rope} by {args.factor:g}" if args.factor else args.rope
     going_on = f", going on after step {first_step}" if first_step else ""
-    windows = f"window {original.max_position_embeddings:,} -> {args.target_len:,}"
+    windows = f"window {base.max_position_embeddings:,} -> {args.target_len:,}"
     say(f"{args.model}: {windows}, {args.method}, {stretch}{going_on}")
-    earlier = original.rope_scaling or {}
+    earlier = base.rope_scaling or {}
     if "factor" in earlier:
-        together = (
-            f"{stretch} comes on top, {config.rope_scaling['factor']:g} in all"
-            if args.factor
-            else "that stays"
-        )
+        if args.factor:
+            together = f"{stretch} comes on top, {config.rope_scaling['factor']:g} in all"
+        else:
+            together = "that stays"
         say(f"the model is scaled already ({earlier['rope_type']} by {earlier['factor']:g}); {together}")
     if batches:
-        n_used = len(batches.documents) - batches.skipped
+        n_used = len(batches.documents) - batches.n_too_short
         say(
             f"{args.steps} steps of {args.batch_size} x {args.train_len:,} tokens on "
-            f"{dist.get_world_size()} process(es); {batches.usable:,} tokens in {n_used} document(s), "
-            f"{batches.skipped} too short and left out"
+            f"{dist.get_world_size()} process(es); {batches.usable_tokens:,} tokens in {n_used} document(s), "
+            f"{batches.n_too_short} too short and left out"
         )
 
 
@@ -330,10 +319,10 @@ def catch_signals():
         caught.append(number)
         if speaks:
             os.write(2, b"\nstopping after this step\n")  # print may be in the middle of something
-        if (
-            "TORCHELASTIC_RUN_ID" not in os.environ
-        ):  # torchrun passes signals on several times, and kills after a while itself
-            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        # A second signal ends the process at once. Not under torchrun: it passes signals on several times,
+        # and kills after a while itself.
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, catch)

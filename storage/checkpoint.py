@@ -80,10 +80,15 @@ class Checkpoints:
             (self.folder / f"step-{other}").rename(removed)
             shutil.rmtree(removed)
 
-    def finish(self, wait=True):
+    def raise_if_failed(self):
+        """Raise what `finish` raises if writing in the background has failed. Does not wait."""
+        if self.writing is not None and self.writing.done():
+            self.finish()
+
+    def finish(self):
         """Wait until the checkpoint in the background is written, or only (wait=False) look whether
         that failed. Raise OSError if the disk is full."""
-        if self.writing is None or not (wait or self.writing.done()):
+        if self.writing is None:
             return
         future, self.writing = self.writing, None
         try:
@@ -103,7 +108,9 @@ class Checkpoints:
         say(line) is called for each one that is passed over. Raises InputError if none can be used, or
         if it is of another run.
         """
-        for step, manifest in self._found():
+        self._remove_left_overs()
+        found = self._found()
+        for step, manifest in found:
             folder = self.folder / f"step-{step}"
             damaged = MANIFEST if manifest is None else self._damaged_file(folder, manifest["crc32"])
             if damaged:
@@ -118,17 +125,21 @@ class Checkpoints:
             dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
             set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
             return step
-        if self._found():
+        if found:
             raise InputError(f"{self.folder}: no checkpoint there is whole; start again with another folder")
         return 0
+
+    def _remove_left_overs(self):
+        """Remove the folders that a kill left half written or half removed."""
+        if dist.get_rank() == 0:
+            for left_over in self.folder.glob("step-*.*"):
+                shutil.rmtree(left_over)
 
     def _found(self):
         """Return (step, manifest or None) of each checkpoint, the newest first. All processes take
         process 0's view, since that of another machine may lag behind."""
         found = [None]
         if dist.get_rank() == 0:
-            for left_over in self.folder.glob("step-*.*"):  # a kill left it half written or half removed
-                shutil.rmtree(left_over)
             found = [[(step, self._manifest(step)) for step in self._steps()]]
         dist.broadcast_object_list(found)
         return found[0]

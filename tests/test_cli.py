@@ -11,7 +11,6 @@ import cli
 from bench import SHAPES
 from hf import scaling
 from storage.files import InputError
-from train import PAPER, RECIPES
 
 SMOLLM2 = SHAPES["smollm2-135m"]
 TO_16_WINDOWS = ("--model", "smollm2-135m", "--target_len", 131072)
@@ -42,7 +41,7 @@ def parse_and_complete(parse):
 
 
 def complete(args, config=SMOLLM2):
-    cli.complete_training(args, config, RECIPES.get(args.model, PAPER))
+    cli.complete_training(args, config)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +117,7 @@ def record(tmp_path):
     """record(args) writes args.json of an earlier run in tmp_path that had these options."""
 
     def write(args):
-        options = {key: value for key, value in vars(args).items() if key not in cli.OF_THIS_CALL}
+        options = {key: value for key, value in vars(args).items() if key not in cli.NOT_RECORDED}
         (tmp_path / "args.json").write_text(json.dumps(options))
 
     return write

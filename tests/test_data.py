@@ -358,7 +358,7 @@ def test_every_place_where_a_window_can_begin_is_equally_likely(make_documents):
     and short ones never."""
     lengths, n = [8, 9, 12, 30, 3, 20], 8000
     batches = data.Batches(make_documents(*lengths), seed=1, **POSE | {"method": "pi"})
-    assert batches.skipped == 2  # of 8 and 3 tokens
+    assert batches.n_too_short == 2  # of 8 and 3 tokens
     first = Counter(batches(0, range(n))[0][:, 0].tolist())
     places = [1000 * i + start for i, length in enumerate(lengths, 1) for start in range(length - 8)]
     assert set(first) <= set(places) and len(places) == 1 + 4 + 22 + 12
@@ -371,7 +371,7 @@ def test_every_place_where_a_window_can_begin_is_equally_likely(make_documents):
 @pytest.mark.parametrize("lengths, skipped", [([9], 0), ([8, 9], 1), ([1, 7, 8, 40, 2], 4)])
 def test_short_documents_are_counted_and_never_drawn(make_documents, lengths, skipped):
     batches = data.Batches(make_documents(*lengths), seed=0, **POSE)
-    assert batches.skipped == skipped
+    assert batches.n_too_short == skipped
     drawn = set((batches(0, range(100))[0] // 1000).ravel().tolist())
     assert drawn == {i for i, length in enumerate(lengths, 1) if length > 8}
 
