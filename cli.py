@@ -1,8 +1,8 @@
 """Command lines: options and their checks, completion by defaults, one-line errors, exit codes.
 
-Options have their types and ranges here; what depends on several of them, or on the model, is checked
-when they are completed. Exit codes: 0 done, 2 input that cannot be used (one line on stderr says what,
-where, and what to do), 130 interrupted.
+Options have their types and ranges here; what depends on several of them, or on the model, is checked when
+they are completed. Exit codes: 0 done, 2 input that cannot be used (one line on stderr says what, where,
+and what to do), 130 interrupted.
 """
 
 import argparse
@@ -31,8 +31,7 @@ MICRO_BATCH_TOKENS = 32768  # tokens that a process takes through the model at o
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a mistake as one line, without the usage text,
-    and only once under torchrun."""
+    """An ArgumentParser that raises InputError for a mistake, in one line without the usage text."""
 
     def error(self, message):
         command = self.prog if self.prog.startswith("python ") else f"python {self.prog}"
@@ -71,8 +70,10 @@ def number(least, most=math.inf):
 
 
 def token_counts(least=1):
-    """Return the type of an option that takes numbers of tokens such as 4096,2048: a list in ascending
-    order, each once."""
+    """Return the type of an option that takes numbers of tokens such as 4096,2048.
+
+    Its value is a list in ascending order, each number once.
+    """
 
     def parse(text):
         try:
@@ -88,8 +89,10 @@ def token_counts(least=1):
 
 
 def output_file(*suffixes):
-    """Return the type of an option that names a file to write, with one of the suffixes if any are
-    given. A file that could not be written is refused before hours of work."""
+    """Return the type of an option that names a file to write, with one of the suffixes if any are given.
+
+    A file that could not be written is refused before hours of work.
+    """
 
     def parse(text):
         path = Path(text)
@@ -112,15 +115,20 @@ plot_file = output_file(".png", ".pdf", ".svg")
 
 
 def refuse_options_of_other_tasks(args, belongs):
-    """Raise InputError for an option that is given and belongs to another --task. belongs: {option: its
-    tasks}. An option that is not given must be None, False or an empty list."""
+    """Raise InputError for an option that is given and belongs to another --task.
+
+    belongs: {option: its tasks}. An option that is not given must be None, False or an empty list.
+    """
     for option, tasks in belongs.items():
         if args.task not in tasks and getattr(args, option) not in (None, False, []):
             raise InputError(f"--{option} belongs to --task {' or '.join(tasks)}; leave it out")
 
 
 def device(named):
-    """Return the device that --device names, "cuda" or "cpu"; without one (None), cuda if there is one."""
+    """Return the device that --device names, "cuda" or "cpu"; without one (None), cuda if there is one.
+
+    Raise InputError if CUDA is named and absent, or has fewer devices than there are processes.
+    """
     if named == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device here; leave it out to run on the CPU")
     kind = named or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,11 +140,11 @@ def device(named):
 
 
 def split_batch(batch_size, micro_batch_size, tokens):
-    """Return (examples of each process in a step, those of them in one forward
-    pass). tokens: in an example.
+    """Return (examples of each process in a step, examples in one forward pass).
 
-    micro_batch_size None: as many examples as make about MICRO_BATCH_TOKENS. Raises InputError if one
-    does not divide the other."""
+    tokens: in an example. micro_batch_size: None for as many examples as make about MICRO_BATCH_TOKENS.
+    Raises InputError if one does not divide the other.
+    """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % world:
         raise InputError(
@@ -159,8 +167,10 @@ def split_batch(batch_size, micro_batch_size, tokens):
 
 
 def run(main):
-    """Call main() and turn a user's mistake, a file that cannot be used, or full memory into one line
-    and exit code 2."""
+    """Call main(), and turn an error that is no bug into one line and exit code 2.
+
+    Such are a user's mistake, a file that cannot be used, and full memory.
+    """
     try:
         main()
     except KeyboardInterrupt:
@@ -211,8 +221,10 @@ def run_distributed(main):
 
 
 def leave(code):
-    """End the process at once, without an interpreter shutdown: gloo's threads may still hold tensors
-    then, and abort one run in several (pytorch/pytorch#179291)."""
+    """End the process at once, without an interpreter shutdown.
+
+    gloo's threads may still hold tensors then, and abort one run in several (pytorch/pytorch#179291).
+    """
     if dist.is_initialized() and code == 0:
         dist.barrier()
         dist.destroy_process_group()
@@ -226,8 +238,10 @@ def leave(code):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train a model: the defaults of options that depend on it. As they stand here they are the
-    paper's (section 4.1)."""
+    """How to train a model: the defaults of options that depend on it.
+
+    As they stand here they are the paper's (section 4.1).
+    """
 
     steps: int = 1000
     batch_size: int = 64  # examples in a step, if an example is one window of the model
@@ -274,8 +288,10 @@ MAY_CHANGE = (
 
 
 def training_parser():
-    """Return the parser of train.py. Defaults that depend on the model or the machine are None: see
-    complete_training."""
+    """Return the parser of train.py.
+
+    Defaults that depend on the model or the machine are None: see complete_training.
+    """
     p = ArgumentParser(description="Extend a model's context window with PoSE.")
     switch = argparse.BooleanOptionalAction
     dtypes = ("float32", "bfloat16")
@@ -375,10 +391,10 @@ def training_parser():
 
 
 def training_arguments():
-    """Return train.py's options as given. With --resume, those that are not given are
-    those of the run in --out.
+    """Return the options of train.py as given; with --resume, the other ones as the run in --out had them.
 
-    Raises InputError for an --out that holds another run, and for a resumed run whose options differ."""
+    Raises InputError for an --out that holds another run, and for a resumed run whose options differ.
+    """
     parser = training_parser()
     args = parser.parse_args()
     for path in (args.out, *args.out.parents):
@@ -394,8 +410,11 @@ def training_arguments():
 
 
 def options_of_earlier_run(given, parser):
-    """Return the options of the run in --out, with those on top that are given and may
-    change. given: parsed options."""
+    """Return the options of the run in --out, with those on top that are given and may change.
+
+    given: parsed options. Raises InputError if there is no such run, if it is finished, or if others
+    differ.
+    """
     out, record = given.out, given.out / "args.json"
     if not record.exists():
         raise InputError(f"--resume: {out} holds no run; leave --resume out to start one")
@@ -425,10 +444,10 @@ def options_of_earlier_run(given, parser):
 
 
 def complete_training(args, config):
-    """Fill in the options of train.py that depend on the model and the machine. Raise InputError for
-    what cannot run.
+    """Fill in the options of train.py that depend on the model and the machine.
 
-    config: the model's. recipe: its Recipe."""
+    config: the model's. Raises InputError for what cannot run.
+    """
     recipe = RECIPES.get(args.model, Recipe())
     window = config.max_position_embeddings
     for option in ("steps", "lr", "warmup_steps", "rope"):
@@ -526,9 +545,11 @@ def refuse_contradictions(args):
 
 
 def training_record(args, as_given):
-    """Return what a run is recorded with in args.json, {option: value}. as_given: the
-    options before they were completed; those of MAY_CHANGE are recorded as they were, since their
-    defaults are those of a machine."""
+    """Return what a run is recorded with in args.json, {option: value}.
+
+    as_given: the options before they were completed. Those of MAY_CHANGE are recorded as they were, since
+    their defaults are those of a machine.
+    """
     record = {option: value for option, value in vars(args).items() if option not in NOT_RECORDED}
     for option in MAY_CHANGE:
         record[option] = getattr(as_given, option)

@@ -1,8 +1,8 @@
-"""Documents -> token files, and batch number n of a run as a pure function of (seed, n).
+"""Documents -> token files -> batches. A batch is a pure function of (seed, step).
 
-Texts are tokenised once into memory-mapped files in the cache folder, and reused while neither they nor
-the tokenizer change. A training example depends on (seed, step, its index in the global batch) alone.
-So resuming is exact, and the loss curve does not depend on how many processes share the work.
+Texts are tokenised once into memory-mapped files in the cache folder, and reused while neither they nor the
+tokenizer change. A training example depends on (seed, step, its index in the global batch) alone. So
+resuming is exact, and the loss curve does not depend on how many processes share the work.
 """
 
 import gzip
@@ -33,9 +33,11 @@ DOCUMENTS_AT_ONCE = 32  # that are tokenised together, by several threads
 
 
 def find_files(paths):
-    """Return the files that the user named, and those of SUFFIXES in the folders among them. Without
-    any path: the source of the running Python's standard library. Raise InputError for a path that is
-    not there or a folder without texts."""
+    """Return the files that the user named, and those of SUFFIXES in the folders among them.
+
+    Without any path: the source of the running Python's standard library. Raise InputError for a path that
+    is not there or a folder without texts.
+    """
     if not paths:
         return standard_library()
     files = []
@@ -69,8 +71,10 @@ def fingerprint(files):
 
 
 def read_documents(path):
-    """Yield the texts of a file: in JSON Lines each line is a document, any other file is one. Empty
-    texts are passed over."""
+    """Yield the texts of a file: in JSON Lines each line is a document, any other file is one.
+
+    Empty texts are passed over.
+    """
     if path.name.endswith(JSON_LINES):
         for text in read_json_lines(path, document_text, 'a JSON object with a string "text" in UTF-8'):
             if text.strip():
@@ -94,11 +98,11 @@ def document_text(line):
 
 
 def read_json_lines(path, convert, expected):
-    """Yield convert(value) for every JSON value in a .jsonl or .jsonl.gz file, one a line; blank lines
-    are passed over.
+    """Yield convert(value) for every JSON value in a .jsonl or .jsonl.gz file, one a line.
 
-    Raise InputError with the number of a line that is not JSON or that `convert` raises an error for.
-    expected: what a line should be, in words."""
+    Blank lines are passed over. Raise InputError with the number of a line that is not JSON or that
+    `convert` raises an error for. expected: what a line should be, in words.
+    """
     number = 0
     open_file = gzip.open if path.suffix == ".gz" else open
     with open_file(path, "rb") as f:
@@ -121,8 +125,11 @@ def read_json_lines(path, convert, expected):
 
 
 class Documents:
-    """Tokenised texts. `tokens` holds all ids one after the other (memory-mapped); document i is
-    tokens[starts[i] : starts[i + 1]]. `sha256` is 16 digits of the hash of them all."""
+    """Tokenised texts: document i is tokens[starts[i] : starts[i + 1]].
+
+    `tokens` holds all ids one after the other (memory-mapped). `sha256` is 16 digits of the hash of them
+    all.
+    """
 
     def __init__(self, folder):
         self.starts = np.load(folder / "starts.npy")
@@ -137,8 +144,10 @@ class Documents:
 
 
 def tokenised(paths, tokenizer, cache):
-    """Return the Documents in `paths` (see find_files), tokenised into a folder under `cache` unless
-    they are there already."""
+    """Return the Documents in `paths` (see find_files).
+
+    They are tokenised into a folder under `cache` unless they are there already.
+    """
     files = find_files(paths)
     key = hashlib.sha256(CACHE_LAYOUT)
     for content in tokenizer.files.values():
@@ -165,8 +174,10 @@ def tokenised(paths, tokenizer, cache):
 
 
 def tokenise(files, tokenizer, folder):
-    """Tokenise files into a new folder of the layout that Documents reads. Raise InputError if there is
-    no text in them."""
+    """Tokenise files into a new folder of the layout that Documents reads.
+
+    Raise InputError if there is no text in them.
+    """
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
     folder.mkdir()
     (folder / "dtype").write_text(dtype.name)
@@ -197,12 +208,16 @@ def tokenise(files, tokenizer, folder):
 class Batches:
     """The batches of a run: calling it with a step gives that step's examples.
 
-    Documents too short for one window are left out; `skipped` counts them, and
-    `usable` the tokens of the others."""
+    Documents too short for one window are left out: `n_too_short` counts them, and `usable_tokens`
+    the tokens of the others.
+    """
 
     def __init__(self, documents, seed, bos_id=None, **sampling):
-        """sampling: the arguments of pose.sample after text_len. bos_id: replaces the first token of
-        each window, if the model has one. Raise InputError if no document is long enough."""
+        """Find where windows can begin. Raise InputError if no document is long enough.
+
+        bos_id: replaces the first token of each window, if the model has one. sampling: the arguments of
+        pose.sample after text_len.
+        """
         self.documents, self.seed, self.bos_id, self.sampling = documents, seed, bos_id, sampling
         train_len = sampling["train_len"]
         reach = SPAN_IN_WINDOWS * train_len
@@ -224,15 +239,19 @@ class Batches:
             )
 
     def __call__(self, step, indices):
-        """Return tokens, positions and targets, each int64 (len(indices), train_len), of these examples
-        of a step's global batch."""
+        """Return tokens, positions and targets of the examples `indices` of a step's global batch.
+
+        Each is int64 (len(indices), train_len).
+        """
         examples = [self.example(np.random.default_rng((self.seed, step, i))) for i in indices]
         tokens, positions, targets = zip(*examples)
         return np.stack(tokens), np.stack(positions), np.stack(targets)
 
     def example(self, rng):
-        """Return tokens, positions and targets, each int64 (train_len,), of one example drawn with a
-        numpy Generator."""
+        """Return tokens, positions and targets of one example drawn with a numpy Generator.
+
+        Each is int64 (train_len,).
+        """
         place = rng.integers(self.window_counts[-1])
         i = np.searchsorted(self.window_counts, place, side="right")
         start = place - (self.window_counts[i - 1] if i else 0)
@@ -246,8 +265,10 @@ class Batches:
 
 
 def prefetched(batches, first_step, indices, device):
-    """Yield batches(step, indices) as tensors on `device` for step = first_step, first_step + 1, ...
-    without end. A thread makes the next batch while the device works on this one."""
+    """Yield batches(step, indices) as tensors on `device`, for first_step and all steps after it.
+
+    A thread makes the next batch while the device works on this one.
+    """
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(batches, first_step, indices)
         for step in count(first_step + 1):

@@ -1,16 +1,17 @@
-"""Spread training over processes and save memory: process group, FSDP2, activation checkpointing, CPU
-offload.
+"""Spread training over processes and save memory.
+
+It does so with a process group, FSDP2, activation checkpointing and CPU offload.
 
 Notable choices:
-- There is one code path for 1 and N processes, but a single process without offload is not sharded: it
-  has nothing to shard, and FSDP's copies would cost SmolLM2 a third of its speed on an H100.
+- There is one code path for 1 and N processes, but a single process without offload is not sharded: it has
+  nothing to shard, and FSDP's copies would cost SmolLM2 a third of its speed on an H100.
 - Master weights are float32, computation is bfloat16. Several processes get that from FSDP's mixed
   precision, a single one from model.py, which rounds weights where it uses them.
-- Each process keeps all vectors (weights of norms, biases), a ten-thousandth of the model, outside of
-  FSDP, which would round them. Near 1, bfloat16 has steps of 0.4 to 0.8%, and a norm's small updates
-  would show only after many of them.
-- The order is: activation checkpointing inside, torch.compile around it, fully_shard outermost. Names
-  of parameters stay.
+- Each process keeps all vectors (weights of norms, biases), a ten-thousandth of the model, outside of FSDP,
+  which would round them. Near 1, bfloat16 has steps of 0.4 to 0.8%, and a norm's small updates would show
+  only after many of them.
+- The order is: activation checkpointing inside, torch.compile around it, fully_shard outermost.
+  Names of parameters stay.
 """
 
 import math
@@ -38,8 +39,10 @@ PEAK_FLOPS = {
 
 
 def start(device_type):
-    """Join the process group that torchrun set up, or make one of a single process. Return this
-    process's device."""
+    """Join the process group, or make one of a single process. Return this process's device.
+
+    torchrun sets up a group to join.
+    """
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -55,8 +58,7 @@ def start(device_type):
 
 
 def peak_flops(device):
-    """Return the operations a second that the card's maker names, None for a card that
-    is not listed and for a CPU."""
+    """Return the operations a second that the card's maker names, None for other cards and for a CPU."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for card, flops in PEAK_FLOPS.items():
@@ -77,13 +79,12 @@ def shard(
     cpu_offload=False,
     compile=False,
 ):
-    """Prepare a model on the meta device for training, and take uninitialised memory for
-    this process's share of it.
+    """Prepare a model on the meta device for training, with memory for this process's share of it.
 
-    Each block and then the rest is sharded over all processes. A single process keeps plain parameters,
-    unless cpu_offload asks for FSDP. The master weights, and with them AdamW's state, are of
-    param_dtype; computation happens in compute_dtype; gradients are reduced in float32 and averaged
-    over processes. activation_checkpointing: "none", "selective" or "full".
+    The memory is uninitialised. Each block and then the rest is sharded over all processes. A single
+    process keeps plain parameters, unless cpu_offload asks for FSDP. The master weights, and with them
+    AdamW's state, are of param_dtype; computation happens in compute_dtype; gradients are reduced in
+    float32 and averaged over processes. activation_checkpointing: "none", "selective" or "full".
     """
     model.to(param_dtype)
     model.compute_dtype = compute_dtype
@@ -122,9 +123,11 @@ def use_all_cores():
 
 
 def checkpoint_activations(block, mode):
-    """Make a block keep its input alone and compute the rest again in the backward pass
-    ("full"), or keep its input and the results of matrix products and attention
-    ("selective"), or everything ("none")."""
+    """Make a block keep fewer activations, and compute the others again in the backward pass.
+
+    mode: what it keeps. "full": its input alone. "selective": its input and the results of matrix products
+    and attention. "none": everything.
+    """
     if mode == "full":
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     elif mode == "selective":
@@ -151,8 +154,10 @@ def vectors(model):
 
 
 def own_rows(parameter):
-    """Return the slice of rows of a DTensor, sharded by fully_shard, that this process holds: equal
-    runs, of which the last ones are shorter or empty."""
+    """Return the slice of rows that this process holds of a DTensor sharded by fully_shard.
+
+    The processes hold equal runs of rows, of which the last ones are shorter or empty.
+    """
     run = math.ceil(len(parameter) / parameter.device_mesh.size())
     first = min(parameter.device_mesh.get_local_rank() * run, len(parameter))
     return slice(first, min(first + run, len(parameter)))
@@ -162,15 +167,19 @@ def own_rows(parameter):
 
 
 def adamw(model, lr):
-    """Return the optimizer, without weight decay. Where matrices are sharded and vectors are not, they
-    must be groups of their own."""
+    """Return the optimizer, without weight decay.
+
+    Where matrices are sharded and vectors are not, they must be groups of their own.
+    """
     groups = [{"params": parameters} for parameters in (matrices(model), vectors(model))]
     return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)
 
 
 def average_vector_gradients(model):
-    """Average the gradients of the vectors over processes, in float32. FSDP has done so
-    with those of the matrices."""
+    """Average the gradients of the vectors over processes, in float32.
+
+    FSDP has done so with those of the matrices.
+    """
     gradients = [p.grad for p in vectors(model)]
     together = torch.cat([gradient.float() for gradient in gradients])
     dist.all_reduce(together)
@@ -179,8 +188,7 @@ def average_vector_gradients(model):
 
 
 def clip_gradients(model, max_norm):
-    """Scale all gradients so that their norm is at most max_norm. Return the norm that
-    they had, still on the device."""
+    """Scale all gradients so that their norm is at most max_norm. Return the norm before, on the device."""
     groups = matrices(model), vectors(model)
     norms = []
     for group in groups:
@@ -196,11 +204,11 @@ def clip_gradients(model, max_norm):
 
 
 def skip_update_unless_finite(optimizer, loss, grad_norm):
-    """Have the optimizer's next step leave everything as it is if the loss or the norm of
-    the gradient is not finite.
+    """Have the optimizer's next step change nothing if the loss or the gradient's norm is not finite.
 
     It is how torch.amp.GradScaler tells the fused kernel to skip a step: nothing has to wait for the
-    device. Must be called before each step."""
+    device. Must be called before each step.
+    """
     is_bad = ~(loss.isfinite() & grad_norm.isfinite())
     a_matrix = optimizer.param_groups[0]["params"][0]
     optimizer.found_inf = is_bad.float().to(a_matrix.device)

@@ -1,18 +1,18 @@
 """The decoder: tokens and positions in, logits or the training loss out; and greedy generation.
 
 One architecture covers LLaMA, Mistral, Qwen2 and Baichuan (RMSNorm, SwiGLU, grouped-query attention) as
-well as GPT-J and Phi (LayerNorm, GELU, attention and MLP side by side). What a block computes is data
-in `Config`; families are known in hf/ only.
+well as GPT-J and Phi (LayerNorm, GELU, attention and MLP side by side). What a block computes is data in
+`Config`; families are known in hf/ only.
 
 Notable choices:
-- Positions are an input. cos and sin are computed once a forward pass from the actual positions and
-  shared by all layers.
+- Positions are an input. cos and sin are computed once a forward pass from the actual positions
+  and shared by all layers.
 - Attention is `scaled_dot_product_attention`, causal by token order, with no mask tensor: memory stays
   linear in T.
-- The loss never holds all logits. It runs over chunks of tokens and computes their gradients at once,
-  in the forward pass.
-- Without gradients, a long text goes through each block's matrix products in chunks too: a million
-  tokens need a few GiB.
+- The loss never holds all logits. It runs over chunks of tokens and computes their gradients at
+  once, in the forward pass.
+- Without gradients, a long text goes through each block's matrix products in slices: a million tokens need
+  a few GiB.
 - There are no buffers: a model built on the meta device needs nothing but its parameters.
 
 Shapes: B batch, T tokens, C hidden_dim, H n_heads, K n_kv_heads, D head_dim, V vocab_size.
@@ -33,6 +33,8 @@ MAX_LOGITS = 2**28  # logits that the loss holds at once
 
 @dataclass
 class Config:
+    """Everything that tells one model from another: its sizes, and what its blocks and its head compute."""
+
     vocab_size: int
     hidden_dim: int
     intermediate_dim: int
@@ -66,14 +68,18 @@ class Config:
 
     @property
     def original_window(self):
-        """The window before any interpolation that rope_scaling records, in tokens. (NTK is written as
-        another theta, which does not record it.)"""
+        """The window before any interpolation that rope_scaling records, in tokens.
+
+        (NTK is written as another theta, which does not record it.)
+        """
         recorded = (self.rope_scaling or {}).get("original_max_position_embeddings")
         return recorded or self.max_position_embeddings
 
     def flops_per_token(self, T):
-        """Return the operations of a training step per token: 6 for each weight in a matrix product,
-        and causal attention over T tokens, counted without its masked half."""
+        """Return the operations of a training step per token, with causal attention over T tokens.
+
+        That is 6 for each weight in a matrix product, and attention counted without its masked half.
+        """
         n_mlp_products = 3 if self.mlp == "swiglu" else 2
         mlp = n_mlp_products * self.hidden_dim * self.intermediate_dim
         attention = self.hidden_dim * (2 * self.n_heads + 2 * self.n_kv_heads) * self.head_dim
@@ -85,10 +91,13 @@ class Config:
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its input. Master weights in float32 are rounded
-    where they are used, and their gradients arrive in float32."""
+    """A linear layer that computes in the dtype of its input.
+
+    Master weights in float32 are rounded where they are used, and their gradients arrive in float32.
+    """
 
     def weight_and_bias(self, dtype):
+        """Return both in a dtype, the bias None if there is none."""
         return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
     def forward(self, x):
@@ -99,7 +108,8 @@ class Head(Linear):
     """Hidden states (..., C) -> logits (..., V).
 
     Baichuan2 takes each row of the weight at unit length. The weight as it is stays the parameter:
-    Baichuan's own code overwrites it in evaluation, after which it learns no more."""
+    Baichuan's own code overwrites it in evaluation, after which it learns no more.
+    """
 
     def __init__(self, config):
         super().__init__(config.hidden_dim, config.vocab_size, bias=config.head_bias)
@@ -112,8 +122,10 @@ class Head(Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm that computes in the dtype of its weight and rounds afterwards. A master weight near 1
-    that is rounded to bfloat16 first would lose most of its small updates."""
+    """RMSNorm that computes in the dtype of its weight and rounds afterwards.
+
+    A master weight near 1 that is rounded to bfloat16 first would lose most of its small updates.
+    """
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
@@ -170,9 +182,11 @@ class Attention(nn.Module):
         self.o = Linear(config.n_heads * D, C, bias=config.o_bias)
 
     def queries_keys_values(self, h, cos, sin, query_scale=None):
-        """Return queries (B, T, H, D), keys and values (B, T, K, D) of normed hidden states h (B, T,
-        C). Queries and keys are turned to their positions, and queries are multiplied by query_scale
-        (1, T, 1, 1) if there is one."""
+        """Return queries (B, T, H, D), keys and values (B, T, K, D) of normed hidden states h (B, T, C).
+
+        Queries and keys are turned to their positions, and queries are multiplied by query_scale
+        (1, T, 1, 1) if there is one.
+        """
         q, k, v = (layer(h).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))
         if query_scale is None:
             q = rope.apply_rope(q, cos, sin)
@@ -182,8 +196,7 @@ class Attention(nn.Module):
 
 
 def causal_attention(q, k, v):
-    """Return what the last T of S tokens attend to: q (B, T, H, D), k and v (B,
-    S, K, D) -> (B, T, H * D)."""
+    """Return the attention of the last T of S tokens: q (B, T, H, D), k, v (B, S, K, D) -> (B, T, H * D)."""
     T, S = q.shape[1], k.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T or S, D)
     grouped = k.shape[1] != q.shape[1]
@@ -198,8 +211,10 @@ def causal_attention(q, k, v):
 
 
 class Block(nn.Module):
-    """A layer: x + attention(norm(x)), then x + MLP(norm(x)). In a parallel one, x + attention(h) +
-    MLP(h) with h = norm(x)."""
+    """A layer: x + attention(norm(x)), then x + MLP(norm(x)).
+
+    In a parallel one, x + attention(h) + MLP(h) with h = norm(x).
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -211,11 +226,11 @@ class Block(nn.Module):
         self.mlp = {"swiglu": SwiGLU, "gelu": GeluMLP}[config.mlp](config)
 
     def forward(self, x, cos, sin, query_scale=None, cache=None, start=0):
-        """x (B, T, C) -> (B, T, C).
+        """Return the block's output (B, T, C) for its input x (B, T, C).
 
-        cos, sin: see rope.rope_cos_sin. query_scale: see rope.query_scale. cache: None, or
-        (keys, values), each (B, S, K, D), whose first `start` places are filled and whose
-        next T places this call fills."""
+        cos, sin: see rope.rope_cos_sin. query_scale: see rope.query_scale. cache: None, or (keys, values),
+        each (B, S, K, D), whose first `start` places are filled and whose next T places this call fills.
+        """
         # A compiled block takes no slices: it has one graph for every length.
         may_overwrite_x = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if cache is None and x.shape[1] > SLICE_TOKENS and may_overwrite_x:
@@ -230,8 +245,7 @@ class Block(nn.Module):
         return self.after_attention(x, causal_attention(q, k, v))
 
     def after_attention(self, x, attended):
-        """Return the block's output from its input x (B, T, C) and what the heads
-        attended to (B, T, H * D)."""
+        """Return the block's output from its input x (B, T, C) and the heads' outputs (B, T, H * D)."""
         if self.parallel:
             # The norm is computed once more: keeping it from before attention would take memory.
             return x + self.attention.o(attended) + self.mlp(self.attention_norm(x))
@@ -239,10 +253,11 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
     def forward_in_slices(self, x, cos, sin, query_scale):
-        """Compute `forward` without gradients, in x itself, with all but attention done for
-        CHUNK_TOKENS tokens at a time.
+        """Compute `forward` without gradients, all but attention for SLICE_TOKENS tokens at a time.
 
-        Little more is in memory then than x, queries, keys and values: only attention mixes tokens."""
+        It overwrites x. Little more is in memory then than x, queries, keys and values: only
+        attention mixes tokens.
+        """
         slices = [slice(i, i + SLICE_TOKENS) for i in range(0, x.shape[1], SLICE_TOKENS)]
         projected = []
         for part in slices:
@@ -262,6 +277,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """The decoder, see the head of this file: tokens int64 (B, T) -> logits (B, T, V)."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -288,11 +305,12 @@ class Transformer(nn.Module):
         return self.compute_dtype or self.embed.weight.dtype
 
     def forward(self, tokens, positions=None, targets=None):
-        """Return the logits (B, T, V) of tokens int64 (B, T) at positions int64
-        (B, T), by default 0 ... T-1.
+        """Return the logits (B, T, V) of tokens int64 (B, T).
 
-        With targets int64 (B, N), those of the last N tokens: return their summed cross-entropy in
-        nats, a float32 scalar, without ever holding all logits."""
+        positions: int64 (B, T), by default 0 ... T-1. targets: int64 (B, N), those of the last N
+        tokens; with them, return their summed cross-entropy in nats instead, a float32 scalar, without
+        ever holding all logits.
+        """
         h = self.hidden(tokens, positions)
         if targets is None:
             return self.head(h)
@@ -300,8 +318,7 @@ class Transformer(nn.Module):
         return self.loss(scored.flatten(0, 1), targets.flatten())
 
     def loss(self, hidden, targets):
-        """Return the summed cross-entropy in nats of normed hidden states (N, C)
-        against targets int64 (N,)."""
+        """Return the summed cross-entropy in nats of normed hidden states (N, C), targets int64 (N,)."""
         weight, bias = self.head.weight_and_bias(hidden.dtype)
         return chunked_cross_entropy(hidden, weight, bias, targets, self.cross_entropy)
 
@@ -311,7 +328,8 @@ class Transformer(nn.Module):
         tokens: int64 (B, T). positions: int64 (B, T), by default start ... start + T - 1. cache: None,
         or for each block the (keys, values) of Block.forward. start: tokens that are in the cache
         already. seq_len: tokens in the whole sequence, for `dynamic` and `longrope` (default: of each
-        row, up to its largest position)."""
+        row, up to its largest position).
+        """
         end = start + tokens.shape[1]
         if positions is None:
             positions = torch.arange(start, end, device=tokens.device).expand(tokens.shape)
@@ -324,11 +342,11 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def frequencies(self, positions, seq_len=None):
-        """Return (inv_freq (D/2,) or (B, D/2), attention_factor) for positions (B, T), see
-        rope.rope_frequencies.
+        """Return rope.rope_frequencies at positions (B, T): (inv_freq (D/2,) or (B, D/2), attention_factor).
 
-        Where the angles depend on the length, each row takes its own, in this call only: neither
-        earlier batches nor its neighbours change an example's loss."""
+        Where the angles depend on the length, each row takes its own, in this call only: neither earlier
+        batches nor its neighbours change an example's loss.
+        """
         config = self.config
         arguments = config.rotary_dim, config.rope_theta, config.rope_scaling
         if seq_len is not None or not rope.depends_on_length(config.rope_scaling):
@@ -340,11 +358,12 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, prefill_tokens=2048):
-        """Return the greedy continuation (B, max_new_tokens) of tokens int64 (B, T), read
-        `prefill_tokens` tokens at a time.
+        """Return the greedy continuation (B, max_new_tokens) of tokens int64 (B, T).
 
-        Angles that depend on the length (`dynamic`, `longrope`) are, from the first token on, those of
-        one forward pass over all but the last new token, which is never read."""
+        The tokens are read `prefill_tokens` at a time. Angles that depend on the length
+        (`dynamic`, `longrope`) are, from the first token on, those of one forward pass over all but the
+        last new token, which is never read.
+        """
         config = self.config
         B, T = tokens.shape
         seq_len = T + max_new_tokens - 1
@@ -371,8 +390,10 @@ def empty(config):
 
 
 def cross_entropy_and_gradient(logits, targets):
-    """Return the summed cross-entropy of logits (N, V), a float32 scalar, and its gradient with respect
-    to them: softmax minus one-hot, in their dtype."""
+    """Return the summed cross-entropy of logits (N, V) and its gradient with respect to them.
+
+    The loss is a float32 scalar. The gradient, softmax minus one-hot, has the logits' dtype.
+    """
     z = logits.float()
     log_sum = z.logsumexp(-1, keepdim=True)
     is_target = torch.arange(z.shape[1], device=z.device) == targets[:, None]
@@ -382,11 +403,12 @@ def cross_entropy_and_gradient(logits, targets):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of hidden (N, C) @ weight (V, C).T + bias (V,) or None against targets (N,),
-    some tokens at a time.
+    """The summed cross-entropy of hidden (N, C) against targets (N,), some tokens at a time.
 
-    The gradients are computed in the forward pass, where a chunk's logits are at hand. So the backward
-    pass neither keeps them nor computes them again."""
+    The logits are hidden @ weight.T + bias, with weight (V, C) and bias (V,) or None. The gradients are
+    computed in the forward pass, where a chunk's logits are at hand. So the backward pass neither keeps
+    them nor computes them again.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk_size, cross_entropy):
@@ -416,8 +438,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def chunked_cross_entropy(
     hidden, weight, bias, targets, cross_entropy=cross_entropy_and_gradient, max_logits=MAX_LOGITS
 ):
-    """Return the summed cross-entropy in nats, a float32 scalar, with at most max_logits logits in
-    memory. Shapes as in ChunkedCrossEntropy."""
+    """Return the summed cross-entropy in nats, a float32 scalar.
+
+    At most max_logits logits are in memory. Shapes as in ChunkedCrossEntropy.
+    """
     fitting_tokens = max(1, max_logits // len(weight))
     chunk_size = 2 ** (
         fitting_tokens.bit_length() - 1

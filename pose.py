@@ -1,9 +1,8 @@
-"""PoSE: positional skip-wise training (Zhu et al., ICLR 2024, section 3), and the samplers it is
-compared with.
+"""PoSE: positional skip-wise training, and the samplers it is compared with (Zhu et al., ICLR 2024).
 
 A training example is `train_len` tokens long. PoSE cuts it into chunks and lets the position ids jump
-between them, so that the model meets every distance of a `target_len` window at the price of a short
-one. With two chunks:
+between them, so that the model meets every distance of a `target_len` window at the price of a short one
+(section 3). With two chunks:
 
     tokens     x[0 ... 4]                x[v+5 ... v+9]      v: how far the text moves on in the document
     positions  0 1 2 3 4   -- skip u --  u+5 ... u+9         u: uniform on 0 ... target_len - train_len
@@ -21,16 +20,16 @@ OFFSETS = ("uniform", "zero", "skip")
 def sample(method, rng, text_len, train_len, target_len, chunks=2, offset="uniform"):
     """Draw one example: which tokens of a text to take, and which position each of them gets.
 
-    method: `pose`; or one of the baselines: `full` (every position of the target window, so train_len
-    must be target_len), `pi` (a plain short window), `randpos` (a random sorted subset of positions,
-    Ruoss et al. 2023). rng: a numpy Generator. text_len: tokens in the text. chunks: how many to cut,
-    at most train_len of them. offset: where the text of chunk i begins (Table 4): `uniform` draws v_i
-    from {v_(i-1) ... the last place that fits}; `zero` has v_i = 0, contiguous text; `skip` has v_i =
-    u_i, the text where its positions say it is, as far as the text reaches.
+    method: `pose`; or one of the baselines: `full` (every position of the target window, so train_len must
+    be target_len), `pi` (a plain short window), `randpos` (a random sorted subset of positions, Ruoss et
+    al. 2023). rng: a numpy Generator. text_len: tokens in the text. chunks: how many to cut, at most
+    train_len of them. offset: where the text of chunk i begins (Table 4): `uniform` draws v_i from
+    {v_(i-1) ... the last place that fits}; `zero` has v_i = 0, contiguous text; `skip` has v_i = u_i, the
+    text where its positions say it is, as far as the text reaches.
 
-    Returns (text_index, positions), int64 (train_len,), both strictly increasing, with positions <
-    target_len and text_index + 1 < text_len, because the target of a token is the one that really
-    follows it. Raises ValueError if that is impossible.
+    Returns (text_index, positions), int64 (train_len,), both strictly increasing, with
+    positions < target_len and text_index + 1 < text_len, because the target of a token is the one that
+    really follows it. Raises ValueError if that is impossible.
     """
     check(method, text_len, train_len, target_len, chunks, offset)
     plain = np.arange(train_len)
@@ -52,16 +51,17 @@ def sample(method, rng, text_len, train_len, target_len, chunks=2, offset="unifo
 
 
 def chunk_lengths(rng, train_len, chunks):
-    """Cut a window at chunks - 1 distinct places, so that every way to cut is equally likely. Return
-    int64 (chunks,), each at least 1, with the sum train_len. Of two chunks, the first is uniform on 1
-    ... train_len - 1."""
+    """Cut a window at chunks - 1 distinct places; every way to cut is equally likely.
+
+    Return int64 (chunks,), each at least 1, with the sum train_len. Of two chunks, the first is uniform
+    on {1 ... train_len - 1}.
+    """
     cuts = np.sort(rng.choice(train_len - 1, chunks - 1, replace=False)) + 1
     return np.diff(np.concatenate(([0], cuts, [train_len])))
 
 
 def nondecreasing_uniform(rng, n, most):
-    """Draw n integers as in section 3.2: the first is 0, each later one is uniform on
-    {the one before ... most}."""
+    """Draw n integers (section 3.2): the first is 0, each later one uniform on {the one before ... most}."""
     values = np.zeros(n, dtype=np.int64)
     for i in range(1, n):
         values[i] = rng.integers(values[i - 1], most, endpoint=True)

@@ -4,8 +4,8 @@
     python train.py --model my-llama --data texts/    # one GPU
     torchrun --nproc_per_node=8 train.py --model my-llama --target_len 131072
 
-OUT/metrics.jsonl gets a line a step, OUT/model is a Hugging Face folder at the end, and OUT/checkpoints
-lets --resume go on.
+OUT/metrics.jsonl gets a line a step, OUT/model is a Hugging Face folder at the end, and
+OUT/checkpoints lets --resume go on.
 """
 
 import copy
@@ -39,11 +39,13 @@ MAX_SKIPPED = 10  # updates in a row that are not finite before a run gives up
 
 
 def train(args, model, optimizer, batches, validation, checkpoints, first_step, device, signals):
-    """Train from first_step (it counts from 0) to args.steps.
+    """Train from first_step (steps count from 0) to args.steps.
 
-    batches: data.Batches. validation: None, or a function of model and device that returns {length:
-    nats a token}. signals: a list; one that any process finds in it ends training early, with a
-    checkpoint. Raises InputError after MAX_SKIPPED updates in a row that were not finite."""
+    batches: data.Batches. validation: None, or a function of model and device that returns
+    {length: nats a token}. signals: what catch_signals returns; once a process has caught one, all
+    stop after the same step, with a checkpoint. Raises InputError after MAX_SKIPPED updates in a
+    row that were not finite.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     tokens_per_step = args.batch_size * args.train_len
     log = Log(args.out, first_step, args.tensorboard) if rank == 0 else None
@@ -104,8 +106,10 @@ def own_examples(args):
 
 
 def learning_rate(step, args):
-    """Return the learning rate of a step (it counts from 0): linear warm-up over warmup_steps, then
-    linear decay to zero."""
+    """Return the learning rate of a step (steps count from 0).
+
+    It rises linearly over warmup_steps, then falls linearly to zero.
+    """
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     return args.lr * (args.steps - step) / max(1, args.steps - args.warmup_steps)
@@ -136,8 +140,11 @@ def validate(validation, model, device, step):
 
 
 def speed_and_memory(model, args, seconds, device):
-    """Return the figures of a step that took so many seconds: tokens_per_second over all processes, mfu (the
-    model FLOP/s utilisation, None where the card's peak is not known) and peak_memory_gib."""
+    """Return the figures of a step that took so many seconds.
+
+    They are tokens_per_second over all processes, mfu (the model FLOP/s utilisation, None where the card's
+    peak is not known) and peak_memory_gib.
+    """
     tokens_per_second = args.batch_size * args.train_len / seconds
     peak = fsdp.peak_flops(device)
     flops = tokens_per_second / dist.get_world_size() * model.config.flops_per_token(args.train_len)
@@ -149,8 +156,7 @@ def speed_and_memory(model, args, seconds, device):
 
 
 def peak_memory_gib(device):
-    """Return the most memory that this process had in use so far, in GiB: of the GPU,
-    or of the host without one."""
+    """Return the most memory that this process had in use so far, in GiB: of the GPU, else of the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
@@ -236,7 +242,7 @@ def read_texts(args, tokenizer):
 
 
 def load_sharded(args, folder, config, device):
-    """Return the model of a CheckpointFolder with another Config, ready for training."""
+    """Return the model of a CheckpointFolder, with this Config instead of its own, ready for training."""
     model = model_module.empty(config)
     fsdp.shard(
         model,
@@ -252,8 +258,10 @@ def load_sharded(args, folder, config, device):
 
 
 def extended_config(config, args):
-    """Return the Config of the model with its window stretched as the options say. Raise InputError if
-    no stock class would compute it."""
+    """Return the Config of the model with its window stretched as the options say.
+
+    Raise InputError if no stock class would compute it.
+    """
     settings = {}
     for option in ("factor", "beta_fast"):
         if getattr(args, option) is not None:
@@ -264,16 +272,14 @@ def extended_config(config, args):
 
 
 def check_same_model_and_texts(out, record):
-    """Raise InputError if the run in the folder `out` began with other weights or
-    texts, whatever their paths."""
+    """Raise InputError if the run in `out` began with other weights or texts, whatever their paths."""
     hashes = {key: value for key, value in record.items() if key.endswith("_sha256")}
     if changed := describe_changes(read_json(out / "args.json"), hashes):
         raise InputError(f"--resume: {out} is of another run: {changed}; start again with another --out")
 
 
 def check_agreement(record):
-    """Raise InputError if the processes, on several machines perhaps, were
-    started with different arguments."""
+    """Raise InputError if the processes were started with different arguments."""
     records = [None] * dist.get_world_size()
     dist.all_gather_object(records, record)
     for key in record:
@@ -286,7 +292,7 @@ def check_agreement(record):
 
 
 def announce(args, base, config, batches, first_step):
-    """Say what will be done. original, config: the Config before and after the window was stretched."""
+    """Say what will be done. base, config: the Config before and after the window was stretched."""
     if args.resume and not first_step:
         say(f"--resume: {args.out} holds no checkpoint yet; starting with the first step")
     stretch = f"{args.rope} by {args.factor:g}" if args.factor else args.rope
@@ -310,8 +316,10 @@ def announce(args, base, config, batches, first_step):
 
 
 def catch_signals():
-    """Return a list to which every SIGINT or SIGTERM adds its number from here on,
-    instead of ending the process."""
+    """Return a list to which every SIGINT or SIGTERM adds its number from here on.
+
+    They do not end the process any more.
+    """
     caught = []
     speaks = dist.get_rank() == 0
 

@@ -1,8 +1,8 @@
 """Checkpoints of a run: sharded, written in the background, checked when they are read.
 
 Notable choices:
-- A checkpoint is written aside by torch.distributed.checkpoint, and renamed when all of it is on disk.
-  The newest folder is the pointer to it.
+- A checkpoint is written aside by torch.distributed.checkpoint, and renamed when all of it is on disk. The
+  newest folder is the pointer to it.
 - checkpoint.json beside its files records what the run was started with, and a checksum of each file.
 """
 
@@ -26,8 +26,11 @@ class Checkpoints:
     """The checkpoints of a run, folder/step-N. All processes call every method."""
 
     def __init__(self, folder, record, keep):
-        """record: what the run was started with, {setting: value}. keep: how many
-        checkpoints stay, the newest."""
+        """Prepare to write into `folder`, and start the background thread.
+
+        record: what the run was started with, {setting: value}. keep: how many checkpoints stay, the
+        newest.
+        """
         self.folder, self.record, self.keep = Path(folder), record, keep
         self.writing = None  # the future of the checkpoint that is being written
         self.background = ThreadPoolExecutor(1)
@@ -51,8 +54,10 @@ class Checkpoints:
         self.writing = self.background.submit(self._complete, written, aside, step)
 
     def _complete(self, written, aside, step):
-        """Once every process has written its part, give the folder its name and remove the checkpoints
-        that do not stay."""
+        """Once all processes have written their parts, give the folder its name.
+
+        The checkpoints that do not stay are removed then.
+        """
         written.result()
         mine = {path.name: _checksum(path) for path in aside.glob(f"__{dist.get_rank()}_*.distcp")}
         from_all = [None] * dist.get_world_size()
@@ -70,8 +75,10 @@ class Checkpoints:
         dist.barrier(self.group)
 
     def _remove_all_but_newest(self, step):
-        """Remove all checkpoints but the newest `keep` up to this step. Later ones are damaged: else
-        this run would have gone on from them."""
+        """Remove all checkpoints but the newest `keep` up to this step.
+
+        Later ones are damaged: else this run would have gone on from them.
+        """
         steps = self._steps()
         staying = [other for other in steps if other <= step][: self.keep]
         for other in set(steps) - set(staying):
@@ -86,8 +93,7 @@ class Checkpoints:
             self.finish()
 
     def finish(self):
-        """Wait until the checkpoint in the background is written, or only (wait=False) look whether
-        that failed. Raise OSError if the disk is full."""
+        """Wait until the checkpoint in the background is written. Raise OSError if the disk is full."""
         if self.writing is None:
             return
         future, self.writing = self.writing, None
@@ -136,8 +142,10 @@ class Checkpoints:
                 shutil.rmtree(left_over)
 
     def _found(self):
-        """Return (step, manifest or None) of each checkpoint, the newest first. All processes take
-        process 0's view, since that of another machine may lag behind."""
+        """Return (step, manifest or None) of each checkpoint, the newest first.
+
+        All processes take process 0's view, since that of another machine may lag behind.
+        """
         found = [None]
         if dist.get_rank() == 0:
             found = [[(step, self._manifest(step)) for step in self._steps()]]
@@ -145,8 +153,7 @@ class Checkpoints:
         return found[0]
 
     def _damaged_file(self, folder, checksums):
-        """Return the name of a file that is not what was written, or None. Each process
-        reads a part of the files."""
+        """Return the name of a file that is not what was written, or None. Each process reads some files."""
         mine = sorted(checksums)[dist.get_rank() :: dist.get_world_size()]
         damaged = []
         for name in mine:
@@ -170,8 +177,7 @@ class Checkpoints:
 
 
 def _is_full_disk(error):
-    """Return whether writing failed for want of space. PyTorch's zip writer turns
-    that into an error of its own."""
+    """Return whether writing failed for want of space, which PyTorch's zip writer hides in its own error."""
     return getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "unexpected pos" in str(error)
 
 

@@ -15,21 +15,24 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """Something that came from outside cannot be used. The message says in one line
-    what, where, and what to do."""
+    """Something from outside cannot be used. The message says in one line what, where, and what to do."""
 
 
 def cache_dir():
-    """Return the folder for converted models and tokenised texts: $POSE_CACHE, else one
-    in the user's cache folder."""
+    """Return the folder for converted models and tokenised texts.
+
+    It is $POSE_CACHE, else one in the user's cache folder.
+    """
     if os.environ.get("POSE_CACHE"):
         return Path(os.environ["POSE_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pose-pytorch"
 
 
 def read_json(path):
-    """Return the JSON object in a file as a dict. Raise InputError if the file cannot be
-    read or holds something else."""
+    """Return the JSON object in a file as a dict.
+
+    Raise InputError if the file cannot be read or holds something else.
+    """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -51,8 +54,10 @@ def write_json(path, value):
 
 
 def describe_changes(earlier, now):
-    """Return in words where two records {setting: value} differ, "" where they do not. Settings that
-    `now` lacks are not compared."""
+    """Return in words where two records {setting: value} differ, "" where they do not.
+
+    Settings that `now` lacks are not compared.
+    """
     differences = []
     for key, value in now.items():
         if earlier.get(key) != value:
@@ -62,8 +67,7 @@ def describe_changes(earlier, now):
 
 @contextlib.contextmanager
 def only_one_process(path):
-    """Hold a lock on the file `path` (it is made), so that one process of this
-    machine at a time runs the body."""
+    """Hold a lock on the file `path` while the body runs: one process of this machine at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -72,8 +76,10 @@ def only_one_process(path):
 
 @contextlib.contextmanager
 def new_folder(path):
-    """Yield an empty folder beside `path` to write into. At the end it becomes `path`;
-    after an error it is removed."""
+    """Yield an empty folder beside `path` to write into.
+
+    At the end it becomes `path`; after an error it is removed.
+    """
     aside = path.with_name(path.name + ".tmp")
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -86,8 +92,10 @@ def new_folder(path):
 
 
 def replace_folder(new, old):
-    """Rename the folder `new` to `old` once its files are on disk. What was there stays
-    whole until the last moment."""
+    """Rename the folder `new` to `old` once its files are on disk.
+
+    What was there stays whole until the last moment.
+    """
     before = old.with_name(old.name + ".before")
     shutil.rmtree(before, ignore_errors=True)
     for path in (*new.rglob("*"), new):

@@ -12,8 +12,10 @@ class Log:
     """metrics.jsonl of a run, a JSON object a line and step."""
 
     def __init__(self, out, first_step, tensorboard=False):
-        """Open the file in the folder `out` and cut it back to its first `first_step` lines: the steps
-        after them will be done again. tensorboard: write events into out/tensorboard too."""
+        """Open the file in the folder `out` and cut it back to its first `first_step` lines.
+
+        The steps after them will be done again. tensorboard: write events into out/tensorboard too.
+        """
         self.file = open(out / "metrics.jsonl", "a+b", buffering=0)  # each line reaches the disk at once
         self.file.seek(0)
         kept_bytes = sum(len(self.file.readline()) for _ in range(first_step))
@@ -39,8 +41,7 @@ class Log:
 
 
 def without_nan(value):
-    """Return the value, or the dict of values, with null for every NaN and
-    infinity, which JSON does not know."""
+    """Return the value, or the dict of values, with None for every NaN and infinity: JSON knows neither."""
     if isinstance(value, dict):
         return {key: without_nan(v) for key, v in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
@@ -49,8 +50,10 @@ def without_nan(value):
 
 
 def show_progress(bar, line):
-    """Show the figures of a step beside tqdm's bar, or, where there is no terminal, as a
-    line of text now and then."""
+    """Show the figures of a step beside tqdm's bar.
+
+    Where there is no terminal, show them as a line of text now and then.
+    """
     mfu = f"{line['mfu']:.0%}" if line["mfu"] else "-"
     shown = {
         "loss": f"{line['loss']:.3f}",
@@ -65,7 +68,6 @@ def show_progress(bar, line):
 
 
 def is_finished(out, steps):
-    """Return whether the run in the folder `out` made all its steps. (An
-    interrupted one has a model too.)"""
+    """Return whether the run in `out` made all its steps. (An interrupted one has a model too.)"""
     metrics = out / "metrics.jsonl"
     return (out / "model").exists() and len(metrics.read_text().splitlines()) >= steps
