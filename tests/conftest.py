@@ -168,7 +168,8 @@ def start(tmp_path_factory):
     without .py is a module, as in `python -m hf.weights`.
 
     warm.py forks it. It has one thread: how many is settled when torch is imported."""
-    command = [sys.executable, Path(__file__).parent / "warm.py"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    command = [sys.executable, Path(__file__).parent / "warm.py", device]
     one_thread = {"OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     warm = subprocess.Popen(command, env=os.environ | one_thread, **pipes)

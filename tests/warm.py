@@ -25,11 +25,13 @@ import sys
 import numpy  # noqa: F401
 import safetensors.torch  # noqa: F401
 import tokenizers  # noqa: F401
-import torch._dynamo.backends.debugging  # noqa: F401 (every optimizer imports torch._dynamo)
-import torch._inductor.pattern_matcher  # noqa: F401 (torch.compile imports it, whatever its backend)
 import torch.distributed.checkpoint.state_dict  # noqa: F401
 import torch.distributed.fsdp  # noqa: F401
 import tqdm  # noqa: F401
+
+if sys.argv[1:] == ["cpu"]:  # with a GPU these initialise CUDA, which no forked process can use then
+    import torch._dynamo.backends.debugging  # noqa: F401 (every optimizer imports torch._dynamo)
+    import torch._inductor.pattern_matcher  # noqa: F401 (torch.compile imports it, whatever its backend)
 
 keepers = []
 for line in sys.stdin:
