@@ -12,7 +12,15 @@ from pathlib import Path
 import torch
 
 from hf import tokenizer
-from hf.families import half_split, hf_config, is_recomputed, published_name, read_config
+from hf.families import (
+    half_split,
+    hf_config,
+    is_query_or_key,
+    is_recomputed,
+    published_name,
+    read_config,
+    split_name,
+)
 from hf.folder import read_index
 from hf.writing import split_by_size, write_folder
 from model import Config, Transformer
@@ -179,13 +187,13 @@ class MetaCheckpoint:
 
     def _read_config(self, sizes, window):
         """Return the Config. sizes: from params.json, which has all but the vocabulary's and the MLP's."""
-        embedding = self._parts("tok_embeddings.weight")
+        embedding = self._parts_of("tok_embeddings.weight")
         rows, columns = embedding[0].shape
         # LLaMA splits the table of embeddings by columns, other models in this layout by rows.
         is_split_by_columns = columns * len(embedding) == sizes["hidden_dim"]
         return Config(
             vocab_size=rows if is_split_by_columns else rows * len(embedding),
-            intermediate_dim=sum(len(part) for part in self._parts("layers.0.feed_forward.w1.weight")),
+            intermediate_dim=sum(len(part) for part in self._parts_of("layers.0.feed_forward.w1.weight")),
             max_position_embeddings=window,
             bos_token_id=1,
             eos_token_id=2,
@@ -213,7 +221,7 @@ class MetaCheckpoint:
                 reason = f"n_heads {self.config.n_heads} is not that of the weights"
                 raise InputError(f"{self.params_path}: {reason}; the files are of different models")
 
-    def _parts(self, name):
+    def _parts_of(self, name):
         """Return each rank's part of the weight that Meta calls `name`. Raise InputError if one has none."""
         for path, rank in zip(self.paths, self.ranks):
             if name not in rank:
@@ -233,13 +241,13 @@ class MetaCheckpoint:
     def _read(self, name):
         """Return one of our weights, joined from the ranks' parts. Raise InputError if they do not fit."""
         shape = self.shapes[name]
-        parts = self._parts(meta_name(name))
+        parts = self._parts_of(meta_name(name))
         weight = join(parts, shape)
         if weight is None:
             found = f"{len(parts)} file(s) with {tuple(parts[0].shape)} of {meta_name(name)}"
             asked = f"{shape}, which params.json asks for"
             raise InputError(f"{self.folder}: {found} do not make {asked}; is a consolidated.*.pth missing?")
-        if name.endswith((".q.weight", ".k.weight")):  # Meta's rotary pairs are interleaved.
+        if is_query_or_key(name):  # Meta's rotary pairs are interleaved.
             weight = half_split(weight, self.config.head_dim, self.config.head_dim)
         return weight
 
@@ -290,11 +298,8 @@ def join(parts, shape):
 
 def meta_name(name):
     """Return Meta's name of a weight of ours: blocks.3.mlp.up.weight is layers.3.feed_forward.w3.weight."""
-    module, kind = name.rsplit(".", 1)
-    if not module.startswith("blocks."):
-        return f"{META_NAMES[module]}.{kind}"
-    _, layer, module = module.split(".", 2)
-    return f"layers.{layer}.{META_NAMES[module]}.{kind}"
+    layer, module, kind = split_name(name)
+    return f"{META_NAMES[module]}.{kind}" if layer is None else f"layers.{layer}.{META_NAMES[module]}.{kind}"
 
 
 def _is_rotary_table(name):

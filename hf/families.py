@@ -1,21 +1,20 @@
-"""The model families, a row each: what their published folders call sizes and weights, and what their
-blocks compute.
+"""The model families, a row each: their published names of sizes and weights, and what a block computes.
 
-This is the only file that knows a family's name. config.json goes in (`read_config`) and out
-(`hf_config`) here.
+This is the only file that knows the families of config.json, which goes in (`read_config`) and out
+(`hf_config`) here. GGUF's and Meta's own names are in gguf_file.py, gguf_tokenizer.py and convert.py.
 
 Notable choices:
 - Several of our weights may share one published tensor. They are stacked there by rows, in our order
   (Baichuan's W_pack holds q, k and v).
-- Inside the model, rotary pairs are half-split. GPT-J publishes them interleaved, so its q and k are
-  permuted when read.
-- Stock GPT-J knows no RoPE scaling, and Baichuan is code of its own. So GPT-J is written as Phi (the
-  same computation, where the biases that GPT-J lacks are zero), and Baichuan as LLaMA (q, k and v
-  apart, Baichuan2's head already normalised).
-- A LLaMA or Mistral whose queries are scaled is written as Ministral 3, which is the same model with
-  that scale.
-- Interpolation is written in Hugging Face's own terms, and a mode that stock loaders lack in the terms
-  of one they have, so that transformers and vLLM compute the same logits as this code.
+- Inside the model, rotary pairs are half-split. GPT-J publishes them interleaved, so its q and k are permuted
+  when read.
+- Stock GPT-J knows no RoPE scaling, and Baichuan is code of its own. So GPT-J is written as Phi (the same
+  computation, where the biases that GPT-J lacks are zero), and Baichuan as LLaMA (q, k and v apart,
+  Baichuan2's head already normalised).
+- A LLaMA or Mistral whose queries are scaled is written as Ministral 3, which is the same model with that
+  scale.
+- Interpolation is written in Hugging Face's own terms, and a mode that stock loaders lack in the terms of one
+  they have, so that transformers and vLLM compute the same logits as this code.
 """
 
 import dataclasses
@@ -30,22 +29,19 @@ from hf.scaling import read_rope, stock_terms
 from model import Config
 from storage.files import InputError, read_json
 
-# Our name of a module -> its name in Hugging Face's LLaMA, and in GGUF. Inside a block first.
-BLOCK_NAMES = {
-    "attention_norm": ("input_layernorm", "attn_norm"),
-    "attention.q": ("self_attn.q_proj", "attn_q"),
-    "attention.k": ("self_attn.k_proj", "attn_k"),
-    "attention.v": ("self_attn.v_proj", "attn_v"),
-    "attention.o": ("self_attn.o_proj", "attn_output"),
-    "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
-    "mlp.gate": ("mlp.gate_proj", "ffn_gate"),
-    "mlp.up": ("mlp.up_proj", "ffn_up"),
-    "mlp.down": ("mlp.down_proj", "ffn_down"),
-}
-OUTER_NAMES = {
-    "embed": ("model.embed_tokens", "token_embd"),
-    "norm": ("model.norm", "output_norm"),
-    "head": ("lm_head", "output"),
+LLAMA_NAMES = {  # our name of a module -> LLaMA's; those of a block come after the number of its layer
+    "attention_norm": "input_layernorm",
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
+    "attention.o": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+    "embed": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
 }
 
 # A size in Config -> LLaMA's key for it in config.json.
@@ -65,13 +61,15 @@ PARALLEL = {"norm": "layer", "mlp": "gelu", "parallel": True, "mlp_bias": True, 
 
 @dataclass(frozen=True)
 class Family:
+    """What this code has to know of a family."""
+
     architecture: str | None = None  # the stock class that computes what we write; without one see written_as
     written_as: str | None = None  # another family, whose stock class computes the same
     scaled_queries_as: str | None = None  # the family whose stock class scales the queries (rope.query_scale)
     block: dict = field(default_factory=dict)  # what a block computes: fields of Config that are not LLaMA's
     # config.json:
     sizes: dict = field(default_factory=lambda: LLAMA_SIZES)
-    # Sizes that may be absent or null:
+    # Keys that may be absent or null, and are positive whole numbers otherwise:
     optional: tuple = ("num_key_value_heads", "head_dim", "sliding_window")
     norm_eps: str = "rms_norm_eps"
     fixed: dict = field(default_factory=lambda: SWIGLU)  # keys with the only value that this code computes
@@ -176,8 +174,10 @@ BAICHUAN2_VOCAB = 125696
 
 
 def read_config(folder):
-    """Return the Config of a folder's config.json. Raise InputError for an architecture, or a variant
-    of one, that this code does not compute exactly."""
+    """Return the Config of a folder's config.json.
+
+    Raise InputError for an architecture, or a variant of one, that this code does not compute exactly.
+    """
     path = Path(folder) / "config.json"
     c = read_json(path)
     try:
@@ -193,7 +193,7 @@ def _config(c):
     family = FAMILIES[model_type]
     c = family.defaults | c
     for key, value in family.fixed.items():
-        if (c.get(key) or value) != value:
+        if (c.get(key) or value) != value:  # null and false mean the default
             raise ValueError(f"{key} {c[key]!r} is not known for {model_type}")
     sizes = _sizes(c, family)
     _refuse_sliding_window(c, family)
@@ -249,8 +249,7 @@ def _refuse_other_architectures(c):
 
 
 def _sizes(c, family):
-    """Return the sizes of a Config, {field: positive int}. Raise ValueError for one that is
-    missing or no such number."""
+    """Return the sizes of a Config, {field: positive int}. Raise ValueError for any other number."""
     for key in (*family.sizes.values(), *family.optional):
         if c.get(key) is None and key in family.optional:
             continue
@@ -266,16 +265,14 @@ def _sizes(c, family):
 
 def _refuse_sliding_window(c, family):
     """Raise ValueError if the model looks back less far than its window."""
-    reach = c.get("sliding_window", 4096)
+    reach = c.get("sliding_window", 4096)  # what Qwen2's stock class takes where the key is absent
     if family.slides_unless_null:
         slides = c.get("sliding_window") is not None and reach < c.get("max_position_embeddings", 0)
     else:
         slides = bool(c.get("use_sliding_window")) or "sliding_attention" in str(c.get("layer_types"))
     if slides:
-        raise ValueError(
-            f"{c['model_type']} with sliding_window {reach} in use: it never looks further back, so longer "
-            "positions gain nothing"
-        )
+        in_use = f"{c['model_type']} with sliding_window {reach} in use"
+        raise ValueError(f"{in_use}: it never looks further back, so longer positions gain nothing")
 
 
 def _check_rotary_dim(rotary_dim, head_dim):
@@ -289,25 +286,28 @@ def _check_rotary_dim(rotary_dim, head_dim):
 
 
 def as_written(config):
-    """Return the Config of the same model in the family that it is written as. Raise InputError if no
-    stock class computes it: its queries are scaled (rope.query_scale), and its family's are not."""
+    """Return the Config of the same model in the family that it is written as.
+
+    Raise InputError if no stock class computes it: its queries are scaled (rope.query_scale), and its
+    family's are not.
+    """
     family = FAMILIES[config.model_type]
     if rope.has_query_scale(config.rope_scaling):
         model_type = family.scaled_queries_as
     else:
         model_type = family.written_as or config.model_type
     if model_type is None:
-        raise InputError(
-            "llama_4_scaling_beta: stock loaders scale the queries of LLaMA and Mistral, not of "
-            f"{config.model_type}; leave it out"
-        )
+        families = f"LLaMA and Mistral, not of {config.model_type}"
+        raise InputError(f"llama_4_scaling_beta: stock loaders scale the queries of {families}; leave it out")
     block = FAMILIES[model_type].block
     return dataclasses.replace(config, model_type=model_type, normalised_head=False, **block)
 
 
 def hf_config(config):
-    """Return the content of config.json for a Config of a family with a stock class (see as_written), in
-    terms that stock loaders compute exactly."""
+    """Return the content of config.json for a Config, in terms that stock loaders compute exactly.
+
+    The Config must be of a family with a stock class, see as_written.
+    """
     family = FAMILIES[config.model_type]
     sizes = {key: getattr(config, name) for name, key in family.sizes.items()}
     return {
@@ -339,12 +339,12 @@ def _rope_keys(config):
         return keys | {"rope_scaling": None, "rope_parameters": parameters}
 
     mode = scaling["rope_type"]
-    original = {"original_max_position_embeddings": config.original_window}
+    original_window = {"original_max_position_embeddings": config.original_window}
     # transformers before 5 (longrope) and llama.cpp's converter (llama3) look for it nowhere else.
-    keys |= original
-    scaling = scaling | original
+    keys |= original_window
+    scaling = scaling | original_window
     if rope.has_query_scale(scaling):  # vLLM has a name of its own for the scale of the queries
-        keys["llama_4_scaling"] = {"beta": scaling["llama_4_scaling_beta"]} | original
+        keys["llama_4_scaling"] = {"beta": scaling["llama_4_scaling_beta"]} | original_window
     elif mode in ("linear", "dynamic"):  # stock loaders do not know it inside these two
         del scaling["original_max_position_embeddings"]
     if mode == "dynamic":  # where stock dynamic scaling begins
@@ -358,18 +358,18 @@ def _rope_keys(config):
 def tokenizer_files(config, files):
     """Return the tokenizer's files {name: bytes} to go with `as_written`.
 
-    Stock loaders would look for a family's own tokenizer class beside them, and
-    cut texts at the old window."""
+    Stock loaders would look for a family's own tokenizer class beside them, and cut texts at the old window.
+    """
     family = FAMILIES[config.model_type]
-    original = json.loads(files.get("tokenizer_config.json", b"{}"))
-    settings = dict(original)
+    before = json.loads(files.get("tokenizer_config.json", b"{}"))
+    settings = dict(before)
     if family.tokenizer_class:
         settings.pop("auto_map", None)
         settings["tokenizer_class"] = family.tokenizer_class
     longest = settings.get("model_max_length")
     if isinstance(longest, (int, float)) and longest < config.max_position_embeddings:
         settings["model_max_length"] = config.max_position_embeddings
-    if settings == original:
+    if settings == before:
         return files
     return files | {"tokenizer_config.json": json.dumps(settings).encode()}
 
@@ -377,27 +377,22 @@ def tokenizer_files(config, files):
 # ---------------------------------------------------------------- names and layouts of weights
 
 
-def published_name(name, model_type="llama"):
-    """Return a weight's name in the family's published folders: blocks.3.attention.q.weight is LLaMA's
-    model.layers.3.self_attn.q_proj.weight."""
+def published_name(name, model_type):
+    """Return the name of a weight of ours in the published folders of a family.
+
+    blocks.3.attention.q.weight is LLaMA's model.layers.3.self_attn.q_proj.weight.
+    """
     family = FAMILIES[model_type]
-    layer, module, kind = _parts(name)
-    if layer is None:
-        return f"{family.names.get(module) or OUTER_NAMES[module][0]}.{kind}"
-    return f"{family.layers}.{layer}.{family.names.get(module) or BLOCK_NAMES[module][0]}.{kind}"
+    layer, module, kind = split_name(name)
+    published = family.names.get(module) or LLAMA_NAMES[module]
+    return f"{published}.{kind}" if layer is None else f"{family.layers}.{layer}.{published}.{kind}"
 
 
-def gguf_name(name):
-    """Return a weight's name in GGUF files: blocks.3.attention.q.weight is blk.3.attn_q.weight."""
-    layer, module, kind = _parts(name)
-    if layer is None:
-        return f"{OUTER_NAMES[module][1]}.{kind}"
-    return f"blk.{layer}.{BLOCK_NAMES[module][1]}.{kind}"
+def split_name(name):
+    """Return the layer, the module and the kind of a weight of ours; the layer is None outside the blocks.
 
-
-def _parts(name):
-    """Split blocks.3.attention.q.weight into ("3", "attention.q", "weight"), and norm.weight into
-    (None, "norm", "weight")."""
+    blocks.3.attention.q.weight gives ("3", "attention.q", "weight"), norm.weight (None, "norm", "weight").
+    """
     module, _, kind = name.rpartition(".")
     if not module.startswith("blocks."):
         return None, module, kind
@@ -406,21 +401,29 @@ def _parts(name):
 
 
 def is_recomputed(published):
-    """Return whether a published tensor is one that models compute themselves: old exports carry rotary
-    tables and causal masks (GPT-J's)."""
+    """Return whether a published tensor is one that models compute themselves.
+
+    Old exports carry rotary tables and causal masks (GPT-J's).
+    """
     return "rotary_emb" in published or published.endswith((".attn.bias", ".attn.masked_bias"))
 
 
+def is_query_or_key(name):
+    """Return whether a weight of ours makes queries or keys, whose rows RoPE turns in pairs."""
+    return name.endswith((".attention.q.weight", ".attention.k.weight"))
+
+
 def has_interleaved_rotary(name, config):
-    """Return whether the published form of this weight of ours holds interleaved
-    rotary pairs, see half_split."""
-    interleaved = FAMILIES[config.model_type].interleaved_rotary
-    return interleaved and name.endswith((".attention.q.weight", ".attention.k.weight"))
+    """Return whether a weight of ours is published with interleaved rotary pairs, see half_split."""
+    return FAMILIES[config.model_type].interleaved_rotary and is_query_or_key(name)
 
 
 def half_split(w, head_dim, rotary_dim):
-    """Return the rows of q or k (H * head_dim, C) in another order: of the first rotary_dim = d rows of
-    each head, pairs that come as (x[2j], x[2j + 1]) become (x[j], x[j + d/2])."""
+    """Return the rows of q or k (H * head_dim, C) with their rotary pairs half-split instead of interleaved.
+
+    Of the first rotary_dim = d rows of each head, pairs that come as (x[2j], x[2j + 1]) become
+    (x[j], x[j + d/2]).
+    """
     order = torch.arange(head_dim, device=w.device)
     order[:rotary_dim] = order[:rotary_dim].view(-1, 2).T.flatten()  # 0 2 4 ... 1 3 5 ...
     return w.unflatten(0, (-1, head_dim))[:, order].flatten(0, 1)

@@ -1,6 +1,4 @@
-"""A Hugging Face checkpoint folder that has been checked whole (config, every name, every shape) before
-a weight is read.
-"""
+"""A Hugging Face checkpoint folder: config, names and shapes are checked whole before a weight is read."""
 
 import dataclasses
 import hashlib
@@ -20,18 +18,17 @@ INDEX = "model.safetensors.index.json"
 
 
 class CheckpointFolder:
-    """A folder whose weights fit its config.json. Nothing but headers has been
-    read, and no memory is taken.
+    """A folder whose weights fit its config.json. Nothing but headers has been read, and no memory is taken.
 
-    path: the folder. config: its Config. files: {path of a safetensors file: {published name of a
-    tensor: its shape}}."""
+    path: the folder. config: its Config.
+    files: {path of a safetensors file: {published name of a tensor: its shape}}.
+    """
 
     def __init__(self, path):
-        """Check the folder `path`. Raise InputError if a file, the architecture,
-        a name or a shape is wrong."""
+        """Check the folder. Raise InputError if a file, the architecture, a name or a shape is wrong."""
         self.path = Path(path)
         self.config = families.read_config(self.path)
-        self._parameters = {}  # published name -> our names of the parameters in it, in their order
+        self._our_names = {}  # published name -> our names of the parameters in it, in their order
         self._shapes = {}  # published name -> its shape
         for name, parameter in self.empty_model().state_dict().items():
             self._expect(name, tuple(parameter.shape))
@@ -39,13 +36,15 @@ class CheckpointFolder:
         self._check_names_and_shapes()
 
     def _expect(self, name, shape):
-        """Note under which published name a parameter of ours is found. Those that share one are
-        stacked there by rows."""
+        """Note under which published name a parameter of ours is found.
+
+        Parameters that share a published name are stacked there by rows.
+        """
         published = families.published_name(name, self.config.model_type)
         if self.config.tie_embeddings and name == "head.weight":
             return
         rows = self._shapes[published][0] if published in self._shapes else 0
-        self._parameters.setdefault(published, []).append(name)
+        self._our_names.setdefault(published, []).append(name)
         self._shapes[published] = (rows + shape[0], *shape[1:])
 
     def empty_model(self):
@@ -61,36 +60,40 @@ class CheckpointFolder:
     def read_into(self, model):
         """Read the weights into the parameters of a model of this Config, rounded to their dtype.
 
-        Of a parameter that is sharded (a DTensor) each process reads its own rows, so that its memory
-        stays near its share and one tensor."""
+        Of a parameter that is sharded (a DTensor) each process reads its own rows, so that its memory stays
+        near its share and one tensor.
+        """
         parameters = model.state_dict()
-        for path, names in self.files.items():
+        for path, shapes in self.files.items():
             with safe_open(path, "pt") as f:
-                for published in names:
-                    if published in self._parameters:
-                        self._read_tensor(f.get_slice(published), self._parameters[published], parameters)
+                for published in shapes:
+                    if published in self._our_names:
+                        self._read_tensor(f.get_slice(published), self._our_names[published], parameters)
 
-    def _read_tensor(self, published, names, parameters):
-        """Copy a published tensor, a slice of a safetensors file, into the
-        parameters that are stacked in it."""
+    def _read_tensor(self, stored, names, parameters):
+        """Copy `stored`, a tensor in a safetensors file, into the parameters that are stacked in it.
+
+        names: ours of these parameters, in their order. parameters: the model's state_dict.
+        """
         first_row = 0
         for name in names:
             parameter = parameters[name]
             local, rows = parameter, slice(0, len(parameter))
             if isinstance(parameter, DTensor):
                 local, rows = parameter.to_local(), own_rows(parameter)
-            if families.has_interleaved_rotary(
-                name, self.config
-            ):  # its rows change places across the borders of shards
-                whole = families.half_split(published[:], self.config.head_dim, self.config.rotary_dim)
+            if families.has_interleaved_rotary(name, self.config):
+                # Permuted rows cross the borders of shards, so the whole tensor is read.
+                whole = families.half_split(stored[:], self.config.head_dim, self.config.rotary_dim)
                 local.copy_(whole[rows])
             else:
-                local.copy_(published[first_row + rows.start : first_row + rows.stop])
+                local.copy_(stored[first_row + rows.start : first_row + rows.stop])
             first_row += len(parameter)
 
     def fingerprint(self):
-        """Return 16 hexadecimal digits of the SHA-256 of the config and of each tensor's first row. Two
-        checkpoints of one shape differ in it, though little is read."""
+        """Return 16 hexadecimal digits of the SHA-256 of the config and of each tensor's first row.
+
+        Two checkpoints of one shape differ in it, though little is read.
+        """
         # Fields that have their default are left out, so that a new field of Config changes no fingerprint.
         settings = {}
         for field in dataclasses.fields(self.config):
@@ -98,17 +101,19 @@ class CheckpointFolder:
             if value != field.default:
                 settings[field.name] = value
         digest = hashlib.sha256(repr(settings).encode())
-        for path, names in self.files.items():
+        for path, shapes in self.files.items():
             with safe_open(path, "pt") as f:
-                for published in names:
+                for published in shapes:
                     if not families.is_recomputed(published):
                         first_row = f.get_slice(published)[:1].contiguous()
                         digest.update(first_row.view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
     def load_tokenizer(self):
-        """Return the tokenizer beside the weights. Raise InputError if it makes ids that the model has
-        no embedding for."""
+        """Return the tokenizer beside the weights.
+
+        Raise InputError if there is none, or if it makes ids that the model has no embedding for.
+        """
         loaded = tokenizer.load(self.path)
         tokenizer.check_size(loaded, self.config.vocab_size, self.path)
         return loaded
@@ -120,38 +125,37 @@ class CheckpointFolder:
             found |= {name: shape for name, shape in shapes.items() if not families.is_recomputed(name)}
         tied_twice = False
         if self.config.tie_embeddings:  # old exports hold the tied head a second time
-            tied_twice = found.pop("lm_head.weight", None) is not None
+            tied_twice = found.pop(self._head_name(), None) is not None
         missing, unexpected = self._shapes.keys() - found.keys(), found.keys() - self._shapes.keys()
         for what, names in (("missing", missing), ("unexpected", unexpected)):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise InputError(
-                    f"{self.path}: weight {min(names)}{more} {what}; config.json and the weights are of "
-                    "different models"
-                )
+                remedy = "config.json and the weights are of different models"
+                raise InputError(f"{self.path}: weight {min(names)}{more} {what}; {remedy}")
         for name, shape in found.items():
             if shape != self._shapes[name]:
-                raise InputError(
-                    f"{self.path}: weight {name} has shape {shape}, config.json says {self._shapes[name]}"
-                )
+                expected = self._shapes[name]
+                raise InputError(f"{self.path}: weight {name} has shape {shape}, config.json says {expected}")
         if tied_twice:
             self._check_tied_head()
 
     def _check_tied_head(self):
         """Raise InputError if a head that config.json ties to the embedding is another tensor."""
         embedding = self._tensor(families.published_name("embed.weight", self.config.model_type))
-        head = self._tensor("lm_head.weight")
+        head = self._tensor(self._head_name())
         if embedding.dtype != head.dtype or not torch.equal(embedding, head):
-            raise InputError(
-                f"{self.path}: config.json ties the head to the embedding, but lm_head.weight is another; "
-                "loaders disagree on which one counts; set tie_word_embeddings to false there to keep the "
-                "head, or take it out of the file"
-            )
+            reason = f"config.json ties the head to the embedding, but {self._head_name()} is another"
+            remedy = "set tie_word_embeddings to false there to keep the head, or take it out of the file"
+            raise InputError(f"{self.path}: {reason}; loaders disagree on which one counts; {remedy}")
+
+    def _head_name(self):
+        """Return the published name of the head's weight."""
+        return families.published_name("head.weight", self.config.model_type)
 
     def _tensor(self, published):
         """Return one whole tensor."""
-        for path, names in self.files.items():
-            if published in names:
+        for path, shapes in self.files.items():
+            if published in shapes:
                 with safe_open(path, "pt") as f:
                     return f.get_tensor(published)
 
@@ -160,8 +164,10 @@ class CheckpointFolder:
 
 
 def find_tensors(folder):
-    """Return {path of a safetensors file: {name of a tensor in it: its shape}} of a folder, by its
-    index where it has one. Raise InputError if a file or a tensor is missing."""
+    """Return {path of a safetensors file: {name of a tensor in it: its shape}} of a folder.
+
+    An index, where there is one, says which files and tensors count. Raise InputError if one is missing.
+    """
     index = folder / INDEX
     if not index.is_file():
         single = folder / "model.safetensors"
@@ -174,33 +180,33 @@ def find_tensors(folder):
     files = {}
     for path, names in read_index(index).items():
         shapes = read_shapes(path)
-        if absent := set(names) - set(shapes):
-            raise InputError(
-                f"{path}: {min(absent)} is missing, though {INDEX} names it here; copy the file again"
-            )
+        absent = set(names) - set(shapes)
+        if absent:
+            reason = f"{min(absent)} is missing, though {INDEX} names it here"
+            raise InputError(f"{path}: {reason}; copy the file again")
         files[path] = {name: shapes[name] for name in names}
     return files
 
 
 def read_index(index):
-    """Return {file: names of its weights} of an index file. Raise InputError if one of them is outside
-    the index's folder."""
+    """Return {file: names of its weights} of an index file.
+
+    Raise InputError if it names a file outside its own folder.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise InputError(f"{index}: has no weight_map; copy it again")
     files = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or file in ("", "..") or file != Path(file).name:
-            raise InputError(
-                f"{index}: {name} points to {file!r}, outside the folder; do not use this checkpoint"
-            )
+            reason = f"{name} points to {file!r}, outside the folder"
+            raise InputError(f"{index}: {reason}; do not use this checkpoint")
         files.setdefault(index.parent / file, []).append(name)
     return files
 
 
 def read_shapes(path):
-    """Return {name: shape} of a safetensors file, from its header. Raise InputError
-    if it is missing or damaged."""
+    """Return {name: shape} of a safetensors file, from its header. Raise InputError if it cannot be read."""
     try:
         with safe_open(path, "pt") as f:
             return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}

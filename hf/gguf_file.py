@@ -9,7 +9,7 @@ import json
 import gguf
 import torch
 
-from hf.families import FAMILIES, gguf_name, half_split, hf_config, published_name
+from hf.families import FAMILIES, half_split, hf_config, is_query_or_key, published_name, split_name
 from hf.gguf_tokenizer import rebuild_tokenizer
 from hf.tokenizer import check_size
 from hf.writing import split_by_size, write_folder
@@ -40,6 +40,21 @@ KNOWN_KEYS = (
     "rope.scaling.finetuned",
     "tensor_data_layout",
 )
+
+GGUF_NAMES = {  # our name of a module -> GGUF's; those of a block come after the number of its layer
+    "attention_norm": "attn_norm",
+    "attention.q": "attn_q",
+    "attention.k": "attn_k",
+    "attention.v": "attn_v",
+    "attention.o": "attn_output",
+    "mlp_norm": "ffn_norm",
+    "mlp.gate": "ffn_gate",
+    "mlp.up": "ffn_up",
+    "mlp.down": "ffn_down",
+    "embed": "token_embd",
+    "norm": "output_norm",
+    "head": "output",
+}
 
 # The tensor that divides the frequency of each rotary pair, in files of Llama 3.1.
 FREQUENCY_DIVISORS = "rope_freqs.weight"
@@ -215,9 +230,15 @@ class GGUFFile:
             reason = f"quantisation {tensor.tensor_type.name} of {tensor.name} is not known"
             raise InputError(f"{self.path}: {reason}; take a Q8_0 or F16 file") from None
         weight = torch.tensor(values).to(getattr(torch, self.config.dtype))
-        if self.architecture in INTERLEAVED and name.endswith((".q.weight", ".k.weight")):
+        if self.architecture in INTERLEAVED and is_query_or_key(name):
             weight = half_split(weight, self.config.head_dim, self.config.head_dim)
         return weight
+
+
+def gguf_name(name):
+    """Return GGUF's name of a weight of ours: blocks.3.attention.q.weight is blk.3.attn_q.weight."""
+    layer, module, kind = split_name(name)
+    return f"{GGUF_NAMES[module]}.{kind}" if layer is None else f"blk.{layer}.{GGUF_NAMES[module]}.{kind}"
 
 
 def _shape(tensor):

@@ -1,6 +1,4 @@
-"""Hugging Face's `rope_scaling` <-> rope.py: read it, stretch a model further, and write it in terms
-that stock loaders have.
-"""
+"""Hugging Face's `rope_scaling` <-> rope.py: read it, stretch it further, write it for stock loaders."""
 
 import dataclasses
 
@@ -11,14 +9,13 @@ from storage.files import InputError
 
 
 def extend(config, mode, target_len, llama_4_scaling_beta=None, **settings):
-    """Return the Config of the same weights with the window stretched to target_len
-    tokens by a mode of rope.py.
+    """Return the Config with the window stretched to target_len tokens by a mode of rope.py.
 
-    settings: what else rope_scaling shall hold, such as `factor` (default: the ratio of the windows,
-    and 1 for dynamic, which multiplies with that of the current length) or `beta_fast`.
-    llama_4_scaling_beta: strength of rope.query_scale (default: the model's own, if it has one). A
-    model that is scaled already (Llama 3.1, or one of ours) keeps its scaling, and both slow the
-    frequencies. Raises InputError where the two cannot be combined.
+    settings: what else rope_scaling shall hold, such as `factor` (default: the ratio of the windows, and 1
+    for dynamic, which multiplies with that of the current length) or `beta_fast`.
+    llama_4_scaling_beta: strength of rope.query_scale (default: the model's own, if it has one).
+    A model that is scaled already (Llama 3.1, or one of ours) keeps its scaling, and both slow the
+    frequencies. Raise InputError where the two cannot be combined.
     """
     window = config.max_position_embeddings
     earlier = dict(config.rope_scaling or {})
@@ -37,6 +34,8 @@ def extend(config, mode, target_len, llama_4_scaling_beta=None, **settings):
         if mode == "llama3":
             scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | scaling  # Llama 3.1's own
         scaling |= settings
+        # `earlier` may hold no more than the original window of the queries' scale. It is combined all the
+        # same: rope_scaling has one place for an original window.
         if earlier:
             scaling = compose(config.rotary_dim, config.rope_theta, earlier, scaling)
     if beta:
@@ -46,11 +45,10 @@ def extend(config, mode, target_len, llama_4_scaling_beta=None, **settings):
 
 
 def compose(dim, theta, first, second):
-    """Return the rope_scaling that stretches by `first`, which a model has already, and then by
-    `second`: both slow every pair.
+    """Return the rope_scaling that stretches by `first`, which a model has already, and then by `second`.
 
-    Which pairs are slow is asked of the model as it is, of its scaled angles in its present window.
-    Raises InputError if one of the two depends on the length of the sequence.
+    Both slow every pair. Which pairs are slow is asked of the model as it is, of its scaled angles in its
+    present window. Raise InputError if one of the two depends on the length of the sequence.
     """
     if rope.depends_on_length(first) or rope.depends_on_length(second):
         modes = f"{second['rope_type']} scaling on top of this model's {first['rope_type']}"
@@ -85,7 +83,8 @@ def stock_terms(dim, theta, scaling):
         query_scale = {k: scaling[k] for k in ("llama_4_scaling_beta", "original_max_position_embeddings")}
 
     if mode == "ntk":
-        theta, mode = theta * scaling["factor"] ** (dim / (dim - 2)), "default"
+        theta = theta * scaling["factor"] ** (dim / (dim - 2))
+        mode = "default"
     if mode == "default":
         return theta, {"rope_type": "default"} | query_scale if query_scale else None
     if mode == "ntk_by_parts":
@@ -93,7 +92,7 @@ def stock_terms(dim, theta, scaling):
     if mode in ("linear", "dynamic", "yarn", "llama3"):
         return theta, scaling
     inv_freq, attention_factor = rope.rope_frequencies(dim, theta, scaling)
-    if mode != "longrope":
+    if mode == "yarn_revised":
         original = scaling["original_max_position_embeddings"]
         scaling = _as_longrope(dim, theta, inv_freq, attention_factor, scaling["factor"], original)
     # Loaders derive the attention factor from the windows in different ways, and vLLM has two names of
@@ -119,27 +118,21 @@ def _as_longrope(dim, theta, inv_freq, attention_factor, factor, original):
 
 
 def read_rope(c, window):
-    """Return (rope_theta, rope_scaling as rope.py reads it or None, share of each head that is turned)
-    of a config.json.
+    """Return what a config.json says of RoPE: rope_theta, rope_scaling, and the share of a head that turns.
 
-    c: its content. window: its max_position_embeddings. Both spellings are read: rope_scaling beside
-    rope_theta (transformers before 5) and rope_parameters that holds both (since 5). Raises ValueError
-    for terms that are not known.
+    c: its content. window: its max_position_embeddings. rope_scaling is as rope.py reads it, or None. Both
+    spellings are read: rope_scaling beside rope_theta (transformers before 5) and rope_parameters that holds
+    both (since 5). Raise ValueError for terms that are not known.
     """
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(c.get(key) or {}, dict):
             raise ValueError(f"{key} {c[key]!r} is not a JSON object")
     parameters = dict(c.get("rope_parameters") or {})
     scaling = dict(c.get("rope_scaling") or parameters)
-    theta = parameters.get("rope_theta") or scaling.get("rope_theta") or c.get("rope_theta") or 10000.0
-    partial = (
-        scaling.pop("partial_rotary_factor", None)
-        or parameters.get("partial_rotary_factor")
-        or c.get("partial_rotary_factor")
-        or 1
-    )
+    theta = _first_of("rope_theta", (parameters, scaling, c), default=10000.0)
+    partial = _first_of("partial_rotary_factor", (scaling, parameters, c), default=1)
     mode = scaling.get("rope_type") or scaling.get("type") or "default"
-    for key in ("type", "rope_theta"):
+    for key in ("type", "rope_theta", "partial_rotary_factor"):
         scaling.pop(key, None)
     scaling["rope_type"] = mode
     if scaling.get("llama_4_scaling_beta") is None:
@@ -148,23 +141,38 @@ def read_rope(c, window):
     _add_original_window(scaling, c.get("original_max_position_embeddings"), window)
     if rope.has_query_scale(scaling):
         beta, original = scaling["llama_4_scaling_beta"], scaling.get("original_max_position_embeddings")
-        if not all(isinstance(x, (int, float)) and x > 0 for x in (beta, original)):
-            raise ValueError(
-                f"llama_4_scaling_beta {beta!r} from {original!r} tokens on: not positive numbers"
-            )
+        if not _is_positive(beta) or not _is_positive(original):
+            start = f"llama_4_scaling_beta {beta!r} from {original!r} tokens on"
+            raise ValueError(f"{start}: not positive numbers")
     elif mode == "default":
         scaling = None
     return float(theta), scaling, partial
 
 
-def _add_original_window(scaling, beside, window):
-    """Put the original window into a rope_scaling as stock loaders understand it. beside: the key of
-    that name beside it."""
+def _first_of(key, places, default):
+    """Return what the first of several dicts says under a key; null and 0 count as absent."""
+    for place in places:
+        if place.get(key):
+            return place[key]
+    return default
+
+
+def _is_positive(value):
+    """Return whether a value from JSON is a positive number."""
+    return isinstance(value, (int, float)) and value > 0
+
+
+def _add_original_window(scaling, outer, window):
+    """Put the original window into a rope_scaling as stock loaders understand it, in tokens.
+
+    outer: original_max_position_embeddings at the top of config.json, or None.
+    window: max_position_embeddings.
+    """
     mode = scaling["rope_type"]
     if mode == "dynamic":
         scaling["original_max_position_embeddings"] = window  # stock loaders look at nothing else
-    elif beside:
-        scaling["original_max_position_embeddings"] = beside  # it counts more than the one inside
+    elif outer:
+        scaling["original_max_position_embeddings"] = outer  # it counts more than the one inside
     elif mode != "linear":
         scaling.setdefault("original_max_position_embeddings", window)
     if mode == "longrope" and scaling["original_max_position_embeddings"]:

@@ -5,7 +5,7 @@ As a command:
     python -m hf.weights show PATH             # family, sizes, window, scaling; or what is wrong
     python -m hf.weights convert SOURCE DEST   # .bin, .pth or GGUF -> a safetensors folder
 
-Both check the folder whole before a weight is read.
+`show` reads no weight; `convert` checks what it wrote.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
-import cli
 from hf import families
 from hf.builtin import open_model
 from hf.convert import convert
@@ -27,10 +26,11 @@ from storage.files import new_folder
 
 
 def load(name, device="cpu", dtype=None):
-    """Return the model of a folder or a built-in name, in eval mode. dtype: of its
-    weights, by default as on disk.
+    """Return the model of a folder or a built-in name, in eval mode.
 
-    Raises InputError if anything about the folder is wrong: a file, the architecture, a name or a shape."""
+    dtype: of its weights, by default as on disk. Raise InputError if anything about the folder is wrong: a
+    file, the architecture, a name or a shape.
+    """
     folder = open_model(name)
     model = folder.empty_model()
     model.to(dtype or getattr(torch, folder.config.dtype))
@@ -42,9 +42,10 @@ def load(name, device="cpu", dtype=None):
 def save(model, tokenizer, path):
     """Write a model as a Hugging Face folder.
 
-    It gets config.json, safetensors files of at most 5 GiB, and the tokenizer's files.
-    Under torch.distributed every process calls it, since sharded weights are gathered one at a time;
-    process 0 writes."""
+    It gets config.json, safetensors files of at most 5 GiB, and the tokenizer's files. Under
+    torch.distributed every process calls this, since sharded weights are gathered one at a time; process 0
+    writes.
+    """
     config = families.as_written(model.config)
     with torch.device("meta"):
         written = Transformer(config).state_dict()
@@ -79,7 +80,8 @@ def save(model, tokenizer, path):
 def _gather(name, parameters, shape, config):
     """Return a whole weight of a model. Every process takes part.
 
-    parameters: the model's state_dict. shape: of the weight. config: the model's own Config."""
+    parameters: the model's state_dict. shape: of the weight. config: the model's own Config.
+    """
     if name not in parameters:  # a bias that GPT-J does not have and Phi does
         return torch.zeros(shape)
     tensor = parameters[name].detach()
@@ -121,32 +123,27 @@ def show(name):
 
 
 def main():
-    p = cli.ArgumentParser(
-        prog="python -m hf.weights", description="Look at a checkpoint, or convert one to safetensors."
-    )
+    import cli  # here: who only loads and saves models needs no command line
+
+    description = "Look at a checkpoint, or convert one to safetensors."
+    p = cli.ArgumentParser(prog="python -m hf.weights", description=description)
     commands = p.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "show", help="show family, sizes, window and scaling, or what is wrong with the checkpoint"
-    )
-    command.add_argument("path", help="a Hugging Face folder or a built-in name")
-    command = commands.add_parser(
-        "convert", help="convert .bin or .pth weights or a .gguf file to a safetensors folder"
-    )
-    command.add_argument(
-        "source",
-        type=Path,
-        help="a folder with pytorch_model*.bin, one with Meta's consolidated.*.pth, or a .gguf file",
-    )
-    command.add_argument("dest", type=Path, help="a new folder")
-    command.add_argument(
-        "--window",
-        type=cli.whole_number(1),
-        metavar="TOKENS",
-        help=(
-            "the model's window, for Meta's layout, which does not record it (2048 for LLaMA 1, 4096 "
-            "for LLaMA 2)"
-        ),
-    )
+    # fmt: off
+    command = commands.add_parser("show",
+        help="show family, sizes, window and scaling, or what is wrong with the checkpoint")
+    command.add_argument("path",
+        help="a Hugging Face folder or a built-in name")
+
+    command = commands.add_parser("convert",
+        help="convert .bin or .pth weights or a .gguf file to a safetensors folder")
+    command.add_argument("source", type=Path,
+        help="a folder with pytorch_model*.bin, one with Meta's consolidated.*.pth, or a .gguf file")
+    command.add_argument("dest", type=Path,
+        help="a new folder")
+    command.add_argument("--window", type=cli.whole_number(1), metavar="TOKENS",
+        help="the model's window, for Meta's layout, which does not record it (2048 for LLaMA 1, 4096 for "
+        "LLaMA 2)")
+    # fmt: on
     args = p.parse_args()
     if args.command == "convert":
         convert(args.source, args.dest, args.window)
@@ -156,4 +153,6 @@ def main():
 
 
 if __name__ == "__main__":
+    import cli
+
     cli.run(main)

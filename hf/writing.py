@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from hf.folder import CheckpointFolder
+from hf.folder import INDEX, CheckpointFolder
 from storage.files import new_folder
 
 SHARD_BYTES = 5 * 2**30  # the largest safetensors file
@@ -54,7 +54,7 @@ def write_index(folder, weight_map, total_size):
     weight_map: {name of a weight: name of its file}. total_size: bytes of all weights.
     """
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (folder / INDEX).write_text(json.dumps(index, indent=2))
 
 
 def write_folder(dest, shards, count, others):

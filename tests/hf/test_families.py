@@ -443,6 +443,13 @@ def test_what_is_refused(config_of, family, changes, says):
     assert "\n" not in str(refusal.value) and str(folder / "config.json") in str(refusal.value)
 
 
+def test_deeply_nested_json_is_refused(tmp_path):
+    """Python's reader gives it up with a RecursionError."""
+    (tmp_path / "config.json").write_text("[" * 100000)
+    with pytest.raises(InputError, match="config.json: "):
+        families.read_config(tmp_path)
+
+
 # ---------------------------------------------------------------- the whole way
 
 

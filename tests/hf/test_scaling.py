@@ -170,6 +170,23 @@ def test_scaled_queries_are_written_as_ministral(make_llama, tiny_tokenizer, tmp
     assert written["llama_4_scaling"] == {"beta": 0.3, "original_max_position_embeddings": 64}
 
 
+def test_a_ministral_without_scaled_queries_is_written_as_mistral(make_llama, tiny_tokenizer, tmp_path):
+    """`llama_4_scaling_beta` 0 takes the scale of the queries away, and Ministral 3 cannot do without."""
+    model = weights.load(make_llama()[0])
+    model.config = scaling.extend(model.config, "yarn", 512, llama_4_scaling_beta=0.3)
+    weights.save(model, tiny_tokenizer, tmp_path / "ministral")
+    model = weights.load(tmp_path / "ministral")
+    assert model.config.model_type == "ministral3"
+
+    model.config = scaling.extend(model.config, "yarn", 1024, llama_4_scaling_beta=0.0)
+    weights.save(model, tiny_tokenizer, tmp_path / "mistral")
+    again = weights.load(tmp_path / "mistral")
+    assert again.config.model_type == "mistral" and not rope.has_query_scale(again.config.rope_scaling)
+    tokens, positions = torch.randint(0, VOCAB, (1, 300)), torch.arange(300).expand(1, -1)
+    with torch.no_grad():
+        assert_same(again(tokens), hf_logits(load_stock(tmp_path / "mistral"), tokens, positions))
+
+
 def test_scaled_queries_stay_when_a_model_is_stretched_further(make_llama, tiny_tokenizer, tmp_path):
     """NTK becomes another base, and YaRN comes on top. The queries count windows of the first 64 tokens,
     and YaRN asks for turns in the 512 in between."""
