@@ -29,8 +29,7 @@ def parse(monkeypatch):
 
 @pytest.fixture
 def parse_and_complete(parse):
-    """parse_and_complete("--steps", 3, ..., config=SMOLLM2) -> the options of train.py as they are run
-    with on a CPU."""
+    """parse_and_complete("--steps", 3, config=SMOLLM2) -> the completed options of train.py, on a CPU."""
 
     def start(*arguments, config=SMOLLM2):
         args = parse(*arguments, "--device", "cpu")
@@ -55,8 +54,10 @@ def complete(args, config=SMOLLM2):
     ],
 )
 def test_a_recipe_is_for_its_own_interpolation(parse_and_complete, arguments, factor, overshoot, beta):
-    """SmolLM2's, which nothing here can run, for 16 windows; with another interpolation the paper's
-    settings are left."""
+    """SmolLM2's, which nothing here can run, for 16 windows.
+
+    With another interpolation the paper's settings are left.
+    """
     args = parse_and_complete(*TO_16_WINDOWS, *arguments)
     assert (args.factor, args.overshoot, args.llama_4_scaling_beta) == (factor, overshoot, beta)
     recorded = copy.deepcopy(args)
@@ -83,8 +84,10 @@ def test_a_recipe_is_for_its_own_interpolation(parse_and_complete, arguments, fa
 def test_smollm2_trains_in_windows_longer_than_its_own_where_there_are_texts(
     parse_and_complete, monkeypatch, arguments, processes, train_len, batch_size
 ):
-    """With as many tokens in a step as 16 windows of the model, as near as processes divide them, and
-    room for skips in each example."""
+    """A step has as many tokens as 16 windows of the model, as near as processes divide them.
+
+    Each example leaves room for skips.
+    """
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     args = parse_and_complete("--model", "smollm2-135m", *arguments.split())
     assert (args.train_len, args.batch_size) == (train_len, batch_size)

@@ -1,5 +1,6 @@
-"""data.py: what is read, what is refused and how it is said, the token cache, and batches as a pure
-function of (seed, step, index).
+"""data.py: what is read, what is refused and in which words, the token cache, and batches.
+
+A batch is a pure function of (seed, step, index).
 """
 
 import argparse
@@ -23,8 +24,10 @@ TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
 
 class FakeTokenizer:
-    """Its ids are consecutive: the document "7 12" has the tokens 7, 8, 9, 10, 11. `asked` counts the
-    documents that it was asked for."""
+    """Its ids are consecutive: the document "7 12" has the tokens 7, 8, 9, 10, 11.
+
+    `asked` counts the documents that it was asked for.
+    """
 
     def __init__(self, vocab_size=1000, files=None):
         self.vocab_size, self.files, self.asked = vocab_size, files or {"tokenizer.model": b"one"}, 0
@@ -56,8 +59,10 @@ def test_txt_is_one_document(tmp_path):
 
 
 def test_jsonl_is_a_document_a_line(tmp_path):
-    """Blank lines and blank texts are passed over, other keys ignored, and a line separator inside a
-    text does not end it."""
+    """Blank lines, blank texts and other keys are passed over.
+
+    A line separator inside a text does not end it.
+    """
     lines = [
         '{"text": "first"}',
         "",
@@ -138,8 +143,10 @@ GOOD = '{"text": "good"}\n\n'  # a bad line after it is number 3
     ],
 )
 def test_bad_input_is_named(tmp_path, name, content, says):
-    """One line that names the file, and the line of a .jsonl; nothing stays in the cache, even when
-    good files came before."""
+    """One line names the file, and the line of a .jsonl.
+
+    Nothing stays in the cache, even when good files came before.
+    """
     before = [] if says == ["no text"] else [write(tmp_path / "fine.jsonl", jsonl("0 5", "5 9"))]
     bad = write(tmp_path / name, content)
     fake = FakeTokenizer()
@@ -195,8 +202,10 @@ def test_tokens_are_reused_until_something_changes(tmp_path):
     a, b = write(tmp_path / "a.txt", "0 9"), write(tmp_path / "b.jsonl", jsonl("10 20", "30 50"))
 
     def prepare(paths, expected, **changes):
-        """Return how many documents the tokenizer was asked for. Documents must begin and end as
-        expected."""
+        """Return how many documents the tokenizer was asked for.
+
+        Documents must begin and end as expected.
+        """
         fake = FakeTokenizer(**changes)
         documents = data.tokenised(paths, fake, tmp_path / "cache")
         every = [documents[i] for i in range(len(documents))]
@@ -224,8 +233,10 @@ def test_tokens_are_reused_until_something_changes(tmp_path):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, RuntimeError, OSError])
 def test_nothing_half_written_is_left_behind(tmp_path, stop):
-    """Stopped in the second batch, when the first one is on its way to the disk; the next call starts
-    anew and is whole."""
+    """It is stopped in the second batch, when the first one is on its way to the disk.
+
+    The next call starts anew and is whole.
+    """
     spans = [(i, i + 5) for i in range(100)]
     file = write(tmp_path / "a.jsonl", jsonl(*(f"{first} {last}" for first, last in spans)))
     fake = FakeTokenizer()
@@ -252,8 +263,10 @@ def test_nothing_half_written_is_left_behind(tmp_path, stop):
 
 @pytest.fixture
 def make_documents(tmp_path):
-    """make_documents(5, 80): documents of 5 and 80 tokens, number i with the ids 1000 (i + 1), 1000 (i
-    + 1) + 1, …"""
+    """make_documents(5, 80): documents of 5 and 80 tokens.
+
+    Number i has the ids 1000 (i + 1), 1000 (i + 1) + 1, …
+    """
 
     def make(*lengths):
         file = write(
@@ -286,8 +299,10 @@ def test_batch_is_a_pure_function_of_seed_step_and_index(make_documents):
 
 
 def test_steps_indices_and_seeds_all_make_other_examples(make_documents):
-    """Also across the three: (seed, step, index) is no sum. There are millions of examples to draw, so
-    216 never repeat by chance."""
+    """Also across the three: (seed, step, index) is no sum.
+
+    There are millions of examples to draw, so 216 never repeat by chance.
+    """
     documents = make_documents(900)
     examples = []
     for seed in range(6):
@@ -313,8 +328,10 @@ def test_steps_indices_and_seeds_all_make_other_examples(make_documents):
     ],
 )
 def test_target_is_the_token_that_follows_in_the_document(make_documents, sampling, bos_id):
-    """Ids are consecutive, so a target is its token + 1: at the seam of two chunks, before the end, and
-    for the token that BOS replaced."""
+    """Ids are consecutive, so a target is its token + 1.
+
+    It is so at the seam of two chunks, before the end, and for the token that BOS replaced.
+    """
     train_len = sampling["train_len"]
     batches = data.Batches(make_documents(9, 10, 500), seed=0, bos_id=bos_id, **sampling)
     tokens, positions, targets = batches(0, range(300))
@@ -333,8 +350,10 @@ def test_target_is_the_token_that_follows_in_the_document(make_documents, sampli
 
 @pytest.mark.parametrize("first, steps", [(0, 5), (3, 4)])
 def test_batches_made_ahead_are_those_of_their_steps(make_documents, first, steps):
-    """From the first step of a run, and of a resumed one; taken at once or with time in between for the
-    thread."""
+    """They are so from the first step of a run and of a resumed one.
+
+    They may be taken at once, or with time in between for the thread.
+    """
     batches = data.Batches(make_documents(200, 300, 90), seed=7, bos_id=1, **POSE)
     ahead = data.prefetched(batches, first, range(2, 6), torch.device("cpu"))
     for step, batch in zip(range(first, first + steps), ahead):
@@ -354,8 +373,10 @@ def test_an_error_in_a_batch_made_ahead_comes_out(make_documents):
 
 
 def test_every_place_where_a_window_can_begin_is_equally_likely(make_documents):
-    """So a document is drawn in proportion to length - train_len, the last token being a target only,
-    and short ones never."""
+    """So a document is drawn in proportion to length - train_len, and short ones never.
+
+    (The last token is a target only.)
+    """
     lengths, n = [8, 9, 12, 30, 3, 20], 8000
     batches = data.Batches(make_documents(*lengths), seed=1, **POSE | {"method": "pi"})
     assert batches.n_too_short == 2  # of 8 and 3 tokens
@@ -390,8 +411,10 @@ def test_text_of_an_example_spans_at_most_five_windows(make_documents):
 
 
 def test_text_offset_skip_reaches_as_far_as_the_positions(make_documents):
-    """There the text of a chunk is where its positions say, up to target_len tokens away, wherever the
-    document goes on that far."""
+    """There the text of a chunk is where its positions say, wherever the document goes on that far.
+
+    That is up to target_len tokens away.
+    """
     batches = data.Batches(make_documents(900), seed=0, **POSE | {"offset": "skip"})
     tokens, positions, _ = batches(0, range(1000))
     enough = tokens[:, 0] - 1000 + 64 < 900

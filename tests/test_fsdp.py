@@ -45,8 +45,10 @@ def launch(run, tmp_path):
 
 
 def gptj(folder):
-    """Write a GPT-J, and return its folder. Its rotary pairs are interleaved: the rows of q and k change
-    places across the borders of the shards."""
+    """Write a GPT-J, and return its folder.
+
+    Its rotary pairs are interleaved: the rows of q and k change places across the borders of the shards.
+    """
     sizes = {"vocab_size": 320, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8}
     model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes))
     for p in model.parameters():  # its own biases are zero
@@ -149,8 +151,10 @@ for activation_checkpointing in ("none", "selective", "full"):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_every_way_to_save_memory_gives_the_same_gradients(launch, make_llama, processes):
-    """Those of a plain model; and each mode computes again what it says: full all of a block, selective
-    no matrix product."""
+    """The gradients are those of a plain model, and each mode computes again what it says.
+
+    full: all of a block. selective: no matrix product.
+    """
     folder, _ = make_llama(tie_word_embeddings=processes == 2)
     lines = launch(GRADIENTS, processes, folder)
     blocks = 2

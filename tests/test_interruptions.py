@@ -28,8 +28,10 @@ def steps_done(out):
 
 
 def wait_for(condition, process=None, seconds=120):
-    """Wait until a condition holds, and return whether it does. It need not, after so many seconds or
-    when the process has ended."""
+    """Wait until a condition holds, and return whether it does.
+
+    It need not hold after so many seconds, or when the process has ended.
+    """
     until = time.time() + seconds
     while not condition() and time.time() < until and (process is None or process.poll() is None):
         time.sleep(0.01)
@@ -83,8 +85,10 @@ def uninterrupted(train_into, tmp_path_factory):
 def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(
     uninterrupted, start, short, train, tmp_path
 ):
-    """SIGKILL at random moments, nearly all of them while a checkpoint is being written (there is one a
-    step)."""
+    """SIGKILL comes at random moments, nearly all of them while a checkpoint is being written.
+
+    (There is one a step.)
+    """
     out, rng = tmp_path / "killed", random.Random()
     arguments = ("--steps", STEPS, "--save_every", 1)
     resume, newest = (), 0
@@ -158,8 +162,10 @@ INSIDE_THE_MODEL = "hf.weights.save_tensors = die"
 
 @pytest.fixture
 def killed_inside(run, short, tmp_path):
-    """killed_inside(place, *arguments) -> a finished run of `short` that is killed at a place: a
-    statement that puts `die` there."""
+    """killed_inside(place, *arguments) -> a finished run of `short` that is killed at a place.
+
+    place: a statement that puts `die` there.
+    """
     script = tmp_path / "killed.py"
     script.write_text(KILLED_INSIDE)
 
@@ -228,8 +234,11 @@ def test_an_error_while_a_checkpoint_is_written(call, short, train, tmp_path, mo
 
 @pytest.fixture(scope="module")
 def six_steps(train_into, tmp_path_factory):
-    """six_steps(processes) -> the folder of a run of six steps with checkpoints after three and six, as
-    if killed before its model was written; and its losses. It is not to be written into."""
+    """six_steps(processes) -> the folder of a run of six steps, and its losses.
+
+    It has checkpoints after three and six steps, as if killed before its model was written. It is
+    not to be written into.
+    """
     runs = {}
 
     def make(processes=None):
@@ -326,8 +335,10 @@ def test_a_path_that_holds_something_else_now(call, short, texts, tmp_path, what
 
 @pytest.fixture
 def torchrun(start, short, tmp_path):
-    """torchrun() -> Started of torchrun with two processes of a long run of `short` in tmp_path/run,
-    which has done three steps; and the ids of these processes."""
+    """torchrun() -> Started of torchrun with two processes of a long run of `short` in tmp_path/run.
+
+    The run has done three steps. The ids of these processes come back too.
+    """
 
     def start_and_wait():
         launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py")

@@ -1,5 +1,6 @@
-"""The decoder computes the logits, gradients and greedy continuations of transformers, and its ways to save
-memory change nothing.
+"""The decoder computes the logits, gradients and greedy continuations of transformers.
+
+Its ways to save memory change nothing.
 """
 
 import dataclasses
@@ -27,8 +28,10 @@ def plain_positions(rows, T):
 
 
 def assert_same_gradients(ours, theirs, ours_loss, theirs_loss):
-    """Assert that two losses have the same gradients by the parameters of our model and of one of
-    transformers."""
+    """Assert that two losses have the same gradients by the parameters of both models.
+
+    One model is ours, the other one of transformers.
+    """
     ours.zero_grad()
     theirs.zero_grad()
     ours_loss.backward()
@@ -68,8 +71,10 @@ def test_logits_and_gradients_equal_transformers(make_llama, shape):
 @needs_gpu
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 def test_logits_on_a_gpu_equal_transformers_on_the_cpu(make_llama, dtype, error):
-    """Windows of 4,096 tokens at positions up to 131,072, where bfloat16 positions or angles would be
-    off by hundreds."""
+    """Windows of 4,096 tokens stand at positions up to 131,072.
+
+    There, bfloat16 positions or angles would be off by hundreds.
+    """
     folder, theirs = make_llama(head_dim=64)
     ours = weights.load(folder, "cuda", dtype)
     tokens, positions = random_tokens(2, 4096), pose_positions(4096, 131072, 2)
@@ -91,8 +96,9 @@ SCALED = {
 def test_scaled_queries_equal_transformers(make_llama, monkeypatch):
     """Ministral 3 in three windows of 16 has the same logits, gradients and greedy continuations.
 
-    transformers scales by position, as a loader may that never meets a skip. Ours scales by the number
-    of keys, also with skips. There, transformers' own function is given the indices."""
+    transformers scales by position, as a loader may that never meets a skip. Ours scales by the number of
+    keys, also with skips. There, transformers' own function is given the indices.
+    """
     folder, theirs = make_llama(family="Ministral3", rope_parameters=SCALED)
     ours = weights.load(folder)
     tokens, near, far = random_tokens(2, 48), plain_positions(2, 48), pose_positions(48, 2048, 2)
@@ -133,8 +139,10 @@ def test_every_stock_interpolation_equals_transformers(make_llama, mode):
 
 
 def test_positions_enter_only_through_their_differences(make_llama):
-    """RoPE is relative: moving every position by a million changes nothing but rounding, and no table
-    has to reach that far."""
+    """RoPE is relative: moving every position by a million changes nothing but rounding.
+
+    No table has to reach that far.
+    """
     ours = weights.load(make_llama()[0])
     tokens, positions = random_tokens(1, 32), pose_positions(32, 2000, 1)
     moved = ours(tokens, positions + 1_000_000)
@@ -158,8 +166,10 @@ def test_generation_equals_transformers_whatever_the_prefill(make_llama, scaling
 
 @pytest.mark.parametrize("mode, n", [("dynamic", 200), ("longrope", 200), ("longrope", 64), ("longrope", 65)])
 def test_generation_with_angles_that_depend_on_the_length(make_llama, mode, n):
-    """The frequencies of the n tokens that are read in all (the last new one is not) hold from the
-    first token on. So the continuation is that of a model that has them at every length."""
+    """The frequencies of the n tokens that are read in all hold from the first token on.
+
+    (The last new token is not read.) So the continuation is that of a model that has them at every length.
+    """
     ours = weights.load(make_llama()[0])
     L, d = 64, 16  # the original window, rotated dimensions
     scaling = {"rope_type": mode, "original_max_position_embeddings": L}
@@ -212,9 +222,8 @@ def test_chunked_loss_equals_plain_and_never_holds_all_logits(with_bias):
     assert max(logits_held) <= 900 and len(logits_held) > 5
 
 
-def test_a_long_text_in_chunks_holds_nothing_twice(make_llama, monkeypatch):
-    """While attention runs, the pieces that its queries, keys and values were put together from are
-    gone."""
+def test_a_long_text_in_slices_holds_nothing_twice(make_llama, monkeypatch):
+    """While attention runs, the pieces of its queries, keys and values are gone."""
     ours = weights.load(make_llama()[0])
     monkeypatch.setattr(decoder, "SLICE_TOKENS", 16)
     pieces, alive = [], []
@@ -241,9 +250,11 @@ def test_a_long_text_in_chunks_holds_nothing_twice(make_llama, monkeypatch):
     [{"family": "Llama"}, {"family": "Phi"}, {"family": "Ministral3", "rope_parameters": SCALED}],
     ids=lambda settings: settings["family"],
 )
-def test_a_long_text_in_chunks_equals_one_piece(make_llama, monkeypatch, family):
-    """Without gradients each block takes SLICE_TOKENS tokens at a time. The hidden states are those of
-    the whole."""
+def test_a_long_text_in_slices_equals_one_piece(make_llama, monkeypatch, family):
+    """Without gradients each block takes SLICE_TOKENS tokens at a time.
+
+    The hidden states are those of the whole.
+    """
     ours = weights.load(make_llama(**family)[0])
     tokens, positions = random_tokens(2, 50), pose_positions(50, 1000, 2)
     whole = ours.hidden(tokens, positions)
@@ -255,9 +266,11 @@ def test_a_long_text_in_chunks_equals_one_piece(make_llama, monkeypatch, family)
 
 @pytest.mark.parametrize("family", ["Llama", "Phi"])
 def test_float32_master_weights_compute_what_their_roundings_do(make_llama, family):
-    """This is how a single process trains. Every matrix is rounded where it is used, so that nothing
-    differs from a bfloat16 model, and gradients arrive in float32. A norm's weight is not rounded: an
-    update far below bfloat16's step near 1 shows."""
+    """This is how a single process trains.
+
+    Every matrix is rounded where it is used, so that nothing differs from a bfloat16 model, and gradients
+    arrive in float32. A norm's weight is not rounded: an update far below bfloat16's step near 1 shows.
+    """
     folder, _ = make_llama(family=family)
     master, rounded = (weights.load(folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     with torch.no_grad():
@@ -284,8 +297,10 @@ def test_float32_master_weights_compute_what_their_roundings_do(make_llama, fami
 
 
 def test_flops_count_every_matrix_product(make_llama):
-    """There are 6 operations for each weight of a matrix product. Attention has two products of half the
-    T x T square for each head, once forward and twice backward."""
+    """There are 6 operations for each weight of a matrix product.
+
+    Attention has two products of half the T x T square for each head, once forward and twice backward.
+    """
     ours = weights.load(make_llama()[0])
     products = sum(m.weight.numel() for m in ours.modules() if isinstance(m, torch.nn.Linear))
     T, layers, heads, head_dim = 128, 2, 4, 16

@@ -1,8 +1,7 @@
-"""pose.sample keeps every promise of its docstring for any request, and its distributions are those of
-closed forms and of full enumeration.
+"""pose.sample keeps every promise of its docstring, for any request.
 
-The chi-square tests have fixed seeds and fail below p = 1e-6: never by bad luck, and at once for a wrong
-distribution.
+Its distributions are those of closed forms and of full enumeration. The chi-square tests have fixed seeds
+and fail below p = 1e-6: never by bad luck, and at once for a wrong distribution.
 """
 
 from collections import Counter
@@ -22,8 +21,10 @@ from pose import METHODS, OFFSETS, sample
 
 @st.composite
 def requests(draw, methods=METHODS, offsets=OFFSETS):
-    """Draw any request that can be met. Lengths 1 and 2, a text with no token to spare and too many
-    chunks come up often."""
+    """Draw any request that can be met.
+
+    Lengths 1 and 2, a text with no token to spare and too many chunks come up often.
+    """
     method = draw(st.sampled_from(methods))
     train_len = draw(st.one_of(st.sampled_from([1, 2]), st.integers(1, 40)))
     farther = 0 if method == "full" else draw(st.one_of(st.just(0), st.integers(0, 300)))
@@ -48,8 +49,10 @@ def draw_one(request, seed):
 
 
 def shifts(index):
-    """Return how far each token stands from the plain 0, 1, 2, ...: a chunk has one shift, and a jump
-    is where it changes."""
+    """Return how far each token stands from the plain 0, 1, 2, ...
+
+    A chunk has one shift, and a jump is where it changes.
+    """
     return index - np.arange(index.shape[-1])
 
 
@@ -97,8 +100,10 @@ def test_offset_zero_is_contiguous_text(request, seed):
 @fewer
 @given(requests(methods=["pose"], offsets=["skip"]), seeds)
 def test_offset_skip_takes_the_text_of_its_positions(request, seed):
-    """Where the text ends too early, a chunk gets its last place that fits, as if the whole window
-    stood at the end of the text."""
+    """Where the text ends too early, a chunk gets its last place that fits.
+
+    That is as if the whole window stood at the end of the text.
+    """
     text_index, positions = draw_one(request, seed)
     last_place = np.arange(request["train_len"]) + request["text_len"] - 1 - request["train_len"]
     assert np.array_equal(text_index, np.where(positions <= last_place, positions, last_place))
@@ -155,8 +160,10 @@ def test_full_is_the_whole_target_window():
 
 
 def assert_drawn_from(drawn, law):
-    """Pearson's chi-square test of drawn outcomes against {outcome: probability} of all outcomes. At
-    least 10 of each must be expected."""
+    """Pearson's chi-square test of drawn outcomes against {outcome: probability} of all outcomes.
+
+    At least 10 of each must be expected.
+    """
     counts, n = Counter(drawn), len(drawn)
     assert set(counts) <= set(law) and sum(law.values()) == 1
     assert min(law.values()) * n >= 10
@@ -191,8 +198,7 @@ def test_a_chi_square_test_that_can_fail():
 
 
 def test_two_chunks_skip_and_text_offset_and_first_length():
-    """u ~ U{0 ... Lt - Lc}, v ~ U{0 ... Lx - 1 - Lc}, l_0 ~ U{1 ... Lc - 1}, all independent of each
-    other."""
+    """u ~ U{0 ... Lt - Lc}, v ~ U{0 ... Lx - 1 - Lc}, l_0 ~ U{1 ... Lc - 1}, all independent."""
     train_len = 6
     sizes = {"text_len": 12, "train_len": train_len, "target_len": 16}
     text_index, positions = draw_many(24_000, 1, method="pose", **sizes)
@@ -216,8 +222,10 @@ def test_two_chunks_skip_and_text_offset_and_first_length():
 
 
 def test_three_chunks_follow_the_chain_rule():
-    """u_1 ~ U{0 ... M}, u_2 ~ U{u_1 ... M}. With three tokens each chunk is one token, so that no cut
-    hides a shift."""
+    """u_1 ~ U{0 ... M}, u_2 ~ U{u_1 ... M}.
+
+    With three tokens each chunk is one token, so that no cut hides a shift.
+    """
     most = 5
     chain = {}
     for i in range(most + 1):
@@ -233,8 +241,10 @@ def test_three_chunks_follow_the_chain_rule():
 
 
 def test_three_chunks_are_cut_anywhere():
-    """Every pair of cut points is equally likely. Both are seen when 0 < u_1 < u_2, of which the cuts
-    know nothing."""
+    """Every pair of cut points is equally likely.
+
+    Both are seen when 0 < u_1 < u_2, of which the cuts know nothing.
+    """
     _, positions = draw_many(12_000, 3, method="pose", text_len=8, train_len=7, target_len=207, chunks=3)
     cuts = [tuple((np.flatnonzero(np.diff(row)) + 1).tolist()) for row in shifts(positions)]
     both = [pair for pair in cuts if len(pair) == 2]
@@ -243,8 +253,7 @@ def test_three_chunks_are_cut_anywhere():
 
 
 def chains(n, most, first=0):
-    """Return every (0, w_1, ..., w_(n-1)) with w_i uniform on {w_(i-1) ... most}, with its
-    probability."""
+    """Return every (0, w_1, ..., w_(n-1)) with w_i uniform on {w_(i-1) ... most}, with its probability."""
     if n == 1:
         return {(first,): Fraction(1)}
     law = {}
@@ -255,8 +264,10 @@ def chains(n, most, first=0):
 
 
 def law_of_pose(text_len, train_len, target_len, chunks, offset):
-    """Return {(text_index, positions): probability} from section 3 of the paper, by going through
-    everything that can be drawn."""
+    """Return {(text_index, positions): probability} from section 3 of the paper.
+
+    It goes through everything that can be drawn.
+    """
     law = Counter()
     all_cuts = list(combinations(range(1, train_len), chunks - 1))
     room = text_len - 1 - train_len
@@ -290,8 +301,10 @@ def test_randpos_takes_each_set_of_positions_equally_often():
 
 
 def test_randpos_takes_each_position_equally_often():
-    """Each comes with probability Lc / Lt. Without replacement the variance of a count is smaller by
-    (Lt - Lc) / (Lt - 1) than Pearson's."""
+    """Each comes with probability Lc / Lt.
+
+    Without replacement the variance of a count is smaller by (Lt - Lc) / (Lt - 1) than Pearson's.
+    """
     n, train_len, target_len = 3000, 30, 100
     _, positions = draw_many(n, 6, method="randpos", text_len=31, train_len=train_len, target_len=target_len)
     counts, expected = np.bincount(positions.ravel(), minlength=target_len), n * train_len / target_len

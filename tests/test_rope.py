@@ -1,5 +1,6 @@
-"""rope.py agrees with transformers, with the papers' equations written again with scalars, and with exact
-arithmetic.
+"""rope.py agrees with transformers, with the papers' equations and with exact arithmetic.
+
+The equations are written again with scalars.
 """
 
 import math
@@ -84,8 +85,10 @@ class Float64Torch:
 
 @pytest.fixture
 def transformers_in_float64(monkeypatch):
-    """Let transformers compute in float64, so that nothing but the mathematics can differ. Its functions
-    ask for float32 by name."""
+    """Let transformers compute in float64, so that nothing but the mathematics can differ.
+
+    Its functions ask for float32 by name.
+    """
     for module in (modeling_rope_utils, modeling_llama):
         monkeypatch.setattr(module, "torch", Float64Torch())
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -176,8 +179,10 @@ def test_ntk_divides_the_slowest_pair_by_exactly_the_factor(factor):
     [(64, 1e5, 8192), (128, 1e4, 2048), (128, 1e4, 4096), (128, 5e5, 8192), (32, 1e4, 256)],
 )
 def test_ntk_by_its_own_factor_slows_the_critical_pair_by_the_ratio(dim, theta, window):
-    """Pair ceil(d/2 log_theta(window / 2 pi)) is the first that does not come round in the window (Liu
-    et al. 2023: the critical dimension)."""
+    """The critical pair is the first that does not come round in the window (Liu et al. 2023).
+
+    It is number ceil(d/2 log_theta(window / 2 pi)).
+    """
     critical = math.ceil(dim / 2 * math.log(window / 2 / math.pi, theta))
     ratio = 16.0
     scaling = {"rope_type": "ntk", "factor": ntk_factor(dim, theta, None, window, ratio)}
@@ -187,8 +192,10 @@ def test_ntk_by_its_own_factor_slows_the_critical_pair_by_the_ratio(dim, theta, 
 
 
 def test_ntks_factor_of_a_scaled_model_looks_at_its_scaled_angles():
-    """Four times slower in a window four times as long is where it was; slowed by 1,000 no pair but the
-    first comes round."""
+    """Four times slower in a window four times as long is where it was.
+
+    Slowed by 1,000 no pair but the first comes round.
+    """
     by_4 = {"rope_type": "linear", "factor": 4.0}
     by_1000 = {"rope_type": "linear", "factor": 1000.0}
     of_base = ntk_factor(64, 1e5, None, 8192, 4.0)
@@ -211,8 +218,10 @@ def test_dynamic_depends_on_this_call_only():
 
 
 def test_yarn_and_its_revision_differ_only_on_the_ramp():
-    """Both leave fast pairs alone and divide slow ones by s. Between, a blend of wavelengths is slower
-    than a blend of frequencies."""
+    """Both leave fast pairs alone and divide slow ones by s.
+
+    Between, a blend of wavelengths is slower than a blend of frequencies.
+    """
     default, yarn, revised = (
         rope_frequencies(128, 1e4, rope_scaling(mode, 16.0, 2048, 128))[0]
         for mode in ("default", "yarn", "yarn_revised")
@@ -299,8 +308,10 @@ def test_cos_and_sin_are_right_at_position_1_000_000(theta):
 
 @pytest.mark.parametrize("start", [0, 1_000_000])
 def test_scores_depend_on_distance_only(start):
-    """A pair as a complex number z turns by exp(i m f), so the score of q at m and k at n is Re(sum q
-    conj(k) exp(i (m - n) f))."""
+    """A pair as a complex number z turns by exp(i m f).
+
+    So the score of q at m and k at n is Re(sum q conj(k) exp(i (m - n) f)).
+    """
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 64, generator=generator)
     distances = [0, 1, 7, 500, 30_000]
@@ -345,8 +356,10 @@ def test_attention_factor_multiplies_scores_twice():
     "dtype, half_ulp", [(torch.float32, 2**-24), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)]
 )
 def test_dtype_is_kept_and_the_arithmetic_is_float32(dtype, half_ulp):
-    """Half precision is rounded once, at the end: an intermediate in bfloat16 would lose more than half
-    a unit in the last place."""
+    """Half precision is rounded once, at the end.
+
+    An intermediate in bfloat16 would lose more than half a unit in the last place.
+    """
     x = torch.randn(2, 50, 3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     positions = torch.arange(100).view(2, 50) * 997
     inv_freq, _ = rope_frequencies(64, 1e4)

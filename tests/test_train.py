@@ -1,5 +1,7 @@
-"""Training runs as a whole: losses against a plain loop, any number of processes, resuming, and what is
-written."""
+"""Training runs as a whole.
+
+Losses are compared with a plain loop, for any number of processes; resuming, and what is written.
+"""
 
 import json
 import os
@@ -84,8 +86,10 @@ def untrained(call, tmp_path):
 
 
 def test_the_factor_is_the_users(untrained, tmp_path):
-    """NTK with head room reaches the checkpoint as the base that its equation gives; without a recipe
-    the factor is the windows' ratio."""
+    """NTK with head room reaches the checkpoint as the base that its equation gives.
+
+    Without a recipe the factor is the windows' ratio.
+    """
     base = tmp_path / "base"  # a folder, not the built-in name: the paper's settings
     shutil.copytree(resolve("tiny"), base)
     to_1024 = ("--model", base, "--target_len", 1024)
@@ -101,8 +105,10 @@ def test_the_factor_is_the_users(untrained, tmp_path):
 
 
 def test_the_untrained_model_needs_no_texts(untrained, tmp_path, monkeypatch):
-    """Neither those that are named, which are not there, nor the standard library's, which would be
-    tokenised into the cache."""
+    """It needs neither those that are named, which are not there, nor the standard library's.
+
+    The latter would be tokenised into the cache.
+    """
     absent = ("--data", "absent.txt", "--eval_every", 1, "--eval_data", "absent.txt")
     named = untrained("named", "--model", "tiny", *absent)
     monkeypatch.setenv("POSE_CACHE", str(tmp_path / "cache"))
@@ -125,8 +131,10 @@ def three_steps(train_into, tmp_path_factory):
 
 
 def plain_loop(texts, lrs, skipped=(), reach=2048):
-    """Yield loss and gradient norm by step of the same examples on a plain torch model and optimizer,
-    no FSDP, no micro-batches."""
+    """Yield loss and gradient norm by step of the same examples with a plain torch model and optimizer.
+
+    There is no FSDP and there are no micro-batches.
+    """
     tiny = open_model("tiny")
     model = weights.load("tiny", dtype=torch.float32)
     model.config = scaling.extend(model.config, "yarn", 2048, beta_fast=8)
@@ -226,8 +234,10 @@ runpy.run_path(sys.path[0] + "/train.py", run_name="__main__")
 
 @pytest.fixture
 def poisoned(run, short, tmp_path):
-    """poisoned(poison, *arguments) -> the finished run in tmp_path/run (of one micro-batch a step) whose
-    loss in the last process is what a function `poison` of the step and the true one makes of it."""
+    """poisoned(poison, *arguments) -> the finished run in tmp_path/run, of one micro-batch a step.
+
+    Its loss in the last process is what a function `poison` of the step and the true one makes of it.
+    """
     script = tmp_path / "poisoned.py"
     script.write_text(POISONED)
 
@@ -279,8 +289,10 @@ def test_a_gpu_leaves_out_an_update_that_is_not_finite(poisoned, texts, tmp_path
 
 
 def test_resume_needs_no_more_than_the_folder(train, call, run, texts, tmp_path):
-    """All else is as the run was started, what leaves its result alone too, but for what the number of
-    processes says."""
+    """All else is as the run was started, also what leaves its result alone.
+
+    Only what the number of processes says may differ.
+    """
     first = tmp_path / "first"
     validation = ("--eval_every", 2, "--eval_data", texts)
     others = ("--seed", 5, "--method", "randpos", "--save_every", 2, *validation)
@@ -302,8 +314,11 @@ def test_resume_needs_no_more_than_the_folder(train, call, run, texts, tmp_path)
 
 
 def test_the_quick_start_extends_tiny(tmp_path):
-    """The README's first commands, as a new user runs them, but for 120 of the 150 steps, 8 of the 32
-    examples in each, and 20 of the 50 prompts: all take minutes."""
+    """The README's first commands, as a new user runs them, but smaller.
+
+    They take 120 of the 150 steps, 8 of the 32 examples in each, and 20 of the 50 prompts: all take
+    minutes.
+    """
 
     def call(script, *arguments):
         command = [sys.executable, ROOT / script, *arguments, "--device", "cpu"]

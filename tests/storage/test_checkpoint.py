@@ -34,8 +34,10 @@ def save(checkpoints, step):
 
 
 def load(checkpoints):
-    """Load the newest checkpoint, and return its step and the lines that were said. Its weights must be
-    those of its step."""
+    """Load the newest checkpoint, and return its step and the lines that were said.
+
+    Its weights must be those of its step.
+    """
     model, optimizer = model_and_optimizer(0)
     said = []
     step = checkpoints.load(model, optimizer, said.append)
@@ -49,8 +51,10 @@ def names(folder):
 
 
 def test_a_checkpoint_has_its_name_only_when_it_is_on_disk(tmp_path, monkeypatch):
-    """Every file and the folder are on disk before the rename, and the name before an older checkpoint
-    goes."""
+    """Every file and the folder are on disk before the rename.
+
+    The name is on disk before an older checkpoint goes.
+    """
     happened = []
     fsync, rename = os.fsync, Path.rename
 
