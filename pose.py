@@ -70,10 +70,10 @@ def nondecreasing_uniform(rng, n, most):
 
 def check(method, text_len, train_len, target_len, chunks, offset):
     """Raise ValueError unless `sample` can draw an example."""
-    if method not in METHODS or offset not in OFFSETS:
-        raise ValueError(
-            f"method must be one of {METHODS} and offset one of {OFFSETS}, got {method!r} and {offset!r}"
-        )
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if offset not in OFFSETS:
+        raise ValueError(f"offset must be one of {OFFSETS}, got {offset!r}")
     if not 1 <= train_len <= target_len:
         raise ValueError(
             f"need 1 <= train_len <= target_len, got train_len {train_len} and target_len {target_len}"

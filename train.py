@@ -50,9 +50,8 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
     tokens_per_step = args.batch_size * args.train_len
     log = Log(args.out, first_step, args.tensorboard) if rank == 0 else None
     skipped_in_a_row = 0
-    steps = range(first_step, args.steps)
     is_silent = None if rank == 0 else True  # None: shown where there is a terminal
-    progress = tqdm(steps, initial=first_step, total=args.steps, disable=is_silent)
+    progress = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=is_silent)
     began = time.perf_counter()
     # zip asks progress first: after the last step no batch is asked for.
     for step, batch in zip(progress, data.prefetched(batches, first_step, own_examples(args), device)):
