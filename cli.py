@@ -433,9 +433,8 @@ def options_of_earlier_run(given, parser):
     args = parser.parse_args()
     if not args.eval_every:  # validation is switched off: the run's own texts and lengths go too
         args.eval_data, args.eval_lengths = given.eval_data, given.eval_lengths
-    must_match = {
-        option: value for option, value in vars(args).items() if option not in NOT_RECORDED + MAY_CHANGE
-    }
+    not_compared = NOT_RECORDED + MAY_CHANGE
+    must_match = {option: value for option, value in vars(args).items() if option not in not_compared}
     if changed := describe_changes(earlier, must_match):
         raise InputError(f"--resume: the run in {out} had other arguments: {changed}")
     if is_finished(out, args.steps):
@@ -459,7 +458,7 @@ def complete_training(args, config):
     # suit another: with another one they are the paper's.
     complete_interpolation(args, config, recipe if args.rope == recipe.rope else Recipe())
     if args.beta_fast is None and args.rope in rope.RAMPED:
-        args.beta_fast = recipe.beta_fast  # suits the model's size, and with it every interpolation
+        args.beta_fast = recipe.beta_fast  # it suits the model's size, not one interpolation
     refuse_contradictions(args)
     on_gpu = args.device == "cuda"
     args.compile = on_gpu if args.compile is None else args.compile

@@ -10,8 +10,8 @@ Notable choices:
 - Each process keeps all vectors (weights of norms, biases), a ten-thousandth of the model, outside of FSDP,
   which would round them. Near 1, bfloat16 has steps of 0.4 to 0.8%, and a norm's small updates would show
   only after many of them.
-- The order is: activation checkpointing inside, torch.compile around it, fully_shard outermost.
-  Names of parameters stay.
+- The order is: activation checkpointing inside, torch.compile around it, fully_shard outermost. The
+  names of the parameters stay.
 """
 
 import math
@@ -39,9 +39,9 @@ PEAK_FLOPS = {
 
 
 def start(device_type):
-    """Join the process group, or make one of a single process. Return this process's device.
+    """Join the process group that torchrun set up, or make one of a single process.
 
-    torchrun sets up a group to join.
+    Return this process's device.
     """
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
