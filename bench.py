@@ -10,8 +10,8 @@ of which only config.json counts. The training step is that of train.py; torchru
 Notable choices:
 - MFU counts 6 operations for each weight in a matrix product, and causal attention without its masked half
   (Config.flops_per_token), over the card's bfloat16 peak.
-- The peer's training loop is the usual one: the whole model under torch.compile, bfloat16 autocast, fused
-  AdamW on float32 weights. Both sides run in the same process and take turns.
+- The training loop of transformers is the usual one: the whole model under torch.compile, bfloat16 autocast,
+  fused AdamW on float32 weights. Both sides run in the same process and take turns.
 - `prefill` stands beside what no program can avoid on that card: its matrix products and attention kernels
   alone, at the same sizes.
 """
@@ -40,7 +40,7 @@ from storage.files import InputError, write_json
 from tasks import plots
 
 GIB = 2**30
-CHUNK = 16384  # tokens of a prompt for which the kernels alone run at once
+PIECE = 16384  # tokens of a prompt for which the kernels alone run at once
 
 # ---------------------------------------------------------------- shapes: which model
 
@@ -82,11 +82,11 @@ def randomise(model, device):
             parameter.copy_(whole)
 
 
-# ---------------------------------------------------------------- the peer: transformers
+# ---------------------------------------------------------------- the other side: transformers
 
 
-def peer(config, **more):
-    """Return transformers' own model of this architecture, float32. more: further settings of its config."""
+def transformers_model(config, **more):
+    """Return their own model of this architecture, float32. more: further settings of its config."""
     import transformers
 
     in_float32 = dataclasses.replace(config, dtype="float32")
@@ -126,7 +126,7 @@ def seconds_since_start():
     return time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks / os.sysconf("SC_CLK_TCK")
 
 
-# ---------------------------------------------------------------- training steps, ours and the peer's
+# ---------------------------------------------------------------- training steps, ours and theirs
 
 
 class RandomDocument:
@@ -149,9 +149,10 @@ def random_batches(config, args, sampling, device):
 
 
 def our_step(config, args, sampling, device):
-    """Return a function that makes a training step as train.py does.
+    """Return a function that takes a training step as train.py does.
 
-    It returns the loss and the seconds that it waited for its batch.
+    It returns the loss and the seconds that it waited for its batch. Its lines are those of train.train,
+    with a clock around the wait.
     """
     on_gpu = device.type == "cuda"
     with torch.device("meta"):
@@ -170,8 +171,9 @@ def our_step(config, args, sampling, device):
         batch = next(batches)
         waited = time.perf_counter() - began
         loss = torch.zeros((), device=device)
-        for micro_batch in zip(*(tensor.split(args.micro_batch_size) for tensor in batch)):
-            part = model(*micro_batch) / tokens_per_step
+        micro_batches = zip(*(x.split(args.micro_batch_size) for x in batch))
+        for tokens, positions, targets in micro_batches:
+            part = model(tokens, positions, targets) / tokens_per_step
             (part * dist.get_world_size()).backward()  # gradients are averaged over processes
             loss += part.detach()
         dist.all_reduce(loss)
@@ -185,11 +187,11 @@ def our_step(config, args, sampling, device):
     return step
 
 
-def their_step(config, args, sampling, device):
-    """Return a function that makes the same step with transformers, see `our_step`. It reports no wait."""
+def transformers_step(config, args, sampling, device):
+    """Return a function that takes the same step with transformers, see `our_step`. It reports no wait."""
     on_gpu = device.type == "cuda"
     torch.set_float32_matmul_precision("high")
-    model = peer(config, use_cache=False).to(device).train()
+    model = transformers_model(config, use_cache=False).to(device).train()
     if args.activation_checkpointing != "none":  # it has one kind
         model.gradient_checkpointing_enable()
     compiled = torch.compile(model) if on_gpu else model
@@ -214,7 +216,7 @@ class Side:
     """One side of a comparison of training steps: what its steps take."""
 
     def __init__(self, name, make_step, device):
-        """Make the step and warm it up. make_step(): our_step or their_step with its arguments."""
+        """Prepare the step and warm it up. make_step(): our_step or transformers_step with its arguments."""
         self.name = name
         held_by_the_other = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         began = time.perf_counter()
@@ -230,8 +232,8 @@ class Side:
         self.clock = Clock(device)
         self.waits = []  # seconds of each timed step
 
-    def make_timed_step(self):
-        """Make one more step and note its time, its loss and how long it waited for its batch."""
+    def take_timed_step(self):
+        """Take one more step and note its time, its loss and how long it waited for its batch."""
         loss, waited = self.clock(self.step)
         self.losses.append(loss)
         self.waits.append(waited)
@@ -263,7 +265,7 @@ def measure_training(config, args, sampling, device):
     """Time args.steps training steps. Return an entry of `results` for each side, ours first."""
     makers = {"ours": our_step}
     if args.compare:
-        makers["transformers"] = their_step
+        makers["transformers"] = transformers_step
     sides = []
     for name, make_step in makers.items():
         sides.append(Side(name, partial(make_step, config, args, sampling, device), device))
@@ -271,7 +273,7 @@ def measure_training(config, args, sampling, device):
     for steps in (first_turn, args.steps - first_turn):
         for side in sides:  # in turns, so that a drift of the machine meets both
             for _ in range(steps):
-                side.make_timed_step()
+                side.take_timed_step()
     tokens = args.share * sampling["train_len"]
     return [side.result(config, tokens, sampling["train_len"], fsdp.peak_flops(device)) for side in sides]
 
@@ -372,7 +374,8 @@ def prefill(config, args, device):
     randomise(model, device)
     sides = {"ours": partial(make_reading, model), "kernels alone": partial(make_kernels, model)}
     if args.compare:
-        sides["transformers"] = partial(make_generating, peer(config).to(dtype).to(device).eval())
+        theirs = transformers_model(config).to(dtype).to(device).eval()
+        sides["transformers"] = partial(make_generating, theirs)
 
     results = []
     for length in args.lengths:
@@ -393,7 +396,7 @@ def time_prompt(make_work, tokens, times, layers, device):
     """
     clock = Clock(device)
     try:
-        make_work(tokens[:, :CHUNK])()  # warms up
+        make_work(tokens[:, :PIECE])()  # warms up
         work = make_work(tokens)  # after the warm-up, so that the tensors of both are not in memory together
         for _ in range(times):
             clock(work)
@@ -423,11 +426,11 @@ def make_reading(model, tokens):
     return read
 
 
-def make_generating(other, tokens):
+def make_generating(theirs, tokens):
     """Return the work of transformers: read the prompt and generate the next 8 tokens."""
     everything = torch.ones_like(tokens)  # without it a random token that is the pad token would make a mask
     greedily = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    return partial(other.generate, tokens, attention_mask=everything, **greedily)
+    return partial(theirs.generate, tokens, attention_mask=everything, **greedily)
 
 
 def make_kernels(model, tokens):
@@ -441,13 +444,14 @@ def make_kernels(model, tokens):
     v = random(1, length, config.n_kv_heads, config.head_dim)
     inputs = {}  # {width: random inputs of the products that take so many numbers}
     for width in {weight.shape[1] for weight in weights}:
-        inputs[width] = random(min(length, CHUNK), width)
+        inputs[width] = random(min(length, PIECE), width)
 
     def run():
         causal_attention(q, k, v)
-        for begin in range(0, length, CHUNK):
+        for begin in range(0, length, PIECE):
             for weight in weights:
-                F.linear(inputs[weight.shape[1]][: length - begin], weight)
+                x = inputs[weight.shape[1]]
+                F.linear(x[: length - begin], weight)  # the last piece may be shorter
 
     return run
 
@@ -471,51 +475,36 @@ LONGEST = 131072  # of the lengths that are measured if none are asked for
 
 def parse_arguments():
     p = cli.ArgumentParser(description="Speed and memory, with random weights.")
-    p.add_argument(
-        "--task", choices=TASKS, required=True,
-        help="train: a training step; efficiency: PoSE's beside a full-length one; prefill: a long prompt",
-    )  # fmt: skip
-    p.add_argument(
-        "--model",
+    # fmt: off
+    p.add_argument("--task", choices=TASKS, required=True,
+        help="train: a training step; efficiency: PoSE's beside a full-length one; prefill: a long prompt")
+    p.add_argument("--model",
         help=f"{', '.join(SHAPES)}, tiny or a folder, and NAME:LAYERS for its first layers "
-        "(default: smollm2-135m with a GPU, else tiny)",
-    )
-    p.add_argument(
-        "--lengths", type=cli.token_counts(),
+        "(default: smollm2-135m with a GPU, else tiny)")
+    p.add_argument("--lengths", type=cli.token_counts(),
         help="efficiency: targets, prefill: prompts, in tokens, comma-separated (default: doubling from two "
-        f"windows, with prefill from one, to {LONGEST:,})",
-    )  # fmt: skip
-    p.add_argument(
-        "--train_len", type=cli.whole_number(1),
-        help="train, efficiency: tokens in a training example (default: the model's window)",
-    )  # fmt: skip
-    p.add_argument(
-        "--micro_batch_size", type=cli.whole_number(1),
-        help="train, efficiency: examples a process takes at once (default: 32,768 tokens; efficiency 1)",
-    )  # fmt: skip
-    p.add_argument(
-        "--batch_size", type=cli.whole_number(1),
-        help="train, efficiency: examples in a step, over all processes (default: one micro-batch each)",
-    )  # fmt: skip
-    p.add_argument(
-        "--steps", type=cli.whole_number(1), default=10,
-        help="timed steps, in two turns, or prompts (default: 10)",
-    )  # fmt: skip
-    p.add_argument(
-        "--activation_checkpointing", choices=("none", "selective", "full"),
-        help="as train.py's (default: none)",
-    )  # fmt: skip
-    p.add_argument("--cpu_offload", action="store_true", help="as train.py's")
-    p.add_argument("--param_dtype", choices=("float32", "bfloat16"), help="as train.py's (default: float32)")
-    p.add_argument(
-        "--compare", choices=("transformers",),
-        help="train, prefill: the same work there, in the same process",
-    )  # fmt: skip
-    p.add_argument("--json", type=cli.output_file(), metavar="FILE", help="write the results there")
-    p.add_argument(
-        "--plot", type=cli.plot_file, metavar="FILE.png",
-        help="efficiency: draw time and memory by target there",
-    )  # fmt: skip
+        f"windows, with prefill from one, to {LONGEST:,})")
+    p.add_argument("--train_len", type=cli.whole_number(1),
+        help="train, efficiency: tokens in a training example (default: the model's window)")
+    p.add_argument("--micro_batch_size", type=cli.whole_number(1),
+        help="train, efficiency: examples a process takes at once (default: 32,768 tokens; efficiency 1)")
+    p.add_argument("--batch_size", type=cli.whole_number(1),
+        help="train, efficiency: examples in a step, over all processes (default: one micro-batch each)")
+    p.add_argument("--steps", type=cli.whole_number(1), default=10,
+        help="timed steps, in two turns, or prompts (default: 10)")
+    p.add_argument("--activation_checkpointing", choices=("none", "selective", "full"),
+        help="as train.py's (default: none)")
+    p.add_argument("--cpu_offload", action="store_true",
+        help="as train.py's")
+    p.add_argument("--param_dtype", choices=("float32", "bfloat16"),
+        help="as train.py's (default: float32)")
+    p.add_argument("--compare", choices=("transformers",),
+        help="train, prefill: the same work there, in the same process")
+    p.add_argument("--json", type=cli.output_file(), metavar="FILE",
+        help="write the results there")
+    p.add_argument("--plot", type=cli.plot_file, metavar="FILE.png",
+        help="efficiency: draw time and memory by target there")
+    # fmt: on
     return p.parse_args()
 
 
@@ -533,8 +522,8 @@ def complete(args, config):
     if args.batch_size is None:
         examples = args.micro_batch_size or max(1, cli.MICRO_BATCH_TOKENS // args.train_len)
         args.batch_size = examples * int(os.environ.get("WORLD_SIZE", 1))
-    batch = cli.split_batch(args.batch_size, args.micro_batch_size, args.train_len)
-    args.share, args.micro_batch_size = batch
+    split = cli.split_batch(args.batch_size, args.micro_batch_size, args.train_len)
+    args.share, args.micro_batch_size = split
     if args.lengths is None:
         args.lengths = doubling(2 * args.train_len if args.task == "efficiency" else window)
     if args.task == "efficiency" and args.lengths[0] < args.train_len:

@@ -91,7 +91,7 @@ class Trial(NamedTuple):
     answer: list  # token ids
 
 
-def retrieval(model, tokenizer, length, trials, seed, make_prompt, generate=False, task="passkey"):
+def retrieval(model, tokenizer, length, trials, seed, make_prompt, generate, task):
     """Measure how often the model finds an answer that stands in its prompt. Return an entry of `results`.
 
     The trials are at evenly spaced depths, each with a key of its own. make_prompt(depth, rng): a function
@@ -107,8 +107,9 @@ def retrieval(model, tokenizer, length, trials, seed, make_prompt, generate=Fals
     digits = digit_tokens(tokenizer)
     by_trial = []
     with tqdm(total=trials, desc=f"{task} {length:,}", leave=False, disable=None) as bar:
-        for batch in batched(map(draw, range(trials)), lambda trial: length, model):
-            for trial, correct in zip(batch, answers_greedily(model, batch, digits)):
+        all_trials = map(draw, range(trials))  # each is drawn when its batch takes it
+        for batch in batched(all_trials, lambda trial: length, model):
+            for trial, correct in zip(batch, greedy_verdicts(model, batch, digits)):
                 entry = {"depth": trial.depth, "correct": correct}
                 if generate:
                     entry |= check_by_decoding(model, tokenizer, trial, correct)
@@ -125,7 +126,7 @@ def retrieval(model, tokenizer, length, trials, seed, make_prompt, generate=Fals
     }
 
 
-def answers_greedily(model, trials, digits):
+def greedy_verdicts(model, trials, digits):
     """Return for each trial whether greedy decoding would say its answer and then end the number.
 
     digits: the set of token ids that would make the number go on. One forward pass.
@@ -157,7 +158,7 @@ def passkey(model, tokenizer, length, trials, seed, generate=False):
         key = str(rng.integers(10000, 100000))
         return passkey_prompt(tokenizer, length, depth, key)
 
-    return retrieval(model, tokenizer, length, trials, seed, make_prompt, generate)
+    return retrieval(model, tokenizer, length, trials, seed, make_prompt, generate, "passkey")
 
 
 def needle(model, tokenizer, corpus, length, trials, seed, keys, generate=False):
@@ -203,7 +204,8 @@ def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, 
         total = sum(min(len(document), longest) for document in long_enough)
     edges = position_edges(length) if by_position else [0, length]
 
-    nats, count = np.zeros((2, len(long_enough), len(edges) - 1))  # by document and range of positions
+    nats = np.zeros((len(long_enough), len(edges) - 1))  # by document and range of positions
+    count = np.zeros_like(nats)  # of scored tokens
     in_tokens = {"unit": " tokens", "unit_scale": True}
     with tqdm(total=total, desc=f"ppl {length:,}", leave=False, disable=None, **in_tokens) as bar:
         for batch in batched(windows, lambda window: len(window.ids), model):
@@ -439,62 +441,43 @@ DEFAULTS = {"trials": 50, "seed": 0, "keys": 4, "documents": 50}
 
 def parse_arguments():
     p = cli.ArgumentParser(description="Retrieval, perplexity by length, and ordinary tasks.")
-    p.add_argument("--task", choices=TASKS, required=True, help="the README's table says what each tells")
-    p.add_argument(
-        "--model", nargs="+", action="extend",
+    # fmt: off
+    p.add_argument("--task", choices=TASKS, required=True,
+        help="the README's table says what each tells")
+    p.add_argument("--model", nargs="+", action="extend",
         help="folders or built-in names (default: the base and the result of the run in out/, else the "
-        "built-in one)",
-    )  # fmt: skip
-    p.add_argument(
-        "--lengths", type=cli.token_counts(least=2), metavar="TOKENS,…",
+        "built-in one)")
+    p.add_argument("--lengths", type=cli.token_counts(least=2), metavar="TOKENS,…",
         help="tokens, comma-separated (default: doubling from the original window, where it is recorded, to "
-        "the longest)",
-    )  # fmt: skip
-    p.add_argument(
-        "--trials", type=cli.whole_number(1), help="passkey, needle: prompts per length (default: 50)"
-    )
-    p.add_argument(
-        "--seed", type=cli.whole_number(0), help="passkey, needle: of the keys and their places (default: 0)"
-    )
-    p.add_argument(
-        "--keys", type=cli.whole_number(1),
-        help="needle: codes in the text, one of which is asked for (default: 4)",
-    )  # fmt: skip
-    p.add_argument(
-        "--generate", action="store_true",
-        help="passkey, needle: decode each answer token by token too, as a check",
-    )  # fmt: skip
-    p.add_argument(
-        "--data", nargs="+", action="extend", default=[], metavar="FILE",
+        "the longest)")
+    p.add_argument("--trials", type=cli.whole_number(1),
+        help="passkey, needle: prompts per length (default: 50)")
+    p.add_argument("--seed", type=cli.whole_number(0),
+        help="passkey, needle: of the keys and their places (default: 0)")
+    p.add_argument("--keys", type=cli.whole_number(1),
+        help="needle: codes in the text, one of which is asked for (default: 4)")
+    p.add_argument("--generate", action="store_true",
+        help="passkey, needle: decode each answer token by token too, as a check")
+    p.add_argument("--data", nargs="+", action="extend", default=[], metavar="FILE",
         help="needle, ppl: texts (default: Python's standard library); benchmarks: the folder with their "
-        "files",
-    )  # fmt: skip
-    p.add_argument(
-        "--documents", type=cli.whole_number(1),
-        help="ppl: use that many, the longest (default: 50), each to the longest of --lengths",
-    )  # fmt: skip
-    p.add_argument(
-        "--stride", type=cli.whole_number(1),
-        help="ppl: tokens that the window moves on, at most a window (default: half of one, at most 16,384)",
-    )  # fmt: skip
-    p.add_argument(
-        "--tail", type=cli.whole_number(1), metavar="N",
-        help="ppl: score the last N tokens of each document, the rest of the length before them",
-    )  # fmt: skip
-    p.add_argument(
-        "--by_position", action="store_true",
-        help="ppl: the loss by position in the window too (--stride then defaults to a window)",
-    )  # fmt: skip
-    p.add_argument(
-        "--limit", type=cli.whole_number(1), metavar="N",
-        help="benchmarks: the first N items of each (default: all)",
-    )  # fmt: skip
-    p.add_argument(
-        "--json", type=cli.output_file(), metavar="FILE",
-        help="write the results there after each length; the same call again goes on from them",
-    )  # fmt: skip
-    p.add_argument("--plot", type=cli.plot_file, metavar="FILE.png", help="draw them there")
-    p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+        "files")
+    p.add_argument("--documents", type=cli.whole_number(1),
+        help="ppl: use that many, the longest (default: 50), each to the longest of --lengths")
+    p.add_argument("--stride", type=cli.whole_number(1),
+        help="ppl: tokens that the window moves on, at most a window (default: half of one, at most 16,384)")
+    p.add_argument("--tail", type=cli.whole_number(1), metavar="N",
+        help="ppl: score the last N tokens of each document, the rest of the length before them")
+    p.add_argument("--by_position", action="store_true",
+        help="ppl: the loss by position in the window too (--stride then defaults to a window)")
+    p.add_argument("--limit", type=cli.whole_number(1), metavar="N",
+        help="benchmarks: the first N items of each (default: all)")
+    p.add_argument("--json", type=cli.output_file(), metavar="FILE",
+        help="write the results there after each length; the same call again goes on from them")
+    p.add_argument("--plot", type=cli.plot_file, metavar="FILE.png",
+        help="draw them there")
+    p.add_argument("--device", choices=("cuda", "cpu"),
+        help="default: cuda if there is one")
+    # fmt: on
     return p.parse_args()
 
 
@@ -578,6 +561,7 @@ def result_settings(args, names, folders, units):
     return settings
 
 
+@torch.no_grad()  # without gradients the blocks take a long text in slices, so that a million tokens fit
 def measure_model(args, name, folder, units, missing):
     """Yield the result of each length (or benchmark) in `missing` of one model. units: all asked for."""
     if not missing:
@@ -592,7 +576,6 @@ def measure_model(args, name, folder, units, missing):
         yield result
 
 
-@torch.no_grad()
 def main():
     args = complete(parse_arguments())
     task = TASKS[args.task]
@@ -605,20 +588,20 @@ def main():
     else:
         reports = [{"task": args.task, "model": name, "results": []} for name in names]
 
-    for name, folder, own in zip(names, folders, reports):
-        done = [result[task.unit] for result in own["results"]]
+    for name, folder, of_model in zip(names, folders, reports):
+        done = [result[task.unit] for result in of_model["results"]]
         missing = [unit for unit in units if unit not in done]
         for result in measure_model(args, name, folder, units, missing):
-            own["results"].append(result)
+            of_model["results"].append(result)
             if task.unit == "length":  # it may be shorter than what an earlier call measured
-                own["results"].sort(key=itemgetter("length"))
+                of_model["results"].sort(key=itemgetter("length"))
             if args.json:
                 report.write(args.json, settings, reports)
-            figure = " ".join(task.table.figure(result))
-            tqdm.write(f"{name}, {args.task} {result[task.unit]}: {figure}", file=sys.stderr)
+            headline = " ".join(task.table.headline(result))
+            tqdm.write(f"{name}, {args.task} {result[task.unit]}: {headline}", file=sys.stderr)
 
-    for own in reports:  # a file may hold lengths that this call did not ask for
-        own["results"] = [result for result in own["results"] if result[task.unit] in units]
+    for of_model in reports:  # a file may hold lengths that this call did not ask for
+        of_model["results"] = [result for result in of_model["results"] if result[task.unit] in units]
     report.print_reports(reports, args.task, task.table)
     if args.plot:
         task.draw(reports, args.plot)

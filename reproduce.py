@@ -34,14 +34,15 @@ WINDOWS = 16  # windows of the model in a step of every arm
 class Table:
     """What is trained and what is measured. Lengths are in windows of the model.
 
-    arms: {name: {option of train.py: value}}, with the target as `target` windows. lengths: at
-    which the arms are measured; none for benchmarks. passkeys: prompts at each length, unless the
-    user asks for another number.
+    arms: {name: {option of train.py: value}}, with the target as `target` windows. lengths: at which the arms
+    are measured. passkeys: prompts at each length, unless the user asks for another number. benchmarks:
+    whether the arms are measured on ordinary benchmarks instead, which have no length.
     """
 
     arms: dict
     lengths: tuple
     passkeys: int = 100
+    benchmarks: bool = False
 
 
 def methods(target):
@@ -74,6 +75,7 @@ TABLES = {  # those that name no interpolation take the model's own recipe
             "pose 16x": {"target": 16},
         },
         lengths=(),
+        benchmarks=True,
     ),
     "table4": Table(
         {
@@ -143,7 +145,7 @@ def train(args, folder, window):
 def measure(args, folder, window, arm_of_model):
     """Measure all models. Return the tables, texts in Markdown."""
     models = {"model": list(arm_of_model)}
-    if args.table == "table3":
+    if TABLES[args.table].benchmarks:
         path = folder / "benchmarks.json"
         run_eval("benchmarks", models | {"data": args.dev, "limit": args.limit, "json": path})
         return [markdown("score, %", path, arm_of_model, lambda result: 100 * result["score"], 1)]
@@ -245,35 +247,28 @@ def spread(values, digits):
 
 def parse_arguments():
     p = cli.ArgumentParser(description="Train and measure the arms of one of the paper's tables.")
+    # fmt: off
     p.add_argument("table", choices=TABLES)
-    p.add_argument(
-        "--model", default="smollm2-135m", help="a folder or built-in name (default: smollm2-135m)"
-    )
-    p.add_argument(
-        "--data", nargs="+", default=[], metavar="FILE",
-        help="texts to train on (default: Python's standard library)",
-    )  # fmt: skip
-    p.add_argument(
-        "--dev", nargs="+", required=True, metavar="FILE",
+    p.add_argument("--model", default="smollm2-135m",
+        help="a folder or built-in name (default: smollm2-135m)")
+    p.add_argument("--data", nargs="+", default=[], metavar="FILE",
+        help="texts to train on (default: Python's standard library)")
+    p.add_argument("--dev", nargs="+", required=True, metavar="FILE",
         help="texts to measure on, one file for each kind of text, with a document as long as the longest "
-        "length; table3: the folder of benchmarks",
-    )  # fmt: skip
-    p.add_argument("--seeds", type=cli.whole_number(1), default=1, help="runs of each arm (default: 1)")
-    p.add_argument(
-        "--tokens", type=cli.whole_number(1), default=TOKENS,
-        help=f"that each arm is trained on (default: {TOKENS:,})",
-    )  # fmt: skip
-    p.add_argument("--lr", type=float, help="of every arm (default: train.py's)")
-    p.add_argument(
-        "--trials", type=cli.whole_number(0),
-        help="passkeys a length (default: 100; table2, as in the paper, none)",
-    )  # fmt: skip
-    p.add_argument(
-        "--limit", type=cli.whole_number(1), help="table3: items of each benchmark (default: all)"
-    )  # fmt: skip
-    p.add_argument(
-        "--out", type=Path, default=Path("out/reproduce"), metavar="DIR", help="default: out/reproduce"
-    )  # fmt: skip
+        "length; table3: the folder of benchmarks")
+    p.add_argument("--seeds", type=cli.whole_number(1), default=1,
+        help="runs of each arm (default: 1)")
+    p.add_argument("--tokens", type=cli.whole_number(1), default=TOKENS,
+        help=f"that each arm is trained on (default: {TOKENS:,})")
+    p.add_argument("--lr", type=cli.number(0),
+        help="of every arm (default: train.py's)")
+    p.add_argument("--trials", type=cli.whole_number(0),
+        help="passkeys a length (default: 100; table2, as in the paper, none)")
+    p.add_argument("--limit", type=cli.whole_number(1),
+        help="table3: items of each benchmark (default: all)")
+    p.add_argument("--out", type=Path, default=Path("out/reproduce"), metavar="DIR",
+        help="default: out/reproduce")
+    # fmt: on
     return p.parse_args()
 
 
@@ -294,7 +289,7 @@ def complete(args, model):
     if len({name_without_endings(file) for file in args.dev}) < len(args.dev):
         files = " ".join(args.dev)
         raise InputError(f"--dev {files}: two files of one name, by which the results are kept; rename one")
-    if args.table == "table3":
+    if TABLES[args.table].benchmarks:
         if len(args.dev) != 1:
             raise InputError(f"--dev: name one folder with files of {harness.EXPECTED_FILES}")
         harness.find_files(args.dev[0])
@@ -314,8 +309,11 @@ def check_lengths_of_texts(args, model, longest_length):
             raise InputError(f"--dev {file}: {too_short}, {needed}; name a longer one")
 
 
-def check_record(path, record):
-    """Record in the file `path` how the arms beside it are trained. Raise InputError if they are others."""
+def begin_or_check(path, record):
+    """Begin a record at `path` of how the arms beside it are trained, or check the one that is there.
+
+    Raise InputError if an arm has begun and the record says something else, or cannot be read.
+    """
     if not any(path.parent.glob("*/args.json")):  # no arm has begun
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
@@ -325,9 +323,8 @@ def check_record(path, record):
     except InputError:
         changes = f"{path.name} is not readable"
     if changes:
-        raise InputError(
-            f"{path.parent}: holds arms of other settings ({changes}); name another --out or remove it"
-        )
+        reason = f"holds arms of other settings ({changes})"
+        raise InputError(f"{path.parent}: {reason}; name another --out or remove it")
 
 
 def main():
@@ -336,7 +333,7 @@ def main():
     args = complete(args, model)
     folder = args.out / args.table
     settings = {key: getattr(args, key) for key in ("model", "data", "tokens", "seeds", "lr")}
-    check_record(folder / "arms.json", settings)
+    begin_or_check(folder / "arms.json", settings)
 
     window = model.config.max_position_embeddings
     arm_of_model = train(args, folder, window)

@@ -24,7 +24,7 @@ from hf import tokenizer as tokenizers
 from hf import weights
 from model import Config, Transformer
 from storage.files import cache_dir
-from tasks.prompts import GARBAGE, KEY, QUESTION, TASK
+from tasks.prompts import GARBAGE, PASSKEY, PASSKEY_QUESTION, PASSKEY_TASK
 
 WINDOW = 256
 NOUNS = (
@@ -47,7 +47,8 @@ TOKENIZER_CONFIG = (
 def record(rng, snippet):
     """Return one synthetic text: something is stated, filler follows, and the statement is asked for.
 
-    rng: a random.Random. snippet(): returns a piece of real text."""
+    rng: a random.Random. snippet(): returns a piece of real text.
+    """
     n_digits = 5 if rng.random() < 0.7 else rng.randint(3, 7)
     number = "".join(rng.choice("0123456789") for _ in range(n_digits))
     kind = rng.random()
@@ -66,11 +67,11 @@ def passkey_record(rng, number):
     n_lines = rng.randint(0, 6)
     before = rng.randint(0, n_lines)
     parts = [
-        TASK,
+        PASSKEY_TASK,
         " ".join([GARBAGE] * before),
-        KEY.format(key=number),
+        PASSKEY.format(key=number),
         " ".join([GARBAGE] * (n_lines - before)),
-        f"{QUESTION} {number}",
+        f"{PASSKEY_QUESTION} {number}",
     ]
     return "\n".join(part for part in parts if part) + "\n"
 
@@ -110,8 +111,10 @@ def synthetic_windows(n, texts, tokenizer, rng):
 
 
 def train_tokenizer(texts, rng, folder):
-    """Write a SentencePiece BPE with 2,048 pieces: digits are split, unknown bytes kept, white space is
-    untouched."""
+    """Write a SentencePiece BPE with 2,048 pieces.
+
+    Digits are split, unknown bytes are kept, white space is untouched.
+    """
     samples = [text[i : i + 2000] for text in texts for i in range(0, len(text), 20000)]
     lines = [line for sample in samples for line in sample.split("\n") if line]
     lines += [record(rng, lambda: "") for _ in range(2000)]
@@ -161,9 +164,8 @@ def make_model(tokenizer, device):
 
 def train(model, pool, batches, args, device):
     """Train on batches whose first half are windows of the pool and whose second half is text."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
+    settings = {"betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, **settings)
     forward = torch.compile(model) if device == "cuda" else model
     half = args.batch_size // 2
     rng = np.random.default_rng(0)
@@ -187,19 +189,20 @@ def train(model, pool, batches, args, device):
 
 def main():
     p = cli.ArgumentParser(prog="assets/make_tiny.py", description="Make the built-in tiny model.")
-    p.add_argument("--data", nargs="+", required=True, help="texts, as for train.py")
-    p.add_argument("--out", type=Path, required=True, help="the folder to write")
-    p.add_argument("--steps", type=cli.whole_number(1), default=3000, help="optimizer steps (default: 3000)")
-    p.add_argument(
-        "--batch_size", type=cli.whole_number(2), default=512, help="windows in a step (default: 512)"
-    )
-    p.add_argument("--lr", type=cli.number(0), default=3e-3, help="peak learning rate (default: 3e-3)")
-    p.add_argument(
-        "--records",
-        type=cli.whole_number(1),
-        default=200_000,
-        help="synthetic windows to draw from (default: 200,000)",
-    )
+    # fmt: off
+    p.add_argument("--data", nargs="+", required=True,
+        help="texts, as for train.py")
+    p.add_argument("--out", type=Path, required=True,
+        help="the folder to write")
+    p.add_argument("--steps", type=cli.whole_number(1), default=3000,
+        help="optimizer steps (default: 3000)")
+    p.add_argument("--batch_size", type=cli.whole_number(2), default=512,
+        help="windows in a step (default: 512)")
+    p.add_argument("--lr", type=cli.number(0), default=3e-3,
+        help="peak learning rate (default: 3e-3)")
+    p.add_argument("--records", type=cli.whole_number(1), default=200_000,
+        help="synthetic windows to draw from (default: 200,000)")
+    # fmt: on
     args = p.parse_args()
 
     rng = random.Random(0)

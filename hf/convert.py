@@ -1,7 +1,7 @@
-"""Other layouts of checkpoints -> safetensors folders: pickled .bin and Meta's .pth. (GGUF: hf/gguf_file.py.)
+"""Other layouts of checkpoints -> safetensors folders: pickled .bin and Meta's .pth.
 
 A pickle is read through torch.load(weights_only=True) alone: code in one is refused, not run. The new folder
-appears when it is whole.
+appears when it is whole. (hf/gguf_file.py converts GGUF.)
 """
 
 import json

@@ -42,27 +42,20 @@ def chunk_counts(text):
 
 
 def parse_arguments():
-    p = cli.ArgumentParser(
-        prog="python -m tasks.coverage",
-        description="Plot how often an example holds each relative distance (Figure 5).",
-    )
-    p.add_argument(
-        "--train_len", type=cli.whole_number(1), default=2048, help="tokens in an example (default: 2048)"
-    )
-    p.add_argument(
-        "--target_len", type=cli.whole_number(1), default=16384, help="tokens in the window (default: 16384)"
-    )
-    p.add_argument(
-        "--chunks", type=chunk_counts, default=[1, 2, 3],
-        help="numbers of chunks, comma-separated (default: 1,2,3)",
-    )  # fmt: skip
-    p.add_argument(
-        "--examples", type=cli.whole_number(1), default=1000, help="to draw for each curve (default: 1000)"
-    )
-    p.add_argument(
-        "--plot", type=cli.plot_file, default=Path("coverage.png"), metavar="FILE.png",
-        help="default: coverage.png",
-    )  # fmt: skip
+    description = "Plot how often an example holds each relative distance (Figure 5)."
+    p = cli.ArgumentParser(prog="python -m tasks.coverage", description=description)
+    # fmt: off
+    p.add_argument("--train_len", type=cli.whole_number(1), default=2048,
+        help="tokens in an example (default: 2048)")
+    p.add_argument("--target_len", type=cli.whole_number(1), default=16384,
+        help="tokens in the window (default: 16384)")
+    p.add_argument("--chunks", type=chunk_counts, default=[1, 2, 3],
+        help="numbers of chunks, comma-separated (default: 1,2,3)")
+    p.add_argument("--examples", type=cli.whole_number(1), default=1000,
+        help="to draw for each curve (default: 1000)")
+    p.add_argument("--plot", type=cli.plot_file, default=Path("coverage.png"), metavar="FILE.png",
+        help="default: coverage.png")
+    # fmt: on
     return p.parse_args()
 
 

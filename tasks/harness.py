@@ -13,11 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from data import read_json_lines
+from data import JSON_LINES, read_json_lines
 from storage.files import InputError
-
-SUFFIXES = (".jsonl", ".jsonl.gz")
-
 
 # ---------------------------------------------------------------- items in the layout of the harness's tasks
 # Each of these functions takes the object of one line and returns an item. It raises ValueError, KeyError,
@@ -109,7 +106,7 @@ BENCHMARKS = {  # by the name of the file, without its suffix
     "arc_challenge": Benchmark("arc_challenge", "acc_norm", 25, arc, "arc_challenge_train"),
     "hellaswag": Benchmark("hellaswag", "acc_norm", 10, hellaswag),
 }
-EXPECTED_FILES = f"{', '.join(BENCHMARKS)} ({' or '.join(SUFFIXES)})"
+EXPECTED_FILES = f"{', '.join(BENCHMARKS)} ({' or '.join(JSON_LINES)})"
 
 
 # ---------------------------------------------------------------- files
@@ -128,7 +125,7 @@ def find_files(folder):
     known = {*BENCHMARKS, *(benchmark.examples for benchmark in BENCHMARKS.values())}
     files = {}
     for path in sorted(Path(folder).iterdir()):
-        if not path.name.endswith(SUFFIXES):
+        if not path.name.endswith(JSON_LINES):
             continue
         name = path.name.removesuffix(".gz").removesuffix(".jsonl")
         if name not in known:

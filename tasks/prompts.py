@@ -16,13 +16,13 @@ import numpy as np
 from storage.files import InputError
 
 # The passkey prompt of Mohtashami & Jaggi (2023), used in section 4.2 of the paper.
-TASK = (
+PASSKEY_TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
     "I will quiz you about the important information there."
 )
 GARBAGE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-KEY = "The pass key is {key}. Remember it. {key} is the pass key."
-QUESTION = "What is the pass key? The pass key is"
+PASSKEY = "The pass key is {key}. Remember it. {key} is the pass key."
+PASSKEY_QUESTION = "What is the pass key? The pass key is"
 
 NEEDLE_TASK = (
     "The text below hides the door codes of {keys} cities. Remember them: the last line asks for one."
@@ -58,7 +58,8 @@ def passkey_prompt(tokenizer, length, depth, key):
     longest_cut = max(fitting, key=fitting.get)  # of equally long ones the first, which is the nicest
 
     tokens = repeat_lines(functools.partial(encode, cut=longest_cut), before, after)
-    answer_len = len(tokenizer.encode(f"{QUESTION} {key}")) - len(tokenizer.encode(QUESTION))
+    question_and_answer = tokenizer.encode(f"{PASSKEY_QUESTION} {key}")
+    answer_len = len(question_and_answer) - len(tokenizer.encode(PASSKEY_QUESTION))
     return tokens[:-answer_len], tokens[-answer_len:]
 
 
@@ -69,7 +70,8 @@ def passkey_ids(tokenizer, key, before, after, cut=""):
     """
     garbage_before = " ".join([cut] + [GARBAGE] * before).strip(" ")
     garbage_after = " ".join([GARBAGE] * after)
-    lines = [TASK, garbage_before, KEY.format(key=key), garbage_after, f"{QUESTION} {key}"]
+    statement, question_and_answer = PASSKEY.format(key=key), f"{PASSKEY_QUESTION} {key}"
+    lines = [PASSKEY_TASK, garbage_before, statement, garbage_after, question_and_answer]
     ids = tokenizer.encode("\n".join(line for line in lines if line))
     return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
 
@@ -99,9 +101,9 @@ def lines_that_fit(encode, length, depth):
 def fillings(tokenizer, before, after):
     """Return what can be put in front of the garbage, {text: tokens that it adds}, the nicest first.
 
-    A filling is the end of one more line of garbage: best from the beginning of a word on, next best
-    after one or two blank lines, else from inside a word. before, after: lines of garbage in the
-    prompt, as for `passkey_ids`.
+    A filling is the end of one more line of garbage: best from the beginning of a word on, next best after
+    one or two blank lines, else from inside a word. before, after: lines of garbage in the prompt, as for
+    `passkey_ids`.
     """
     from_inside_a_word = [GARBAGE[i:] for i in range(1, len(GARBAGE) + 1)]
     from_a_word = [end for end in from_inside_a_word if GARBAGE.endswith(" " + end) or not end]
@@ -166,13 +168,7 @@ def needle_prompt(tokenizer, corpus, length, depth, rng, keys):
     question_and_answer = _ids_of_line(tokenizer, f"{question} {codes[0]}")
 
     fixed = len(opening) + sum(len(needle) for needle in needles) + len(question_and_answer)
-    room = length - fixed  # for the text
-    if room < 1:
-        needed = f"this tokenizer needs {fixed + 1}; hide fewer codes or take a longer prompt"
-        raise InputError(f"{length} tokens are too few for the needle prompt with {keys} codes: {needed}")
-    if room > len(corpus):
-        too_few = f"the texts have {len(corpus):,} tokens in all, too few for a needle prompt of {length}"
-        raise InputError(f"{too_few}; add texts or take a shorter prompt")
+    room = room_for_text(length, fixed, len(corpus), keys)
     start = rng.integers(len(corpus) - room + 1)
     text = corpus[start : start + room]
 
@@ -182,6 +178,22 @@ def needle_prompt(tokenizer, corpus, length, depth, rng, keys):
     tokens = opening + _insert_at(text, places, needles) + question_and_answer
     answer_len = len(question_and_answer) - len(_ids_of_line(tokenizer, question))
     return tokens[:-answer_len], tokens[-answer_len:]
+
+
+def room_for_text(length, fixed, available, keys):
+    """Return how many tokens of text a needle prompt of `length` tokens holds.
+
+    fixed: its tokens that are no text. available: tokens of the corpus. Raise InputError if the prompt is
+    too short for any text, or the corpus for the prompt.
+    """
+    room = length - fixed
+    if room < 1:
+        needed = f"this tokenizer needs {fixed + 1}; hide fewer codes or take a longer prompt"
+        raise InputError(f"{length} tokens are too few for the needle prompt with {keys} codes: {needed}")
+    if room > available:
+        too_few = f"the texts have {available:,} tokens in all, too few for a needle prompt of {length}"
+        raise InputError(f"{too_few}; add texts or take a shorter prompt")
+    return room
 
 
 def _ids_of_line(tokenizer, line):

@@ -22,11 +22,12 @@ DEPTHS = 5  # ranges of depth in the table of right answers
 # ---------------------------------------------------------------- uncertainty
 
 
-def wilson(right, n, z=1.96):
+def wilson(right, n):
     """Return the 95% interval [low, high] of a share, `right` out of n (Wilson 1927).
 
     It stays sensible at 0% and 100%, where the mean plus or minus a deviation does not.
     """
+    z = 1.96  # standard deviations on each side that hold 95% of a normal distribution
     centre = right + z * z / 2
     half = z * math.sqrt(right * (n - right) / n + z * z / 4)
     low, high = (centre - half) / (n + z * z), (centre + half) / (n + z * z)
@@ -36,9 +37,9 @@ def wilson(right, n, z=1.96):
 def over_documents(nats, count):
     """Return the perplexity of all tokens and its standard error, which is None for a single document.
 
-    nats, count: summed loss and number of tokens of each document, 1-d arrays. Documents differ
-    more than tokens do, so they are the sample: the error is that of a ratio of two sums over
-    documents (the delta method).
+    nats, count: summed loss and number of tokens of each document, 1-d arrays. Documents differ more than
+    tokens do, so they are the sample: the error is that of a ratio of two sums over documents (the delta
+    method).
     """
     loss = nats.sum() / count.sum()
     ppl = math.exp(min(loss, 700))  # exp of more is not a float
@@ -92,7 +93,8 @@ def read(path, settings):
         reports = [*written.get("compared", []), last]
     except (ValueError, TypeError, KeyError):
         raise InputError(f"{path}: holds no results to go on from; remove it or name another file") from None
-    if changes := describe_changes(earlier, settings):
+    changes = describe_changes(earlier, settings)
+    if changes:
         others = f"holds results of another evaluation ({changes})"
         raise InputError(f"{path}: {others}; remove it or name another file")
     return reports
@@ -121,10 +123,10 @@ class Table:
         return None
 
     def headings(self, results):
-        """Return the headings of the columns, first those of `figure`, then those of `details`."""
+        """Return the headings of the columns, first those of `headline`, then those of `details`."""
         raise NotImplementedError
 
-    def figure(self, result):
+    def headline(self, result):
         """Return what counts in a result and its uncertainty, two texts."""
         raise NotImplementedError
 
@@ -148,7 +150,7 @@ class AccuracyTable(Table):
         ranges = [f"{100 * i // DEPTHS}-{100 * (i + 1) // DEPTHS}%" for i in range(DEPTHS)]
         return ["correct", "95% interval", *ranges]
 
-    def figure(self, result):
+    def headline(self, result):
         low, high = result["interval"]
         return [percent(result["accuracy"]), f"{100 * low:.0f}-{100 * high:.0f}%"]
 
@@ -178,7 +180,7 @@ class PerplexityTable(Table):
             headings.append(f"loss against {results[0]['length']:,}")
         return headings
 
-    def figure(self, result):
+    def headline(self, result):
         return with_error(result["ppl"], result["standard_error"], "{:,.2f}")
 
     def details(self, result, first):
@@ -210,7 +212,7 @@ class ScoreTable(Table):
     def headings(self, results):
         return ["score", "± error", "metric", "shots", "items"]
 
-    def figure(self, result):
+    def headline(self, result):
         return with_error(result["score"], result["standard_error"], "{:.1%}")
 
     def details(self, result, first):
@@ -277,7 +279,7 @@ def table_rows(reports, task, table):
             if report is reports[0]:
                 label = f"{result['length']:,}" if by_length else result["benchmark"]
             model = report["model"] + ("*" if result.get("beyond_window") else "")
-            rows.append([label, model, *table.figure(result), *table.details(result, report["results"][0])])
+            rows.append([label, model, *table.headline(result), *table.details(result, report["results"][0])])
     return rows
 
 

@@ -8,6 +8,8 @@ import torch.distributed as dist
 
 from storage.files import InputError
 
+MOST_DOCUMENTS = 16  # that are scored
+
 
 class Validation:
     """Measures the loss on whole stretches of text, as the model is used: without chunks and skips.
@@ -16,16 +18,17 @@ class Validation:
     of the longest window, which begins each document, as many as the shortest window has.
     """
 
-    def __init__(self, lengths, documents, tokenizer, most=16):
+    def __init__(self, lengths, documents, tokenizer):
         """Cut the windows. Raise InputError if no document fills the longest.
 
-        lengths: of the windows, in tokens. documents: a data.Documents. The first `most` that fill the
-        longest window are taken.
+        lengths: of the windows, in tokens. documents: a data.Documents. The first MOST_DOCUMENTS that fill
+        the longest window are taken.
         """
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         longest = max(lengths)
         needed = longest + 1 - len(bos)  # each window reads `length` tokens and predicts one more
-        long_enough = [documents[i] for i in range(len(documents)) if len(documents[i]) >= needed][:most]
+        long_enough = [documents[i] for i in range(len(documents)) if len(documents[i]) >= needed]
+        long_enough = long_enough[:MOST_DOCUMENTS]
         if not long_enough:
             has = np.diff(documents.starts).max()
             needs = f"validation windows of {longest} need {needed}"

@@ -69,7 +69,7 @@ def test_the_peer_has_the_same_weights(make_llama, family):
     folder, _ = make_llama(family=family, tie_word_embeddings=True)
     config = bench_module.shape(f"{folder}:1")
     ours = Transformer(config)
-    theirs = bench_module.peer(config, use_cache=False)
+    theirs = bench_module.transformers_model(config, use_cache=False)
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     assert {p.dtype for p in theirs.parameters()} == {torch.float32}
 
@@ -88,7 +88,7 @@ def test_prefill_beside_its_kernels_and_transformers(bench):
 @pytest.mark.parametrize("length", [40, 64, 100])
 def test_kernels_alone_are_all_products_of_one_block(length, monkeypatch):
     """As PyTorch counts: 2 operations for each weight and token; for less than a chunk, one, and more."""
-    monkeypatch.setattr(bench_module, "CHUNK", 64)
+    monkeypatch.setattr(bench_module, "PIECE", 64)
     config = Config(64, 32, 48, 2, 4, 2, 8, 64)
     block = sum(p.numel() for p in Transformer(config).blocks[0].parameters() if p.dim() == 2)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

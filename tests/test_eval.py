@@ -155,9 +155,9 @@ def test_a_number_that_goes_on_is_wrong(tiny):
     everything = set(range(tokenizer.vocab_size))
     digits = {i for i in everything if tokenizer.decode([i])[:1].isdigit()}
     with torch.no_grad():
-        assert evaluation.answers_greedily(model, [whole], set()) == [True]
-        assert evaluation.answers_greedily(model, [without_its_end], everything) == [False]
-        assert evaluation.answers_greedily(model, [without_its_end], digits) == [False]
+        assert evaluation.greedy_verdicts(model, [whole], set()) == [True]
+        assert evaluation.greedy_verdicts(model, [without_its_end], everything) == [False]
+        assert evaluation.greedy_verdicts(model, [without_its_end], digits) == [False]
 
 
 def test_the_base_works_in_its_window_and_nowhere_else(tiny):

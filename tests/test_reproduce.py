@@ -103,16 +103,16 @@ def test_a_half_trained_arm_is_not_an_arm(start, call, novel, calls):
 
 def test_a_call_that_failed_at_once_does_not_stand_in_the_way(tmp_path):
     path = tmp_path / "table1" / "arms.json"
-    reproduce.check_record(path, {"lr": -1.0})
-    reproduce.check_record(path, {"lr": 5e-5})  # no arm has begun
+    reproduce.begin_or_check(path, {"lr": -1.0})
+    reproduce.begin_or_check(path, {"lr": 5e-5})  # no arm has begun
     (tmp_path / "table1" / "pose-0").mkdir()
     (tmp_path / "table1" / "pose-0" / "args.json").write_text("{}")
-    reproduce.check_record(path, {"lr": 5e-5})
+    reproduce.begin_or_check(path, {"lr": 5e-5})
     with pytest.raises(InputError, match="lr was 5e-05, now 0.0001"):
-        reproduce.check_record(path, {"lr": 1e-4})
+        reproduce.begin_or_check(path, {"lr": 1e-4})
     path.write_text("{")
     with pytest.raises(InputError, match="arms.json is not readable"):
-        reproduce.check_record(path, {"lr": 5e-5})
+        reproduce.begin_or_check(path, {"lr": 5e-5})
 
 
 def test_dev_files_of_one_name_are_refused(call, novel):

@@ -196,7 +196,7 @@ def test_the_right_answer_is_what_the_file_says(tmp_path):
 def test_a_single_item_has_no_error(folder):
     result = harness.evaluate("piqa", harness.find_files(folder)["piqa"], Recorder(), limit=1)
     assert result["items"] == 1 and result["standard_error"] is None
-    assert report.ScoreTable().figure(result)[1] == "-"
+    assert report.ScoreTable().headline(result)[1] == "-"
 
 
 def test_the_command(call, folder, tmp_path, monkeypatch):

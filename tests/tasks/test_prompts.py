@@ -27,7 +27,7 @@ def byte_level(tmp_path_factory):
     bpe.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    texts = [prompts.TASK, prompts.GARBAGE, prompts.QUESTION, prompts.NEEDLE, "the cat sat. It is a cat."]
+    texts = [prompts.PASSKEY_TASK, prompts.GARBAGE, prompts.PASSKEY_QUESTION, prompts.NEEDLE, "the cat sat. It is a cat."]
     bpe.train_from_iterator(texts, trainer)
     bpe.save(str(folder / "tokenizer.json"))
     return hf.tokenizer.load(folder)
