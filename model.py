@@ -443,9 +443,8 @@ def chunked_cross_entropy(
     At most max_logits logits are in memory. Shapes as in ChunkedCrossEntropy.
     """
     fitting_tokens = max(1, max_logits // len(weight))
-    chunk_size = 2 ** (
-        fitting_tokens.bit_length() - 1
-    )  # a power of two, so that all chunks are equal for the usual N
+    # A power of two, so that all chunks are equal for the usual N.
+    chunk_size = 2 ** (fitting_tokens.bit_length() - 1)
     if torch.is_grad_enabled():
         return ChunkedCrossEntropy.apply(hidden, weight, bias, targets, chunk_size, cross_entropy)
     total = 0.0
