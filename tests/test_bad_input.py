@@ -600,7 +600,7 @@ def test_results_in_a_folder_that_cannot_be_written(refused, monkeypatch):
 
 
 def test_memory_that_is_full(call, monkeypatch):
-    monkeypatch.setattr(data, "prepare", lambda *arguments: torch.empty(2**52))
+    monkeypatch.setattr(data, "tokenised", lambda *arguments: torch.empty(2**52))
     check_refusal(call("train", "--model", "tiny", *TRAIN), ["memory is full", "lower"])
 
 
