@@ -13,9 +13,9 @@ def extend(config, mode, target_len, llama_4_scaling_beta=None, **settings):
 
     settings: what else rope_scaling shall hold, such as `factor` (default: the ratio of the windows, and 1
     for dynamic, which multiplies with that of the current length) or `beta_fast`.
-    llama_4_scaling_beta: strength of rope.query_scale (default: the model's own, if it has one).
-    A model that is scaled already (Llama 3.1, or one of ours) keeps its scaling, and both slow the
-    frequencies. Raise InputError where the two cannot be combined.
+    llama_4_scaling_beta: strength of rope.query_scale (default: the model's own, if it has one). A model that
+    is scaled already (Llama 3.1, or one of ours) keeps its scaling, and both slow the frequencies. Raise
+    InputError where the two cannot be combined.
     """
     window = config.max_position_embeddings
     earlier = dict(config.rope_scaling or {})
@@ -73,8 +73,8 @@ def _without_sizes(scaling):
 def stock_terms(dim, theta, scaling):
     """Return (theta, rope_scaling or None) that give the same angles in terms that stock loaders have.
 
-    Static NTK becomes another base, NTK-by-parts YaRN without its factor on cos and sin, and revised
-    YaRN LongRoPE's factors.
+    Static NTK becomes another base, NTK-by-parts YaRN without its factor on cos and sin, and revised YaRN
+    LongRoPE's factors.
     """
     scaling = scaling or {"rope_type": "default"}
     mode = scaling["rope_type"]

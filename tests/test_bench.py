@@ -1,15 +1,20 @@
 """bench.py: what it trains is a training run, what it writes is what it says."""
 
+import dataclasses
 import json
 import math
+from argparse import Namespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench as bench_module
+import data
+import fsdp
+import train
 from hf import builtin
-from model import Config, Transformer
+from model import Config, Transformer, empty
 
 TINY = ("--model", "tiny:2")
 WINDOW = ("--train_len", 64, "--batch_size", 4, "--micro_batch_size", 2)
@@ -17,8 +22,10 @@ WINDOW = ("--train_len", 64, "--batch_size", 4, "--micro_batch_size", 2)
 
 @pytest.fixture
 def bench(call, run, tmp_path, monkeypatch):
-    """bench("train", …) -> its `results` and what it printed, on the CPU. processes=N: not in this process
-    but in N others."""
+    """bench("train", …) -> its `results` and what it printed, on the CPU.
+
+    processes=N: not in this process but in N others.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def start(task, *arguments, processes=None):
@@ -51,8 +58,10 @@ def test_training_counts_its_tokens(bench, steps):
 
 
 def test_losses_begin_with_chance_and_do_not_depend_on_processes(bench):
-    """Random weights know nothing: the loss is ln V and half the small variance of their logits. The batches
-    and the weights are the same for any number of processes."""
+    """Random weights know nothing: the loss is ln V and half the small variance of their logits.
+
+    The batches and the weights are the same for any number of processes.
+    """
     config = builtin.open_model("tiny").config
     (one,), _ = bench("train", *WINDOW, "--steps", 2)
     (two,), _ = bench("train", *WINDOW, "--steps", 2, processes=2)
@@ -63,8 +72,40 @@ def test_losses_begin_with_chance_and_do_not_depend_on_processes(bench):
     assert max(two["seconds"]) < two["first_step_seconds"] < 500
 
 
+class NoCheckpoints:
+    """Takes the place of storage.checkpoint.Checkpoints for a run that saves none."""
+
+    def raise_if_failed(self):
+        pass
+
+
+def test_a_step_is_that_of_train(tmp_path):
+    """From the same weights, on the same batches, train.train has the same losses to the last bit."""
+    device = fsdp.start("cpu")
+    try:
+        config = dataclasses.replace(builtin.open_model("tiny").config, n_layers=2)
+        sampling = {"method": "pose", "train_len": 32, "target_len": 128}
+        args = Namespace(batch_size=4, share=4, micro_batch_size=2, train_len=32, param_dtype="float32")
+        args.activation_checkpointing, args.cpu_offload = "none", False
+        step = bench_module.our_step(config, args, sampling, device)
+        expected = [step()[0] for _ in range(2)]
+
+        args.steps, args.lr, args.warmup_steps = 2, 1e-5, 0  # bench's learning rate; the second loss knows it
+        args.out, args.tensorboard, args.save_every = tmp_path, False, 0
+        model = empty(config)
+        fsdp.shard(model, device, torch.float32)
+        bench_module.randomise(model, device)
+        document = bench_module.RandomDocument(config.vocab_size, 2**20)
+        batches = data.Batches(document, seed=0, **sampling)
+        train.train(args, model, fsdp.adamw(model, args.lr), batches, None, NoCheckpoints(), 0, device, [])
+    finally:
+        torch.distributed.destroy_process_group()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == expected
+
+
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
-def test_the_peer_has_the_same_weights(make_llama, family):
+def test_transformers_has_the_same_weights(make_llama, family):
     """Qwen2's biases too."""
     folder, _ = make_llama(family=family, tie_word_embeddings=True)
     config = bench_module.shape(f"{folder}:1")

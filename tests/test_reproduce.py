@@ -75,8 +75,10 @@ def lines_of(path):
 
 
 def test_a_half_trained_arm_is_not_an_arm(start, call, novel, calls):
-    """Interrupted by SIGTERM, train.py leaves a model and exits with 0. The next call goes on; with other
-    settings it is refused."""
+    """Interrupted by SIGTERM, train.py leaves a model and exits with 0.
+
+    The next call goes on; with other settings it is refused.
+    """
     options = ("--model", "tiny", "--data", "novel.txt", "--dev", "novel.txt", "--trials", 1)
     command = ("table4", *options, "--tokens")
     arm = Path("out/reproduce/table4/uniform-0")
@@ -113,6 +115,12 @@ def test_a_call_that_failed_at_once_does_not_stand_in_the_way(tmp_path):
     path.write_text("{")
     with pytest.raises(InputError, match="arms.json is not readable"):
         reproduce.begin_or_check(path, {"lr": 5e-5})
+
+
+@pytest.mark.parametrize("lr", ["nan", "-1"])
+def test_a_learning_rate_that_train_refuses_is_refused_at_once(call, novel, lr):
+    done = call("reproduce", "table1", "--model", "tiny", "--dev", "novel.txt", "--lr", lr)
+    assert done.returncode == 2 and "--lr" in done.stderr and not done.stdout and not Path("out").exists()
 
 
 def test_dev_files_of_one_name_are_refused(call, novel):

@@ -1,9 +1,8 @@
-"""Small random checkpoints of every family in its published layout, each with an oracle for its logits; and
-what tests of folders share.
+"""Small random checkpoints of every family in its published layout, each with an oracle for its logits.
 
 The oracles are transformers' models, given the frequencies of an interpolation that their class does not
 know. Baichuan is code of its own, so it is written down here from its description. With an interpolation it
-is stock LLaMA, with W_pack cut in three.
+is stock LLaMA, with W_pack cut in three. What tests of folders share is here too.
 """
 
 import json
@@ -49,11 +48,13 @@ WITHOUT_STOCK_FUNCTION = [mode for mode in rope.MODES if mode not in (*ROPE_INIT
 
 
 def publish(folder, family, scaling=None, **changes):
-    """Write a random checkpoint into a folder and return its model, with the published names of
-    parameters. model.oracle(tokens, positions) returns its logits.
+    """Write a random checkpoint into a folder and return its model, with the published names of parameters.
+
+    model.oracle(tokens, positions) returns its logits.
 
     family: a model_type, or "baichuan2". scaling: a rope_scaling of conftest.scaling_of. changes: keys of
-    config.json."""
+    config.json.
+    """
     # GPT-J's class knows no scaling, and the others not every one: these models are stretched by hand.
     by_us = scaling is not None and (family == "gptj" or scaling["rope_type"] in WITHOUT_STOCK_FUNCTION)
     if scaling and not by_us:
@@ -218,8 +219,7 @@ def stretch(model, scaling, n):
 
 
 def frequencies(scaling, dim, n):
-    """Return (frequencies, factor on cos and sin) for n tokens, from transformers' functions or from the
-    equations."""
+    """Return (frequencies, factor on cos and sin) for n tokens, by transformers or by the equations."""
     mode = scaling["rope_type"]
     if mode in WITHOUT_STOCK_FUNCTION:
         inv_freq, factor = by_hand(mode, 10000.0, dim, scaling["factor"], 64, n)
@@ -254,8 +254,10 @@ def ours(model, positions=NEAR, tokens=TOKENS):
 
 
 def assert_same(a, b, tolerance=1e-4):
-    """Assert that logits are equal to 1e-4 of the largest one (about 7: the angles of transformers are
-    float32, which costs 1e-4 at position 500)."""
+    """Assert that logits are equal to 1e-4 of the largest one, which is about 7.
+
+    The angles of transformers are float32, which costs 1e-4 at position 500.
+    """
     largest = b.abs().max()
     assert largest > 0.5, "logits near zero would make any two models equal"
     assert (a - b).abs().max() < tolerance * largest

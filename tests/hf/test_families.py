@@ -1,5 +1,6 @@
-"""Every family computes the logits and gradients of its oracle under every interpolation, and what we write
-of it is what stock loaders compute.
+"""Every family computes the logits and gradients of its oracle under every interpolation.
+
+What we write of it is what stock loaders compute.
 """
 
 import dataclasses
@@ -69,8 +70,7 @@ def published(tmp_path_factory):
 
 @pytest.fixture
 def config_of(published, tmp_path):
-    """config_of(family, **changes) -> a folder with nothing but the changed config.json of a family's
-    published folder."""
+    """config_of(family, **changes) -> a folder with nothing but a family's config.json, changed."""
 
     def write(family, **changes):
         shutil.copy(published(family)[0] / "config.json", tmp_path)
@@ -157,8 +157,10 @@ def test_gradients_under_every_interpolation(make, family, mode):
 
 
 def test_baichuan2s_head_learns_after_an_evaluation(published):
-    """Baichuan's own code replaces the weight by its normalised form in evaluation. The optimizer holds
-    the old one from then on."""
+    """Baichuan's own code replaces the weight by its normalised form in evaluation.
+
+    The optimizer holds the old one from then on.
+    """
     model = weights.load(published("baichuan2")[0])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     with torch.no_grad():
@@ -308,8 +310,10 @@ def test_scaled_queries_that_no_stock_loader_has(published, family):
 
 @pytest.fixture(scope="module")
 def with_own_tokenizer(published, tmp_path_factory):
-    """Return the folder of a Baichuan2 that was exported from a folder whose tokenizer points to
-    Baichuan's code, and its tokenizer."""
+    """Return the folder of an exported Baichuan2, and its tokenizer.
+
+    In the folder that it was exported from, the tokenizer points to Baichuan's code.
+    """
     made = tmp_path_factory.mktemp("with_own_tokenizer")
     folder, out = made / "baichuan2", made / "out"
     publish(folder, "baichuan2", vocab_size=2048)
@@ -353,8 +357,10 @@ def test_a_tokenizer_without_a_longest_text(longest):
 
 
 def test_rotary_dimensions_of_a_config(config_of):
-    """GPT-J turns 64 where the key is absent, and all of the head where it is null. Phi turns half where
-    nothing is said, in rope_parameters or beside it."""
+    """GPT-J turns 64 where the key is absent, and all of the head where it is null.
+
+    Phi turns half where nothing is said, in rope_parameters or beside it.
+    """
 
     def rotary(family, **changes):
         return families.read_config(config_of(family, **changes)).rotary_dim

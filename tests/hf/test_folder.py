@@ -23,8 +23,10 @@ def rewrite(path, tensors):
 
 
 def test_old_exports(make_llama):
-    """LLaMA 1's config.json has no head_dim and no key/value heads. Old files carry rotary tables, and a
-    tied head twice."""
+    """LLaMA 1's config.json has no head_dim and no key/value heads.
+
+    Old files carry rotary tables, and a tied head twice.
+    """
     folder, model = make_llama(num_key_value_heads=4, tie_word_embeddings=True)
     edit(folder / "config.json", head_dim="absent", num_key_value_heads="absent")
     tensors = load_file(folder / "model.safetensors")

@@ -1,6 +1,4 @@
-"""rope_scaling is read in every spelling, models are stretched further, and what is written is what stock
-loaders look for.
-"""
+"""rope_scaling: read in every spelling, stretched further, and written where stock loaders look for it."""
 
 import dataclasses
 import json
@@ -42,8 +40,10 @@ SPELLED["yarn_keys"] = scaling_of("yarn") | {"beta_fast": 16.0, "beta_slow": 2.0
 
 @pytest.mark.parametrize("name", SPELLED)
 def test_both_spellings_of_the_rope_config(make_llama, name):
-    """rope_scaling (`type` or `rope_type`) beside rope_theta, or rope_parameters: the Config is the same,
-    and transformers has the same logits from each."""
+    """rope_scaling (`type` or `rope_type`) beside rope_theta, or rope_parameters: the Config is the same.
+
+    transformers has the same logits from each.
+    """
     folder, _ = make_llama(max_position_embeddings=64 if name == "dynamic" else 512)
     new = SPELLED[name]
     old = {k: v for k, v in new.items() if k != "rope_type"} | {"type": new["rope_type"]}
@@ -81,8 +81,11 @@ LLAMA31 = {
 
 @pytest.mark.parametrize("mode", ["linear", "ntk", "yarn", "yarn_revised", "llama3"])
 def test_a_scaled_model_is_stretched_further(make_llama, tiny_tokenizer, tmp_path, mode):
-    """Llama 3.1 has its 8 x, and 4 x come on top. Each pair is slowed by both, where it is slow by what it
-    does in the model as it came, and stock loaders agree."""
+    """Llama 3.1 has its 8 x, and 4 x come on top.
+
+    Each pair is slowed by both, where it is slow by what it does in the model as it came, and stock loaders
+    agree.
+    """
     folder, base = make_llama(max_position_embeddings=512, rope_parameters=LLAMA31 | {"rope_theta": 5e5})
     model = weights.load(folder)
     model.config = scaling.extend(model.config, mode, 2048)
@@ -146,8 +149,10 @@ def test_stretches_that_cannot_be_combined(first, second):
 @pytest.mark.parametrize("family", ["Llama", "Mistral"])
 @pytest.mark.parametrize("mode", rope.EXTENSIONS)
 def test_scaled_queries_are_written_as_ministral(make_llama, tiny_tokenizer, tmp_path, mode, family):
-    """transformers computes the same in five windows of 64. Our own reader agrees, and writes the same
-    bytes again."""
+    """transformers computes the same in five windows of 64.
+
+    Our own reader agrees, and writes the same bytes again.
+    """
     folder, _ = make_llama(family=family, **({"sliding_window": None} if family == "Mistral" else {}))
     model, out = weights.load(folder), tmp_path / "out"
     model.config = scaling.extend(model.config, mode, 512, llama_4_scaling_beta=0.3)
@@ -188,8 +193,10 @@ def test_a_ministral_without_scaled_queries_is_written_as_mistral(make_llama, ti
 
 
 def test_scaled_queries_stay_when_a_model_is_stretched_further(make_llama, tiny_tokenizer, tmp_path):
-    """NTK becomes another base, and YaRN comes on top. The queries count windows of the first 64 tokens,
-    and YaRN asks for turns in the 512 in between."""
+    """NTK becomes another base, and YaRN comes on top.
+
+    The queries count windows of the first 64 tokens, and YaRN asks for turns in the 512 in between.
+    """
     model = weights.load(make_llama()[0])
     ntk = scaling.extend(model.config, "ntk", 512)
     with_its_base = dataclasses.replace(ntk, rope_theta=10000.0 * 8 ** (16 / 14), rope_scaling=None)
@@ -233,8 +240,10 @@ def test_config_json_of_an_extended_model():
 
 
 def test_longrope_is_spelled_out(make_llama, tiny_tokenizer, tmp_path):
-    """transformers before 5 looks for the first window beside rope_scaling alone, and vLLM for the factor
-    on cos and sin by other names."""
+    """transformers before 5 looks for the first window beside rope_scaling alone.
+
+    vLLM looks for the factor on cos and sin by other names.
+    """
     longrope = scaling_of("longrope") | {"rope_theta": 1e4}
     # The window is not the 8 times 64 that the factor says.
     folder, base = make_llama(max_position_embeddings=1024, rope_parameters=longrope)
@@ -252,8 +261,10 @@ def test_longrope_is_spelled_out(make_llama, tiny_tokenizer, tmp_path):
 
 
 def test_the_first_window_stands_where_readers_look(tmp_path, caplog, monkeypatch):
-    """llama.cpp's converter reads llama3's beside rope_scaling alone. Inside that of linear and dynamic
-    stock loaders warn of it."""
+    """llama.cpp's converter reads llama3's beside rope_scaling alone.
+
+    Inside that of linear and dynamic stock loaders warn of it.
+    """
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     for mode in ("linear", "dynamic", "llama3", "yarn"):
         written = families.hf_config(scaling.extend(LLAMA, mode, 512))

@@ -1,5 +1,6 @@
-"""What we load computes what transformers computes, what we save transformers loads, and an interrupted save
-leaves the earlier folder whole.
+"""What we load computes what transformers computes, and what we save transformers loads.
+
+An interrupted save leaves the earlier folder whole.
 """
 
 import errno

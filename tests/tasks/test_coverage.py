@@ -21,9 +21,11 @@ def test_coverage_counts_every_distance_of_every_example(method, chunks):
 
 
 def test_coverage_of_two_chunks_is_the_closed_form():
-    """Distance d needs a skip of d - L + 1 ... d - 1, out of 0 ... target - L. So the share is
-    (L - 1) / (target - L + 1), the same at every distance that is longer than the window and not among
-    the last ones."""
+    """Distance d needs a skip of d - L + 1 ... d - 1, out of 0 ... target - L.
+
+    So the share is (L - 1) / (target - L + 1), the same at every distance that is longer than the window and
+    not among the last ones.
+    """
     train_len, target_len, examples = 64, 1024, 4000
     p = (train_len - 1) / (target_len - train_len + 1)
     shares = coverage("pose", np.random.default_rng(0), train_len, target_len, 2, examples)

@@ -27,7 +27,13 @@ def byte_level(tmp_path_factory):
     bpe.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    texts = [prompts.PASSKEY_TASK, prompts.GARBAGE, prompts.PASSKEY_QUESTION, prompts.NEEDLE, "the cat sat. It is a cat."]
+    texts = [
+        prompts.PASSKEY_TASK,
+        prompts.GARBAGE,
+        prompts.PASSKEY_QUESTION,
+        prompts.NEEDLE,
+        "the cat sat. It is a cat.",
+    ]
     bpe.train_from_iterator(texts, trainer)
     bpe.save(str(folder / "tokenizer.json"))
     return hf.tokenizer.load(folder)
@@ -117,8 +123,10 @@ def test_needles_stand_between_lines_of_the_text(tiny, byte_level, which, length
 
 @pytest.mark.parametrize("which", ["sentencepiece", "byte_level"])
 def test_tokens_that_make_a_number_go_on(tiny, byte_level, which):
-    """What counts is what they add to a text: SentencePiece's "▁8" begins another number, though alone it
-    decodes to "8"."""
+    """What counts is what they add to a text.
+
+    SentencePiece's "▁8" begins another number, though alone it decodes to "8".
+    """
     tokenizer = tiny if which == "sentencepiece" else byte_level
     digits = prompts.digit_tokens(tokenizer)
     base = tokenizer.encode("x")

@@ -13,8 +13,10 @@ from storage.files import cache_dir
 
 @pytest.fixture(scope="module")
 def validated(run, short, texts, tmp_path_factory):
-    """The folder of a run of three steps by two processes, validated and shown in TensorBoard; and what
-    it said."""
+    """The folder of a run of three steps by two processes, and what it said.
+
+    The run is validated and shown in TensorBoard.
+    """
     out = tmp_path_factory.mktemp("runs") / "validated"
     validation = ("--eval_every", 2, "--eval_data", texts, "--eval_lengths", "64,500")
     arguments = (*short, "--out", out, "--steps", 3, *validation, "--tensorboard")
