@@ -191,7 +191,7 @@ def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, 
     move on by `stride`; documents with fewer than `length` tokens are left out. tail: read one window of
     each document instead and score its last `tail` tokens; all lengths must score the same tokens then, so
     documents with fewer than `longest` are left out. by_position: add the loss by position in the window.
-    Raises InputError if a loss is not finite.
+    Raise InputError if a loss is not finite.
     """
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]  # before every window, part of its length
     needed = longest if tail else length

@@ -46,7 +46,7 @@ def passkey_prompt(tokenizer, length, depth, key):
     depth: from 0 to 1, where among the lines of garbage the key stands. key: its digits, a string. The
     prompt has as many whole lines of garbage as fit. What is left over is filled in front of them (see
     `fillings`): behind them a broken sentence would meet the question and cost small models answers. If no
-    filling is exact, the longest that fits is taken. Raises InputError if the length is too short.
+    filling is exact, the longest that fits is taken. Raise InputError if the length is too short.
     """
     encode = functools.partial(passkey_ids, tokenizer, key)
     before, after, left_over = lines_that_fit(encode, length, depth)
@@ -79,7 +79,7 @@ def passkey_ids(tokenizer, key, before, after, cut=""):
 def lines_that_fit(encode, length, depth):
     """Return how many lines of garbage fit before and after the key, and how many tokens are left over.
 
-    encode(before, after): the ids of the prompt with so many lines. Raises InputError if not even a prompt
+    encode(before, after): the ids of the prompt with so many lines. Raise InputError if not even a prompt
     without lines fits.
     """
     tokens_of_four_lines = len(encode(2, 2))
@@ -153,7 +153,7 @@ def needle_prompt(tokenizer, corpus, length, depth, rng, keys):
     The prompt is a random stretch of `corpus` (a 1-d array of ids) in which the door codes of `keys` cities
     stand in lines of their own, and a question for one of them. depth: from 0 to 1, where in the text that
     one stands, as nearly as a line or a sentence ends there; the others stand anywhere. rng: a numpy
-    Generator. Raises InputError if the length is too short, or the corpus too short for the length.
+    Generator. Raise InputError if the length is too short, or the corpus too short for the length.
     """
     cities = rng.choice(CITIES, keys, replace=False).tolist()
     codes = rng.choice(np.arange(10000, 100000), keys, replace=False).tolist()
