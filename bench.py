@@ -35,7 +35,7 @@ import cli
 import data
 import fsdp
 from hf import builtin, families
-from model import Config, Transformer, causal_attention
+from model import Config, causal_attention, empty_transformer
 from storage.files import InputError, write_json
 from tasks import plots
 
@@ -155,8 +155,7 @@ def our_step(config, args, sampling, device):
     with a clock around the wait.
     """
     on_gpu = device.type == "cuda"
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = empty_transformer(config)
     compute_dtype = torch.bfloat16 if on_gpu else torch.float32
     param_dtype = getattr(torch, args.param_dtype)
     checkpointing, offload = args.activation_checkpointing, args.cpu_offload
@@ -368,8 +367,7 @@ def prefill(config, args, device):
     Beside ours stand its kernels alone, and transformers if it is asked for.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with torch.device("meta"):
-        model = Transformer(config).to(dtype)
+    model = empty_transformer(config).to(dtype)
     model.to_empty(device=device)
     randomise(model, device)
     sides = {"ours": partial(make_reading, model), "kernels alone": partial(make_kernels, model)}

@@ -380,7 +380,7 @@ class Transformer(nn.Module):
         return torch.cat(new_tokens, dim=1)
 
 
-def empty(config):
+def empty_transformer(config):
     """Return a Transformer without values, on the meta device."""
     with torch.device("meta"):
         return Transformer(config)

@@ -24,8 +24,8 @@ from tqdm import tqdm
 import cli
 import data
 import fsdp
-import model as model_module
 from hf import builtin, families, scaling, weights
+from model import empty_transformer
 from storage.checkpoint import Checkpoints
 from storage.files import InputError, cache_dir, describe_changes, read_json, write_json
 from storage.log import Log, show_progress
@@ -242,7 +242,7 @@ def read_texts(args, tokenizer):
 
 def load_sharded(args, folder, config, device):
     """Return the model of a CheckpointFolder, with this Config instead of its own, ready for training."""
-    model = model_module.empty(config)
+    model = empty_transformer(config)
     fsdp.shard(
         model,
         device,

@@ -23,7 +23,7 @@ from hf.families import (
 )
 from hf.folder import read_index
 from hf.writing import split_by_size, write_folder
-from model import Config, Transformer
+from model import Config, empty_transformer
 from storage.files import InputError, read_json
 
 
@@ -179,8 +179,7 @@ class MetaCheckpoint:
             raise InputError(f"{folder}: no consolidated.*.pth; copy the checkpoint again")
         self.ranks = [read_pickle(path) for path in self.paths]
         self.config = self._read_config(sizes, window)
-        with torch.device("meta"):
-            parameters = Transformer(self.config).state_dict()
+        parameters = empty_transformer(self.config).state_dict()
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         self._check_names()
         self._check_heads()

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from fsdp import own_rows
 from hf import families, tokenizer
-from model import Transformer
+from model import empty_transformer
 from storage.files import InputError, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -30,7 +30,7 @@ class CheckpointFolder:
         self.config = families.read_config(self.path)
         self._our_names = {}  # published name -> our names of the parameters in it, in their order
         self._shapes = {}  # published name -> its shape
-        for name, parameter in self.empty_model().state_dict().items():
+        for name, parameter in empty_transformer(self.config).state_dict().items():
             self._expect(name, tuple(parameter.shape))
         self.files = find_tensors(self.path)
         self._check_names_and_shapes()
@@ -46,11 +46,6 @@ class CheckpointFolder:
         rows = self._shapes[published][0] if published in self._shapes else 0
         self._our_names.setdefault(published, []).append(name)
         self._shapes[published] = (rows + shape[0], *shape[1:])
-
-    def empty_model(self):
-        """Return the model on the meta device."""
-        with torch.device("meta"):
-            return Transformer(self.config)
 
     def parameter_count(self):
         """Return how many numbers the weights hold."""

@@ -13,7 +13,7 @@ from hf.families import FAMILIES, half_split, hf_config, is_query_or_key, publis
 from hf.gguf_tokenizer import rebuild_tokenizer
 from hf.tokenizer import check_size
 from hf.writing import split_by_size, write_folder
-from model import Config, Transformer
+from model import Config, empty_transformer
 from storage.files import InputError
 
 # The architectures that are read. Each is written as the family of its name.
@@ -174,8 +174,7 @@ class GGUFFile:
 
     def _match_tensors(self):
         """Return {our name of a weight: its tensor}. Raise InputError unless all and no others are there."""
-        with torch.device("meta"):
-            parameters = Transformer(self.config).state_dict()
+        parameters = empty_transformer(self.config).state_dict()
         if self.config.tie_embeddings:
             del parameters["head.weight"]
         matched = {}

@@ -21,7 +21,7 @@ from hf import families
 from hf.builtin import open_model
 from hf.convert import convert
 from hf.writing import save_tensors, shard_name, split_by_size, write_index
-from model import Transformer
+from model import empty_transformer
 from storage.files import new_folder
 
 
@@ -32,7 +32,7 @@ def load(name, device="cpu", dtype=None):
     file, the architecture, a name or a shape.
     """
     folder = open_model(name)
-    model = folder.empty_model()
+    model = empty_transformer(folder.config)
     model.to(dtype or getattr(torch, folder.config.dtype))
     model.to_empty(device=device)
     folder.read_into(model)
@@ -47,8 +47,7 @@ def save(model, tokenizer, path):
     writes.
     """
     config = families.as_written(model.config)
-    with torch.device("meta"):
-        written = Transformer(config).state_dict()
+    written = empty_transformer(config).state_dict()
     if config.tie_embeddings:
         del written["head.weight"]
     dtype = getattr(torch, config.dtype)

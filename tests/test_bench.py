@@ -14,7 +14,7 @@ import data
 import fsdp
 import train
 from hf import builtin
-from model import Config, Transformer, empty
+from model import Config, Transformer, empty_transformer
 
 TINY = ("--model", "tiny:2")
 WINDOW = ("--train_len", 64, "--batch_size", 4, "--micro_batch_size", 2)
@@ -92,7 +92,7 @@ def test_a_step_is_that_of_train(tmp_path):
 
         args.steps, args.lr, args.warmup_steps = 2, 1e-5, 0  # bench's learning rate; the second loss knows it
         args.out, args.tensorboard, args.save_every = tmp_path, False, 0
-        model = empty(config)
+        model = empty_transformer(config)
         fsdp.shard(model, device, torch.float32)
         bench_module.randomise(model, device)
         document = bench_module.RandomDocument(config.vocab_size, 2**20)

@@ -2,6 +2,7 @@
 
 What their tables say is compared with the files in results/ by test_figures.py.
 """
+
 import argparse
 import importlib
 import importlib.util

@@ -2,6 +2,7 @@
 
 Each row of the tables named below is read from its document, and each of its cells is computed anew.
 """
+
 import json
 import math
 import re

@@ -13,6 +13,7 @@ import torch, torch.distributed as dist
 import cli, fsdp
 from hf import weights
 from hf.folder import CheckpointFolder
+from model import empty_transformer
 
 folders = [Path(path) for path in sys.argv[2:]]
 device = fsdp.start("cpu")
@@ -20,7 +21,7 @@ rank, world = dist.get_rank(), dist.get_world_size()
 
 def sharded(path, *how):
     folder = CheckpointFolder(path)
-    model = folder.empty_model()
+    model = empty_transformer(folder.config)
     fsdp.shard(model, device, *how)
     torch.set_num_threads(1)  # for a model this small; cpu_offload takes all there are
     folder.read_into(model)
