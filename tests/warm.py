@@ -15,6 +15,7 @@ started:
     timeout      in seconds
 """
 
+import gc
 import json
 import os
 import runpy
@@ -33,6 +34,9 @@ if sys.argv[1:] == ["cpu"]:  # with a GPU these initialise CUDA, which no forked
     import torch._dynamo.backends.debugging  # noqa: F401 (every optimizer imports torch._dynamo)
     import torch._inductor.pattern_matcher  # noqa: F401 (torch.compile imports it, whatever its backend)
 
+# Garbage collection in a forked process would write to all objects, and so copy the memory that they share.
+gc.collect()
+gc.freeze()
 keepers = []
 for line in sys.stdin:
     request = json.loads(line)
