@@ -1,26 +1,29 @@
-"""Does the longer window work? Retrieval, perplexity and ordinary tasks (section 4 of the paper).
+"""Does the longer window work? Retrieval, RULER, perplexity and ordinary tasks (section 4 of the paper).
 
     python eval.py --task passkey          # what train.py wrote last, beside the model it came from
     python eval.py --task needle --data book.txt --plot grid.png
+    python eval.py --task ruler --data book.txt --lengths 4096,32768
     python eval.py --task ppl --data book.txt --lengths 2048,8192,32768 --tail 1024
     python eval.py --task benchmarks --data folder/      # through lm-evaluation-harness
 
 A task is a row of TASKS: its options, the function that measures it, and how tasks/report.py and
-tasks/plots.py show it. What it asks the model is in tasks/prompts.py and tasks/harness.py.
+tasks/plots.py show it. What it asks the model is in tasks/prompts.py, tasks/ruler.py and tasks/harness.py.
 
 Notable choices:
 - One forward pass a prompt: greedy decoding gives the answer exactly when every token of the answer is the
   argmax given the ones before it, and the token after it does not make the number go on. No KV cache is
-  needed, and only the hidden states of scored tokens meet the vocabulary.
+  needed, and only the hidden states of scored tokens meet the vocabulary. RULER looks for answers anywhere
+  in what is said, so that there the model generates.
 - A length is exact: so many tokens are in the prompt with its answer, or in the window with its BOS.
 - Perplexity is weighted by token. A document is cut to the longest length asked for, so that every length
   that it fills scores the same text. A document too short for a length is left out there, and lengths with
   different documents are not compared in words. With `--tail` all lengths score the same tokens.
 - Every figure has its uncertainty beside it: Wilson's 95% interval of a share, one standard error over
-  documents of a perplexity.
+  documents of a perplexity or over prompts of RULER's mean.
 """
 
 import functools
+import itertools
 import math
 import re
 import sys
@@ -40,7 +43,7 @@ import data
 from hf import weights
 from hf.builtin import default_model, open_model
 from storage.files import InputError, cache_dir, read_json
-from tasks import harness, plots, report
+from tasks import harness, plots, report, ruler
 from tasks.prompts import CITIES, digit_tokens, needle_prompt, passkey_prompt
 
 # ---------------------------------------------------------------- one forward pass
@@ -171,6 +174,54 @@ def needle(model, tokenizer, corpus, length, trials, seed, keys, generate=False)
         return needle_prompt(tokenizer, corpus, length, depth, rng, keys)
 
     return retrieval(model, tokenizer, length, trials, seed, make_prompt, generate, "needle")
+
+
+# ---------------------------------------------------------------- RULER
+
+
+def measure_ruler(model, tokenizer, corpus, length, samples, seed):
+    """Measure the score of the model in each task of RULER at one length. Return an entry of `results`.
+
+    samples: prompts a task. corpus: a 1-d array of token ids, the texts that some tasks hide needles in.
+    """
+    by_task = {}
+    total = samples * len(ruler.TASKS)
+    with tqdm(total=total, desc=f"ruler {length:,}", leave=False, disable=None) as bar:
+        for task in ruler.TASKS:
+            draw = functools.partial(ruler.make_prompt, task, tokenizer, length, seed=seed, corpus=corpus)
+            scores = []
+            for batch in batched(map(draw, range(samples)), lambda prompt: length, model):
+                for prompt, said in zip(batch, continuations(model, tokenizer, batch)):
+                    scores.append(ruler.score(said, prompt.references))
+                bar.update(len(batch))
+            # Scores between 0 and 1 spread no more than right and wrong answers do, so this interval of a
+            # share is wide enough for their mean.
+            interval = report.wilson(sum(scores), samples)
+            by_task[task] = {"score": sum(scores) / samples, "interval": interval, "by_sample": scores}
+            bar.set_postfix_str(f"{task} {by_task[task]['score']:.0%}")
+    mean, error = report.over_tasks([entry["by_sample"] for entry in by_task.values()])
+    return {
+        "length": length,
+        "samples": samples,
+        "score": mean,
+        "standard_error": error,
+        "by_task": by_task,
+    }
+
+
+def continuations(model, tokenizer, prompts):
+    """Return what greedy decoding says after each of these prompts of one task, up to EOS, texts."""
+    rows = [torch.tensor(prompt.ids) for prompt in prompts]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.embed.weight.device)
+    eos = model.config.eos_token_id
+    stop_ids = [] if eos is None else np.atleast_1d(eos).tolist()  # Llama 3 has several
+    lengths = [len(row) for row in rows]
+    new_tokens = model.generate(tokens, prompts[0].tokens_to_generate, lengths, stop_ids)
+    said = []
+    for ids in new_tokens.tolist():
+        before_stop = itertools.takewhile(lambda token: token not in stop_ids, ids)
+        said.append(tokenizer.decode(list(before_stop)))
+    return said
 
 
 # ---------------------------------------------------------------- perplexity
@@ -354,6 +405,17 @@ def prepare_needle(args, model, tokenizer, lengths):
     return measure
 
 
+def prepare_ruler(args, model, tokenizer, lengths):
+    corpus = data.tokenised(args.data, tokenizer, cache_dir()).tokens
+    for task in ruler.TASKS:  # A length too short for one of them is refused before the others are measured.
+        ruler.make_prompt(task, tokenizer, lengths[0], 0, args.seed, corpus)
+
+    def measure(length):
+        return measure_ruler(model, tokenizer, corpus, length, args.samples, args.seed)
+
+    return measure
+
+
 def prepare_perplexity(args, model, tokenizer, lengths):
     shortest, longest = lengths[0], lengths[-1]
     documents = data.tokenised(args.data, tokenizer, cache_dir())
@@ -401,6 +463,7 @@ class Task(NamedTuple):
     draw: Callable  # one of the functions in tasks/plots.py
     unit: str = "length"  # what an entry of `results` is of: a length, or a benchmark
     may_add_lengths: bool = True  # to a file of results: not if the longest length says what is scored
+    shortest: int = 256  # of the default lengths, in tokens: its prompts need so many
 
 
 TASKS = {
@@ -415,6 +478,13 @@ TASKS = {
         prepare=prepare_needle,
         table=report.AccuracyTable(),
         draw=plots.draw_accuracy_grids,
+    ),
+    "ruler": Task(
+        options=("samples", "seed", "data"),
+        prepare=prepare_ruler,
+        table=report.RulerTable(),
+        draw=plots.draw_ruler,
+        shortest=2048,
     ),
     "ppl": Task(
         options=("documents", "stride", "tail", "by_position", "data"),
@@ -436,11 +506,11 @@ TASKS = {
 # ---------------------------------------------------------------- the command
 
 # argparse must not fill these in: an option that is given and belongs to another task is refused.
-DEFAULTS = {"trials": 50, "seed": 0, "keys": 4, "documents": 50}
+DEFAULTS = {"trials": 50, "seed": 0, "keys": 4, "samples": 25, "documents": 50}
 
 
 def parse_arguments():
-    p = cli.ArgumentParser(description="Retrieval, perplexity by length, and ordinary tasks.")
+    p = cli.ArgumentParser(description="Retrieval, RULER, perplexity by length, and ordinary tasks.")
     # fmt: off
     p.add_argument("--task", choices=TASKS, required=True,
         help="the README's table says what each tells")
@@ -453,14 +523,16 @@ def parse_arguments():
     p.add_argument("--trials", type=cli.whole_number(1),
         help="passkey, needle: prompts per length (default: 50)")
     p.add_argument("--seed", type=cli.whole_number(0),
-        help="passkey, needle: of the keys and their places (default: 0)")
+        help="passkey, needle, ruler: of the keys and their places (default: 0)")
     p.add_argument("--keys", type=cli.whole_number(1),
         help="needle: codes in the text, one of which is asked for (default: 4)")
+    p.add_argument("--samples", type=cli.whole_number(1),
+        help="ruler: prompts per task and length (default: 25; NVIDIA takes 500)")
     p.add_argument("--generate", action="store_true",
         help="passkey, needle: decode each answer token by token too, as a check")
     p.add_argument("--data", nargs="+", action="extend", default=[], metavar="FILE",
-        help="needle, ppl: texts (default: Python's standard library); benchmarks: the folder with their "
-        "files")
+        help="needle, ruler, ppl: texts (default: Python's standard library); benchmarks: the folder with "
+        "their files")
     p.add_argument("--documents", type=cli.whole_number(1),
         help="ppl: use that many, the longest (default: 50), each to the longest of --lengths")
     p.add_argument("--stride", type=cli.whole_number(1),
@@ -519,22 +591,22 @@ def units_to_measure(args, configs):
     if args.task == "benchmarks":
         (folder,) = args.data
         return list(harness.find_files(folder))
-    lengths = args.lengths or default_lengths(configs)
+    lengths = args.lengths or default_lengths(configs, TASKS[args.task].shortest)
     if args.tail and args.tail >= lengths[0]:
         no_context = f"leaves no context in a length of {lengths[0]}"
         raise InputError(f"--tail {args.tail}: {no_context}; lower it or raise --lengths")
     return lengths
 
 
-def default_lengths(configs):
+def default_lengths(configs, least):
     """Return lengths that double from the shortest window before any interpolation to the longest window.
 
-    None is shorter than 256 tokens, where no passkey prompt would fit.
+    None is shorter than `least` tokens.
     """
-    shortest = max(256, min(config.original_window for config in configs))
+    shortest = max(least, min(config.original_window for config in configs))
     longest = max(shortest, *(config.max_position_embeddings for config in configs))
     if shortest == longest:  # no window was made longer: show where it ends
-        return [length for length in (shortest // 2, shortest, 2 * shortest) if length >= 256]
+        return [length for length in (shortest // 2, shortest, 2 * shortest) if length >= least]
     lengths = [longest]
     length = shortest
     while length < longest:

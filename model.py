@@ -48,7 +48,7 @@ class Config:
     rope_scaling: dict | None = None  # in Hugging Face's terms, see rope.py
     tie_embeddings: bool = False  # the head's weight is the embedding
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None  # Llama 3 has several
     dtype: str = "float32"  # of the weights on disk
     model_type: str = "llama"  # Hugging Face's name of the family, which only hf/ looks at
     rotary_dim: int | None = None  # RoPE turns so many dimensions of each head, the first ones; None: all
@@ -322,18 +322,18 @@ class Transformer(nn.Module):
         weight, bias = self.head.weight_and_bias(hidden.dtype)
         return chunked_cross_entropy(hidden, weight, bias, targets, self.cross_entropy)
 
-    def hidden(self, tokens, positions=None, cache=None, start=0, seq_len=None):
+    def hidden(self, tokens, positions=None, cache=None, start=0, seq_lens=None):
         """Return the normed last hidden states (B, T, C); `head` turns those that are needed into logits.
 
         tokens: int64 (B, T). positions: int64 (B, T), by default start ... start + T - 1. cache: None,
         or for each block the (keys, values) of Block.forward. start: tokens that are in the cache
-        already. seq_len: tokens in the whole sequence, for `dynamic` and `longrope` (default: of each
-        row, up to its largest position).
+        already. seq_lens: tokens in each row's whole sequence, a list, for `dynamic` and `longrope`
+        (default: up to the row's largest position).
         """
         end = start + tokens.shape[1]
         if positions is None:
             positions = torch.arange(start, end, device=tokens.device).expand(tokens.shape)
-        inv_freq, attention_factor = self.frequencies(positions, seq_len)
+        inv_freq, attention_factor = self.frequencies(positions, seq_lens)
         cos, sin = rope.rope_cos_sin(positions, inv_freq, attention_factor)
         query_scale = rope.query_scale(self.config.rope_scaling, start, end, tokens.device)
         x = self.embed(tokens).to(self.hidden_dtype)  # (B, T, C)
@@ -341,7 +341,7 @@ class Transformer(nn.Module):
             x = block(x, cos, sin, query_scale, cache[i] if cache else None, start)
         return self.norm(x)
 
-    def frequencies(self, positions, seq_len=None):
+    def frequencies(self, positions, seq_lens=None):
         """Return rope.rope_frequencies at positions (B, T): (inv_freq (D/2,) or (B, D/2), attention_factor).
 
         Where the angles depend on the length, each row takes its own, in this call only: neither earlier
@@ -349,35 +349,51 @@ class Transformer(nn.Module):
         """
         config = self.config
         arguments = config.rotary_dim, config.rope_theta, config.rope_scaling
-        if seq_len is not None or not rope.depends_on_length(config.rope_scaling):
-            return rope.rope_frequencies(*arguments, seq_len)
-        lengths = (positions.amax(1) + 1).tolist()
-        by_row = [rope.rope_frequencies(*arguments, length) for length in lengths]
+        if not rope.depends_on_length(config.rope_scaling):
+            return rope.rope_frequencies(*arguments)
+        if seq_lens is None:
+            seq_lens = (positions.amax(1) + 1).tolist()
+        by_row = [rope.rope_frequencies(*arguments, seq_len) for seq_len in seq_lens]
         attention_factor = by_row[0][1]  # it is the same at every length
         return torch.stack([inv_freq for inv_freq, _ in by_row]), attention_factor
 
     @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, prefill_tokens=2048):
+    def generate(self, tokens, max_new_tokens, lengths=None, stop_ids=(), prefill_tokens=2048):
         """Return the greedy continuation (B, max_new_tokens) of tokens int64 (B, T).
 
-        The tokens are read `prefill_tokens` at a time. Angles that depend on the length
-        (`dynamic`, `longrope`) are, from the first token on, those of one forward pass over all but the
-        last new token, which is never read.
+        lengths: the tokens of each row's prompt, where shorter ones are padded at their end (default: T).
+        stop_ids: ends the generation once every row has said one of them; places not reached are 0. A row
+        that stopped earlier goes on until then, so the caller cuts it. The prompts are read `prefill_tokens`
+        at a time. Angles that depend on the length (`dynamic`, `longrope`) are,
+        from the first token on, those of one forward pass over all but the row's last new token, which is
+        never read.
         """
         config = self.config
         B, T = tokens.shape
-        seq_len = T + max_new_tokens - 1
-        shape = (B, seq_len, config.n_kv_heads, config.head_dim)
+        lengths = [T] * B if lengths is None else lengths
+        seq_lens = [length + max_new_tokens - 1 for length in lengths]
+        shape = (B, max(seq_lens), config.n_kv_heads, config.head_dim)
         options = {"dtype": self.hidden_dtype, "device": tokens.device}
         cache = [(torch.empty(shape, **options), torch.empty(shape, **options)) for _ in self.blocks]
-        for start in range(0, T, prefill_tokens):
-            prompt = tokens[:, start : start + prefill_tokens]
-            h = self.hidden(prompt, cache=cache, start=start, seq_len=seq_len)
-        new_tokens = [self.head(h[:, -1:]).argmax(-1)]  # each (B, 1)
-        for start in range(T, seq_len):
-            h = self.hidden(new_tokens[-1], cache=cache, start=start, seq_len=seq_len)
-            new_tokens.append(self.head(h).argmax(-1))
-        return torch.cat(new_tokens, dim=1)
+
+        # All rows read as many tokens as the shortest prompt has. From there on each reads the rest of its
+        # prompt, and then what it says, token by token: so they are always equally long.
+        shortest = min(lengths)
+        for start in range(0, shortest, prefill_tokens):
+            prompt = tokens[:, start : min(start + prefill_tokens, shortest)]
+            h = self.hidden(prompt, cache=cache, start=start, seq_lens=seq_lens)
+        rows = F.pad(tokens, (0, max(seq_lens) + 1 - T))
+        prompt_ends = torch.tensor(lengths, device=tokens.device)
+        stops = torch.tensor(stop_ids, dtype=torch.int64, device=tokens.device)
+        has_stopped = torch.zeros_like(prompt_ends, dtype=torch.bool)
+        for end in range(shortest, rows.shape[1]):
+            says = prompt_ends <= end
+            rows[:, end] = torch.where(says, self.head(h[:, -1]).argmax(-1), rows[:, end])
+            has_stopped |= says & torch.isin(rows[:, end], stops)
+            if end + 1 == rows.shape[1] or (stop_ids and has_stopped.all()):
+                break
+            h = self.hidden(rows[:, end : end + 1], cache=cache, start=end, seq_lens=seq_lens)
+        return torch.stack([row[n : n + max_new_tokens] for row, n in zip(rows, lengths)])
 
 
 def empty_transformer(config):

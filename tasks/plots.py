@@ -67,6 +67,43 @@ def draw_accuracy_grids(reports, path):
     figure.savefig(path, dpi=150)
 
 
+def draw_ruler(reports, path):
+    """Draw RULER's mean score by length, a curve for each model, and beside it a heat map of each model."""
+    figure, (first, *panels) = new_figure(1 + len(reports), 4 + 5 * len(reports), 4)
+    for report in reports:
+        results = report["results"]
+        lengths = [result["length"] for result in results]
+        scores = [100 * result["score"] for result in results]
+        errors = [100 * (result["standard_error"] or 0) for result in results]
+        first.errorbar(lengths, scores, errors, marker="o", capsize=3, label=report["model"])
+    length_axis(first, all_lengths(reports), "length, tokens")
+    first.set_title(f"{reports[0]['results'][0]['samples']} prompts a task and length")
+    first.set(ylabel="mean of the tasks, % (± standard error)", ylim=(-5, 105))
+    first.grid(alpha=0.3)
+    first.legend()
+    for axes, report in zip(panels, reports):
+        image = _draw_scores_by_task(axes, report)
+    figure.colorbar(image, ax=panels, label="score, %")
+    figure.savefig(path, dpi=150)
+
+
+def _draw_scores_by_task(axes, report):
+    """Draw a heat map of a model's scores by length and task of RULER. Return it."""
+    results = report["results"]
+    tasks = list(results[0]["by_task"])
+    cells = np.array([[100 * result["by_task"][task]["score"] for result in results] for task in tasks])
+    image = axes.imshow(cells, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+    for (row, column), score in np.ndenumerate(cells):
+        colour = "white" if score < 15 or score > 85 else "black"  # the map is dark at both ends
+        axes.text(column, row, f"{score:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    labels = [f"{result['length']:,}" + ("*" if result["beyond_window"] else "") for result in results]
+    axes.set_xticks(range(len(results)), labels, rotation=30)
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.set_title(report["model"])
+    axes.set_xlabel("length, tokens (* beyond the window)")
+    return image
+
+
 # ---------------------------------------------------------------- perplexity
 
 

@@ -4,7 +4,7 @@ An interrupted evaluation goes on from the file.
 
 A report is what is known of one model: {"task", "model", "results": [one entry for each length or
 benchmark]}. All models of a call stand in one table and one file. A task is shown by one of the tables
-below: shares of right answers, perplexities, scores.
+below: shares of right answers, RULER's scores, perplexities, scores of benchmarks.
 """
 
 import json
@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from storage.files import InputError, describe_changes, write_json
+from tasks import ruler
 
 WORKS = 0.95  # a model works at a length where it gives at least this share of right answers
 HOLDS = 1.05  # a perplexity holds up to this ratio to that at the shortest length
@@ -48,6 +49,19 @@ def over_documents(nats, count):
         return ppl, None
     residuals = nats - loss * count
     return ppl, ppl * math.sqrt(n / (n - 1) * (residuals**2).sum()) / count.sum()
+
+
+def over_tasks(scores_by_task):
+    """Return the mean of the tasks' mean scores and its standard error, which is None for a single sample.
+
+    scores_by_task: the scores of each task's samples, all in one list of lists. The tasks are given and only
+    their samples are drawn, so the error is that of a mean of independent means.
+    """
+    scores = np.array(scores_by_task)
+    tasks, samples = scores.shape
+    if samples == 1:
+        return scores.mean(), None
+    return scores.mean(), math.sqrt((scores.var(1, ddof=1) / samples).sum()) / tasks
 
 
 def loss_change(first, result):
@@ -138,6 +152,25 @@ class Table:
         """Yield what the results say, in sentences that go on after the model's name."""
         raise NotImplementedError
 
+    def rows(self, reports, task):
+        """Return the rows of the table, lists of texts, the headings first.
+
+        At each length (or benchmark) the models stand one below the other. task: its name.
+        """
+        first_results = reports[0]["results"]
+        by_length = "length" in first_results[0]
+        rows = [["length" if by_length else "", task, *self.headings(first_results)]]
+        for i in range(len(first_results)):
+            for report in reports:
+                result = report["results"][i]
+                label = ""
+                if report is reports[0]:
+                    label = f"{result['length']:,}" if by_length else result["benchmark"]
+                model = report["model"] + ("*" if result.get("beyond_window") else "")
+                details = self.details(result, report["results"][0])
+                rows.append([label, model, *self.headline(result), *details])
+        return rows
+
 
 class AccuracyTable(Table):
     """Shows shares of right answers, also by the depth of the answer in the text: passkey and needle."""
@@ -223,6 +256,43 @@ class ScoreTable(Table):
         yield f"scores {average:.1%} on average of {len(results)} benchmarks"
 
 
+class RulerTable(Table):
+    """Shows RULER's scores: a row for each task and model, a column for each length, their mean below."""
+
+    def introduction(self, results):
+        prompts = f"{results[0]['samples']} prompts a task and length, with 95% intervals"
+        return f"{prompts}; (texts): needles are in the given texts and not in NVIDIA's essays"
+
+    def headline(self, result):
+        return with_error(result["score"], result["standard_error"], "{:.1%}")
+
+    def rows(self, reports, task):
+        first_results = reports[0]["results"]
+        rows = [["", task, *(f"{result['length']:,}" for result in first_results)]]
+        for name in [*first_results[0]["by_task"], "mean"]:
+            over_texts = name in ruler.TASKS and ruler.TASKS[name].over_texts
+            label = f"{name} (texts)" if over_texts else name
+            for report in reports:
+                cells = [self.cell(result, name) for result in report["results"]]
+                rows.append([label if report is reports[0] else "", report["model"], *cells])
+        return rows
+
+    def cell(self, result, name):
+        """Return the score of a task, or the mean of all, with its uncertainty, a text."""
+        if name == "mean":
+            text = " ".join(self.headline(result))
+        else:
+            entry = result["by_task"][name]
+            low, high = entry["interval"]
+            text = f"{percent(entry['score'])} ({100 * low:.0f}-{100 * high:.0f})"
+        return text + ("*" if result["beyond_window"] else "")
+
+    def conclusions(self, results):
+        shown = [f"{result['score']:.1%} at {result['length']:,} tokens" for result in results]
+        at_both_ends = shown[0] if len(shown) == 1 else f"{shown[0]} and {shown[-1]}"
+        yield f"scores {at_both_ends} on average of {len(results[0]['by_task'])} tasks"
+
+
 def percent(share):
     """Return a share as text, "" for None."""
     return "" if share is None else f"{share:.0%}"
@@ -256,31 +326,12 @@ def print_reports(reports, task, table):
     introduction = table.introduction(reports[0]["results"])
     if introduction:
         print(introduction)
-    print_columns(table_rows(reports, task, table))
+    print_columns(table.rows(reports, task))
     if any(result.get("beyond_window") for report in reports for result in report["results"]):
         print("* longer than the model's window")
     for report in reports:
         for sentence in table.conclusions(report["results"]):
             print(report["model"], sentence)
-
-
-def table_rows(reports, task, table):
-    """Return the rows of the table, lists of texts, the headings first.
-
-    At each length (or benchmark) the models stand one below the other.
-    """
-    first_results = reports[0]["results"]
-    by_length = "length" in first_results[0]
-    rows = [["length" if by_length else "", task, *table.headings(first_results)]]
-    for i in range(len(first_results)):
-        for report in reports:
-            result = report["results"][i]
-            label = ""
-            if report is reports[0]:
-                label = f"{result['length']:,}" if by_length else result["benchmark"]
-            model = report["model"] + ("*" if result.get("beyond_window") else "")
-            rows.append([label, model, *table.headline(result), *table.details(result, report["results"][0])])
-    return rows
 
 
 def print_columns(rows):

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+import types
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 from hf import builtin, scaling, weights
-from tasks import prompts
+from tasks import prompts, ruler
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,62 @@ def test_the_base_works_in_its_window_and_nowhere_else(tiny):
         assert evaluation.passkey(model, tokenizer, length, trials, 1)["accuracy"] <= 0.10
 
 
+# ---------------------------------------------------------------- RULER
+
+
+class Oracle:
+    """A model that has the answers. answer(prompt) -> the token ids that it says after a prompt."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.config = types.SimpleNamespace(eos_token_id=[2, 5])
+        self.embed = types.SimpleNamespace(weight=torch.zeros(1))
+
+    def generate(self, tokens, max_new_tokens, lengths, stop_ids):
+        assert stop_ids == [2, 5]
+        said = [self.answer(row[:n].tolist())[:max_new_tokens] for row, n in zip(tokens, lengths)]
+        return torch.tensor([ids + [2] * (max_new_tokens - len(ids)) for ids in said])
+
+
+def test_ruler_scores_the_share_of_references_said_before_eos(tiny):
+    tokenizer = tiny[1]
+    corpus = np.array(tokenizer.encode("The cat sat on the mat. It was a cat. " * 90))
+    references_of = {}
+    for task in ruler.TASKS:
+        for number in range(3):
+            prompt = ruler.make_prompt(task, tokenizer, 2048, number, 4, corpus)
+            references_of[tuple(prompt.ids)] = prompt.references
+
+    def all_of_them(ids):
+        return tokenizer.encode(" and ".join(references_of[tuple(ids)]))
+
+    def first_of_them(ids):
+        first, *others = references_of[tuple(ids)]
+        return tokenizer.encode(first) + [5] + tokenizer.encode(" ".join(others))
+
+    right = evaluation.measure_ruler(Oracle(all_of_them), tokenizer, corpus, 2048, 3, 4)
+    assert (right["length"], right["samples"], right["score"], right["standard_error"]) == (2048, 3, 1.0, 0.0)
+    partly = evaluation.measure_ruler(Oracle(first_of_them), tokenizer, corpus, 2048, 3, 4)
+    for task, entry in partly["by_task"].items():
+        share = {"niah_multivalue": 1 / 4, "niah_multiquery": 1 / 4, "vt": 1 / 5, "cwe": 1 / 10, "fwe": 1 / 3}
+        expected = share.get(task, 1.0)
+        assert entry["by_sample"] == [expected] * 3 and entry["score"] == pytest.approx(expected)
+        low, high = entry["interval"]
+        assert low < expected <= high
+    assert partly["score"] == pytest.approx((6 + 1 / 4 + 1 / 4 + 1 / 5 + 1 / 10 + 1 / 3) / 11)
+
+
+def test_a_batch_of_prompts_is_continued_as_each_alone(tiny):
+    model, tokenizer = tiny
+    corpus = np.array(tokenizer.encode("The cat sat on the mat. It was a cat. " * 90))
+    batch = [ruler.make_prompt("niah_multikey_2", tokenizer, 600, number, 0, corpus) for number in range(4)]
+    batch = [prompt._replace(tokens_to_generate=20) for prompt in batch]
+    assert len({len(prompt.ids) for prompt in batch}) > 1
+    together = evaluation.continuations(model, tokenizer, batch)
+    assert together == [evaluation.continuations(model, tokenizer, [prompt])[0] for prompt in batch]
+    assert len(set(together)) > 1
+
+
 @needs_gpu
 def test_a_gpu_answers_as_the_cpu_does(tiny):
     on_cpu, tokenizer = tiny
@@ -259,6 +316,25 @@ def test_other_tables_of_several_models(evaluate, tmp_path, two_models):
     assert "loss against 64" in out
     out = evaluate("ppl", *both, "--lengths", "64,128", "--by_position", "--json", tmp_path / "by.json")
     assert "by position in windows of 128: 0-15: " in out
+
+
+def test_the_table_of_ruler_has_a_column_for_each_length(evaluate, tmp_path, two_models, monkeypatch):
+    both, other = two_models
+    for name, task in ruler.TASKS.items():  # a few tokens tell as much of the table as 128
+        monkeypatch.setitem(ruler.TASKS, name, task._replace(tokens_to_generate=2))
+    written = tmp_path / "r.json"
+    out = evaluate("ruler", *both, "--lengths", "1300,1100", "--samples", 1, "--json", written)
+    introduction, *rows = [line.split() for line in out.splitlines()]
+    assert introduction[:7] == ["1", "prompts", "a", "task", "and", "length,", "with"]
+    assert rows[0] == ["ruler", "1,100", "1,300"]
+    assert rows[3] == ["niah_single_2", "(texts)", "tiny", *["0%", "(0-79)*"] * 2]
+    assert rows[4] == [other, *["0%", "(0-79)*"] * 2]
+    assert rows[23] == ["mean", "tiny", *["0.0%", "-*"] * 2]
+    assert "tiny scores 0.0% at 1,100 tokens and 0.0% at 1,300 tokens on average of 11 tasks" in out
+    results = read_results(written)
+    assert [result["length"] for result in results] == [1100, 1300]
+    assert list(results[0]["by_task"]) == list(ruler.TASKS)
+    assert (tmp_path / "p.png").stat().st_size > 10000
 
 
 def test_perplexities_of_other_documents_are_not_compared(evaluate, tmp_path):

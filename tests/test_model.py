@@ -187,6 +187,33 @@ def test_generation_with_angles_that_depend_on_the_length(make_llama, mode, n):
         assert torch.equal(ours.generate(prompt, 12, prefill_tokens=prefill_tokens), expected[:, n - 11 :])
 
 
+@pytest.mark.parametrize("mode", [None, "dynamic", "longrope"])
+def test_prompts_of_several_lengths_are_continued_as_each_alone(make_llama, mode):
+    """Also where angles depend on the length: only some of the rows are longer than the original window."""
+    changes = {"rope_parameters": {"rope_theta": 10000.0} | scaling_of(mode)} if mode else {}
+    ours = weights.load(make_llama(**changes)[0])
+    prompts = [random_tokens(1, n) for n in (58, 41, 52, 54)]
+    rows = torch.cat([F.pad(prompt, (0, 58 - prompt.shape[1]), value=7) for prompt in prompts])
+    alone = [ours.generate(prompt, 12)[0].tolist() for prompt in prompts]
+    for prefill_tokens in (16, 2048):
+        together = ours.generate(rows, 12, lengths=[58, 41, 52, 54], prefill_tokens=prefill_tokens)
+        assert together.tolist() == alone
+
+
+def test_generation_ends_once_each_row_has_said_a_stop(make_llama):
+    ours = weights.load(make_llama()[0])
+    prompts = random_tokens(3, 20)
+    free = ours.generate(prompts, 15, lengths=[20, 17, 18])
+    said_at = [3, 9, 5]
+    stops = [row[i].item() for row, i in zip(free, said_at)]
+    first_stops = [min(i for i, token in enumerate(row.tolist()) if token in stops) for row in free]
+    stopped = ours.generate(prompts, 15, lengths=[20, 17, 18], stop_ids=stops)
+    last_place = max(n + i for n, i in zip((20, 17, 18), first_stops))
+    for row, expected, n in zip(stopped, free, (20, 17, 18)):
+        here = last_place + 1 - n  # tokens of this row when the last row had stopped
+        assert row[:here].tolist() == expected[:here].tolist() and not row[here:].any()
+
+
 def test_cached_attention_lines_up_with_the_last_key():
     q, k, v = torch.randn(1, 3, 4, 8), torch.randn(1, 10, 2, 8), torch.randn(1, 10, 2, 8)
     keys, values = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))

@@ -21,6 +21,17 @@ def test_error_over_documents_is_the_bootstraps():
     assert report.over_documents(nats[:1], count[:1]) == (pytest.approx(math.exp(nats[0] / count[0])), None)
 
 
+def test_error_over_tasks_is_that_of_drawing_the_samples_of_each_task_anew():
+    rng = np.random.default_rng(1)
+    scores = rng.random((3, 50)) * np.array([[1.0], [0.2], [0.0]])
+    mean, error = report.over_tasks(scores.tolist())
+    assert mean == pytest.approx(scores.mean())
+    drawn = rng.integers(0, 50, (20000, 3, 50))
+    means = np.take_along_axis(scores[None], drawn, 2).mean((1, 2))
+    assert error == pytest.approx(means.std(), rel=0.05)
+    assert report.over_tasks([[0.5], [1.0]]) == (0.75, None)
+
+
 @given(st.integers(1, 300), st.data())
 def test_wilson_interval_ends_where_the_normal_test_begins_to_reject(n, data):
     """Its ends are the shares p that are 1.96 of their own standard deviations away from what was seen."""
