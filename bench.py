@@ -187,7 +187,10 @@ def our_step(config, args, sampling, device):
 
 
 def transformers_step(config, args, sampling, device):
-    """Return a function that takes the same step with transformers, see `our_step`. It reports no wait."""
+    """Return a function that takes a plain step with transformers, without skips, on as many tokens as ours.
+
+    It returns the loss, and no wait.
+    """
     on_gpu = device.type == "cuda"
     torch.set_float32_matmul_precision("high")
     model = transformers_model(config, use_cache=False).to(device).train()
@@ -199,14 +202,17 @@ def transformers_step(config, args, sampling, device):
 
     def step():
         tokens, _, _ = next(batches)
-        for micro_batch in tokens.split(args.micro_batch_size):
+        micro_batches = tokens.split(args.micro_batch_size)
+        total = torch.zeros((), device=device)
+        for micro_batch in micro_batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-                loss = compiled(input_ids=micro_batch, labels=micro_batch).loss
+                loss = compiled(input_ids=micro_batch, labels=micro_batch).loss / len(micro_batches)
             loss.backward()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item(), 0.0
+        return total.item(), 0.0
 
     return step
 
@@ -509,6 +515,8 @@ def parse_arguments():
 def complete(args, config):
     """Refuse what cannot run, fill in the defaults that depend on the model and return the arguments."""
     cli.refuse_options_of_other_tasks(args, BELONGS)
+    if args.compare and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"--compare {args.compare}: it runs in one process alone; leave torchrun out")
     if args.compare and importlib.util.find_spec(args.compare) is None:
         raise InputError(f"--compare {args.compare}: not installed here; pip install {args.compare}")
     args.activation_checkpointing = args.activation_checkpointing or "none"

@@ -120,7 +120,9 @@ def refuse_options_of_other_tasks(args, belongs):
     belongs: {option: its tasks}. An option that is not given must be None, False or an empty list.
     """
     for option, tasks in belongs.items():
-        if args.task not in tasks and getattr(args, option) not in (None, False, []):
+        value = getattr(args, option)
+        is_given = not (value is None or value is False or value == [])
+        if is_given and args.task not in tasks:
             raise InputError(f"--{option} belongs to --task {' or '.join(tasks)}; leave it out")
 
 
@@ -143,7 +145,7 @@ def split_batch(batch_size, micro_batch_size, tokens):
     """Return (examples of each process in a step, examples in one forward pass).
 
     tokens: in an example. micro_batch_size: None for as many examples as make about MICRO_BATCH_TOKENS.
-    Raises InputError if one does not divide the other.
+    Raise InputError if one does not divide the other.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % world:
@@ -256,8 +258,7 @@ class Recipe:
     llama_4_scaling_beta: float = 0.0
 
 
-# The paper's settings are Recipe's defaults. The built-in models have their own: tiny for a laptop,
-# smollm2-135m for a few minutes on one GPU.
+# The built-in models' own: tiny for a laptop, smollm2-135m for a few minutes on one GPU.
 RECIPES = {
     "tiny": Recipe(
         steps=150,
@@ -326,8 +327,8 @@ def training_parser():
         help="interpolation (default: yarn; ntk with smollm2-135m)")
     g.add_argument("--factor", type=number(1, LARGEST),
         help="factor of the interpolation (default: target_len / window, and twice that with tiny and "
-        "yarn; for ntk the factor that slows the critical pair by target_len / window, see "
-        "rope.ntk_factor; for dynamic 1)")
+        "yarn; for ntk the factor that slows the critical pair by target_len / window, or by 1.188 times "
+        "that with smollm2-135m, see rope.ntk_factor; for dynamic 1)")
     g.add_argument("--beta_fast", type=number(1, LARGEST),
         help="yarn: pairs that turn at least so often in the window stay as they are (default: 32; 8 with "
         "tiny)")
@@ -393,7 +394,7 @@ def training_parser():
 def training_arguments():
     """Return the options of train.py as given; with --resume, the other ones as the run in --out had them.
 
-    Raises InputError for an --out that holds another run, and for a resumed run whose options differ.
+    Raise InputError for an --out that holds another run, and for a resumed run whose options differ.
     """
     parser = training_parser()
     args = parser.parse_args()
@@ -412,7 +413,7 @@ def training_arguments():
 def options_of_earlier_run(given, parser):
     """Return the options of the run in --out, with those on top that are given and may change.
 
-    given: parsed options. Raises InputError if there is no such run, if it is finished, or if others
+    given: parsed options. Raise InputError if there is no such run, if it is finished, or if others
     differ.
     """
     out, record = given.out, given.out / "args.json"
@@ -445,7 +446,7 @@ def options_of_earlier_run(given, parser):
 def complete_training(args, config):
     """Fill in the options of train.py that depend on the model and the machine.
 
-    config: the model's. Raises InputError for what cannot run.
+    config: the model's. Raise InputError for what cannot run.
     """
     recipe = RECIPES.get(args.model, Recipe())
     window = config.max_position_embeddings

@@ -226,8 +226,7 @@ class Batches:
         # An example chooses from so many tokens of a document; the last one can only be a target.
         self.span = 1 + reach
         lengths = np.diff(documents.starts)
-        # Every place where a window can begin is equally likely, so a long document counts as much as
-        # its text.
+        # Every place where a window can begin is equally likely, so documents are drawn by their length.
         self.window_counts = np.cumsum(np.maximum(lengths - train_len, 0))
         fits = lengths > train_len
         self.n_too_short = int((~fits).sum())

@@ -25,8 +25,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-# Dense bfloat16 operations a second by the makers' data sheets. The first name that is part of the
-# card's counts.
+# Dense bfloat16 operations a second by the makers' data sheets. A card takes the first entry whose name
+# is part of its own, so longer names come first.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -119,7 +119,8 @@ def shard(
 def use_all_cores():
     """Share the machine's cores among its processes. (torchrun leaves each process one thread.)"""
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
+    torch.set_num_threads(max(1, cores // processes_here))
 
 
 def checkpoint_activations(block, mode):

@@ -27,9 +27,9 @@ def sample(method, rng, text_len, train_len, target_len, chunks=2, offset="unifo
     {v_(i-1) ... the last place that fits}; `zero` has v_i = 0, contiguous text; `skip` has v_i = u_i, the
     text where its positions say it is, as far as the text reaches.
 
-    Returns (text_index, positions), int64 (train_len,), both strictly increasing, with
+    Return (text_index, positions), int64 (train_len,), both strictly increasing, with
     positions < target_len and text_index + 1 < text_len, because the target of a token is the one that
-    really follows it. Raises ValueError if that is impossible.
+    really follows it. Raise ValueError if that is impossible.
     """
     check(method, text_len, train_len, target_len, chunks, offset)
     plain = np.arange(train_len)

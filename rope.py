@@ -6,8 +6,9 @@ Interpolation lowers the frequencies f_j, so that the angles of a long target wi
 that the model has seen.
 
 Notable choices:
-- Angles are float64 products of the actual positions; cos and sin are float32. They are exact at position
-  1,000,000, and no table of the target's length exists: a target window of any length costs nothing.
+- Angles are float64 products of the actual positions; cos and sin are rounded to float32 only at the end. So
+  they are as precise at position 1,000,000 as at 1, and no table of the target's length exists: a target
+  window of any length costs nothing.
 - `scaling` is the dictionary that Hugging Face calls `rope_scaling`. What we compute is what stock loaders
   compute.
 - Half-split layout: pair j is (x[j], x[j + d/2]), as in Hugging Face's LLaMA. d may be smaller
@@ -35,7 +36,7 @@ def rope_frequencies(dim, theta, scaling=None, seq_len=None, f=None):
     the sequence, which only `dynamic` and `longrope` look at. f: the frequencies to stretch, if not
     theta^(-2j/dim); a model that is scaled already has others.
 
-    Returns (inv_freq float64 (dim/2,), attention_factor). Raises ValueError for an unknown mode or a
+    Return (inv_freq float64 (dim/2,), attention_factor). Raise ValueError for an unknown mode or a
     missing key.
     """
     scaling = scaling or {}
@@ -203,7 +204,7 @@ def yarn_attention_factor(scaling):
 
 
 def ntk_factor(dim, theta, scaling, window, ratio):
-    """Return the factor of `ntk` that makes a window of so many tokens `ratio` times as long.
+    """Return the factor of `ntk` that makes a window of `window` tokens `ratio` times as long.
 
     dim, theta, scaling: the model's.
 
@@ -214,10 +215,9 @@ def ntk_factor(dim, theta, scaling, window, ratio):
     """
     f, _ = rope_frequencies(dim, theta, scaling)
     slowest = dim // 2 - 1
-    n_turning_once = (
-        (window * f >= 2 * math.pi).sum().item()
-    )  # pairs 0 ... n - 1 do: pair n is the critical one
-    critical = min(max(n_turning_once, 1), slowest)  # if all pairs turn once, the slowest one
+    # Pairs 0 ... n - 1 turn at least once, so pair n is the critical one; if all do, the slowest.
+    n_turning_once = (window * f >= 2 * math.pi).sum().item()
+    critical = min(max(n_turning_once, 1), slowest)
     return ratio ** (slowest / critical)
 
 

@@ -43,15 +43,15 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
 
     batches: data.Batches. validation: None, or a function of model and device that returns
     {length: nats a token}. signals: what catch_signals returns; once a process has caught one, all
-    stop after the same step, with a checkpoint. Raises InputError after MAX_SKIPPED updates in a
+    stop after the same step, with a checkpoint. Raise InputError after MAX_SKIPPED updates in a
     row that were not finite.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     tokens_per_step = args.batch_size * args.train_len
     log = Log(args.out, first_step, args.tensorboard) if rank == 0 else None
     skipped_in_a_row = 0
-    is_silent = None if rank == 0 else True  # None: shown where there is a terminal
-    progress = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=is_silent)
+    disable = None if rank == 0 else True  # None: tqdm draws a bar only where there is a terminal
+    progress = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=disable)
     began = time.perf_counter()
     # zip asks progress first: after the last step no batch is asked for.
     for step, batch in zip(progress, data.prefetched(batches, first_step, own_examples(args), device)):
@@ -213,11 +213,12 @@ def main():
     finally:  # what goes wrong later does not undo a checkpoint that is still being written
         checkpoints.finish()
     weights.save(model, tokenizer, args.out / "model")
-    # torchrun ends all processes soon after the first one that leaves with another code than 0.
-    dist.barrier()
-    if signal.SIGINT in signals:
+    # All decide together, and none before all have saved: torchrun ends every process soon after the first
+    # one that leaves with another code than 0.
+    if any_process([number for number in signals if number == signal.SIGINT], device):
         sys.exit(130)  # so that a shell does not go on to the next command
-    say(f"wrote {args.out / 'model'}; next: python eval.py --task passkey --model {args.out / 'model'}")
+    hint = "" if signals else f"; next: python eval.py --task passkey --model {args.out / 'model'}"
+    say(f"wrote {args.out / 'model'}{hint}")
 
 
 def read_texts(args, tokenizer):

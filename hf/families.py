@@ -297,8 +297,8 @@ def as_written(config):
     else:
         model_type = family.written_as or config.model_type
     if model_type is None:
-        families = f"LLaMA and Mistral, not of {config.model_type}"
-        raise InputError(f"llama_4_scaling_beta: stock loaders scale the queries of {families}; leave it out")
+        message = f"stock loaders scale the queries of LLaMA and Mistral, not of {config.model_type}"
+        raise InputError(f"llama_4_scaling_beta: {message}; leave it out")
     block = FAMILIES[model_type].block
     return dataclasses.replace(config, model_type=model_type, normalised_head=False, **block)
 

@@ -11,8 +11,8 @@ from storage.files import InputError
 def extend(config, mode, target_len, llama_4_scaling_beta=None, **settings):
     """Return the Config with the window stretched to target_len tokens by a mode of rope.py.
 
-    settings: what else rope_scaling shall hold, such as `factor` (default: the ratio of the windows, and 1
-    for dynamic, which multiplies with that of the current length) or `beta_fast`.
+    settings: further keys of rope_scaling, such as `beta_fast` or `factor`. Without a factor it is the ratio
+    of the windows; for dynamic it is 1, because dynamic grows with the length by itself.
     llama_4_scaling_beta: strength of rope.query_scale (default: the model's own, if it has one). A model that
     is scaled already (Llama 3.1, or one of ours) keeps its scaling, and both slow the frequencies. Raise
     InputError where the two cannot be combined.

@@ -111,7 +111,7 @@ class Checkpoints:
     def load(self, model, optimizer, say):
         """Restore the newest checkpoint that is whole, and return its step; 0 if there is none at all.
 
-        say(line) is called for each one that is passed over. Raises InputError if none can be used, or
+        say(line) is called for each one that is passed over. Raise InputError if none can be used, or
         if it is of another run.
         """
         self._remove_left_overs()
