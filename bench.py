@@ -515,7 +515,7 @@ def parse_arguments():
 def complete(args, config):
     """Refuse what cannot run, fill in the defaults that depend on the model and return the arguments."""
     cli.refuse_options_of_other_tasks(args, BELONGS)
-    if args.compare and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if args.compare and cli.process_count() > 1:
         raise InputError(f"--compare {args.compare}: it runs in one process alone; leave torchrun out")
     if args.compare and importlib.util.find_spec(args.compare) is None:
         raise InputError(f"--compare {args.compare}: not installed here; pip install {args.compare}")
@@ -527,7 +527,7 @@ def complete(args, config):
         args.micro_batch_size = 1
     if args.batch_size is None:
         examples = args.micro_batch_size or max(1, cli.MICRO_BATCH_TOKENS // args.train_len)
-        args.batch_size = examples * int(os.environ.get("WORLD_SIZE", 1))
+        args.batch_size = examples * cli.process_count()
     split = cli.split_batch(args.batch_size, args.micro_batch_size, args.train_len)
     args.share, args.micro_batch_size = split
     if args.lengths is None:

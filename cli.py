@@ -141,13 +141,18 @@ def device(named):
     return kind
 
 
+def process_count():
+    """Return how many processes torchrun started, 1 without it. No process group is needed to know it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def split_batch(batch_size, micro_batch_size, tokens):
     """Return (examples of each process in a step, examples in one forward pass).
 
     tokens: in an example. micro_batch_size: None for as many examples as make about MICRO_BATCH_TOKENS.
     Raise InputError if one does not divide the other.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = process_count()
     if batch_size % world:
         raise InputError(
             f"--batch_size {batch_size} does not divide over {world} processes; make it a multiple"
@@ -500,7 +505,7 @@ def complete_batch(args, window, recipe):
         # With longer examples there are fewer of them (but not with full), so that a step has as many
         # tokens, as near as the number of processes divides them.
         windows_per_example = 1 if args.method == "full" else max(1, args.train_len / window)
-        world = int(os.environ.get("WORLD_SIZE", 1))
+        world = process_count()
         share = max(1, round(recipe.batch_size / windows_per_example / world))
         args.batch_size = world * share
     _, args.micro_batch_size = split_batch(args.batch_size, args.micro_batch_size, args.train_len)

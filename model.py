@@ -364,9 +364,8 @@ class Transformer(nn.Module):
         lengths: the tokens of each row's prompt, where shorter ones are padded at their end (default: T).
         stop_ids: ends the generation once every row has said one of them; places not reached are 0. A row
         that stopped earlier goes on until then, so the caller cuts it. The prompts are read `prefill_tokens`
-        at a time. Angles that depend on the length (`dynamic`, `longrope`) are,
-        from the first token on, those of one forward pass over all but the row's last new token, which is
-        never read.
+        at a time. Angles that depend on the length (`dynamic`, `longrope`) are, from the first token on,
+        those of one forward pass over all but the row's last new token, which is never read.
         """
         config = self.config
         B, T = tokens.shape

@@ -267,7 +267,7 @@ def extended_config(config, args):
         if getattr(args, option) is not None:
             settings[option] = getattr(args, option)
     extended = scaling.extend(config, args.rope, args.target_len, args.llama_4_scaling_beta, **settings)
-    families.as_written(extended)
+    families.as_written(extended)  # only checked, so that a run does not fail when it saves
     return extended
 
 

@@ -20,10 +20,11 @@ from hf.families import (
     published_name,
     read_config,
     split_name,
+    stored_parameters,
 )
 from hf.folder import read_index
 from hf.writing import split_by_size, write_folder
-from model import Config, empty_transformer
+from model import Config
 from storage.files import InputError, read_json
 
 
@@ -179,8 +180,7 @@ class MetaCheckpoint:
             raise InputError(f"{folder}: no consolidated.*.pth; copy the checkpoint again")
         self.ranks = [read_pickle(path) for path in self.paths]
         self.config = self._read_config(sizes, window)
-        parameters = empty_transformer(self.config).state_dict()
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self.shapes = {name: tuple(p.shape) for name, p in stored_parameters(self.config).items()}
         self._check_names()
         self._check_heads()
 

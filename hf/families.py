@@ -26,7 +26,7 @@ import torch
 
 import rope
 from hf.scaling import read_rope, stock_terms
-from model import Config
+from model import Config, empty_transformer
 from storage.files import InputError, read_json
 
 LLAMA_NAMES = {  # our name of a module -> LLaMA's; those of a block come after the number of its layer
@@ -375,6 +375,17 @@ def tokenizer_files(config, files):
 
 
 # ---------------------------------------------------------------- names and layouts of weights
+
+
+def stored_parameters(config):
+    """Return {our name: parameter on the meta device} of what a checkpoint of this Config stores.
+
+    A head that is tied to the embedding is not stored a second time.
+    """
+    parameters = empty_transformer(config).state_dict()
+    if config.tie_embeddings:
+        del parameters["head.weight"]
+    return parameters
 
 
 def published_name(name, model_type):

@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 
 from fsdp import own_rows
 from hf import families, tokenizer
-from model import empty_transformer
 from storage.files import InputError, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -30,7 +29,7 @@ class CheckpointFolder:
         self.config = families.read_config(self.path)
         self._our_names = {}  # published name -> our names of the parameters in it, in their order
         self._shapes = {}  # published name -> its shape
-        for name, parameter in empty_transformer(self.config).state_dict().items():
+        for name, parameter in families.stored_parameters(self.config).items():
             self._expect(name, tuple(parameter.shape))
         self.files = find_tensors(self.path)
         self._check_names_and_shapes()
@@ -41,8 +40,6 @@ class CheckpointFolder:
         Parameters that share a published name are stacked there by rows.
         """
         published = families.published_name(name, self.config.model_type)
-        if self.config.tie_embeddings and name == "head.weight":
-            return
         rows = self._shapes[published][0] if published in self._shapes else 0
         self._our_names.setdefault(published, []).append(name)
         self._shapes[published] = (rows + shape[0], *shape[1:])

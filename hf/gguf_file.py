@@ -9,11 +9,19 @@ import json
 import gguf
 import torch
 
-from hf.families import FAMILIES, half_split, hf_config, is_query_or_key, published_name, split_name
+from hf.families import (
+    FAMILIES,
+    half_split,
+    hf_config,
+    is_query_or_key,
+    published_name,
+    split_name,
+    stored_parameters,
+)
 from hf.gguf_tokenizer import rebuild_tokenizer
 from hf.tokenizer import check_size
 from hf.writing import split_by_size, write_folder
-from model import Config, empty_transformer
+from model import Config
 from storage.files import InputError
 
 # The architectures that are read. Each is written as the family of its name.
@@ -174,11 +182,8 @@ class GGUFFile:
 
     def _match_tensors(self):
         """Return {our name of a weight: its tensor}. Raise InputError unless all and no others are there."""
-        parameters = empty_transformer(self.config).state_dict()
-        if self.config.tie_embeddings:
-            del parameters["head.weight"]
         matched = {}
-        for name, parameter in parameters.items():
+        for name, parameter in stored_parameters(self.config).items():
             tensor = self._tensor(gguf_name(name))
             found, expected = _shape(tensor), tuple(parameter.shape)
             if found != expected:

@@ -47,9 +47,7 @@ def save(model, tokenizer, path):
     writes.
     """
     config = families.as_written(model.config)
-    written = empty_transformer(config).state_dict()
-    if config.tie_embeddings:
-        del written["head.weight"]
+    written = families.stored_parameters(config)
     dtype = getattr(torch, config.dtype)
     shards = split_by_size({name: p.numel() * dtype.itemsize for name, p in written.items()})
     parameters = model.state_dict()
