@@ -64,7 +64,8 @@ class Config:
     normalised_head: bool = False  # each row of the head's weight is taken at unit length (Baichuan2)
 
     def __post_init__(self):
-        self.rotary_dim = self.rotary_dim or self.head_dim
+        if self.rotary_dim is None:
+            self.rotary_dim = self.head_dim
 
     @property
     def original_window(self):

@@ -7,12 +7,16 @@ appears when it is whole. (hf/gguf_file.py converts GGUF.)
 import json
 import math
 import pickle
+import zipfile
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 from hf import tokenizer
 from hf.families import (
+    LARGEST_SIZES,
+    check,
     half_split,
     hf_config,
     is_query_or_key,
@@ -22,10 +26,10 @@ from hf.families import (
     split_name,
     stored_parameters,
 )
-from hf.folder import read_index
+from hf.folder import check_dtype, read_index
 from hf.writing import split_by_size, write_folder
 from model import Config
-from storage.files import InputError, read_json
+from storage.files import InputError, positive, read_json
 
 
 def convert(source, dest, window=None):
@@ -78,7 +82,7 @@ def convert_bin(source, dest):
     for name in ("config.json", *tokenizer.FILES):
         if (source / name).is_file():
             others[name] = (source / name).read_bytes()
-    write_folder(dest, (_weights_in(path) for path in paths), len(paths), others)
+    write_folder(source, dest, (_weights_in(path) for path in paths), len(paths), others)
 
 
 def _weights_in(path):
@@ -105,10 +109,31 @@ def read_pickle(path):
         raise
     except Exception as error:  # Damage shows in many ways: KeyError, IndexError, AssertionError, ...
         raise InputError(f"{path}: truncated or damaged ({type(error).__name__}); copy it again") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        reason = "not a dictionary of tensors"
+    is_state = isinstance(state, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    )
+    if not is_state:
+        reason = "not a dictionary of tensors by their names"
         raise InputError(f"{path}: {reason}; is this the weights file of a Hugging Face folder?")
+    for name, tensor in state.items():
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise InputError(f"{path}: {name} is sparse, quantised or without values; take the plain model")
+        check_dtype(path, name, str(tensor.dtype).removeprefix("torch."))
+    if is_zip:
+        check_records(path, state.values())
     return state
+
+
+def check_records(path, tensors):
+    """Raise InputError unless each tensor of a zip file that torch.save wrote has a record of its size.
+
+    torch maps as many bytes as a tensor says it has, and they may be those of the next record.
+    """
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    with zipfile.ZipFile(path) as records:
+        sizes = [entry.file_size for entry in records.infolist() if "/data/" in entry.filename]
+    if Counter(storages.values()) - Counter(sizes):
+        raise InputError(f"{path}: a tensor is larger than its record; copy it again")
 
 
 # ---------------------------------------------------------------- Meta's layout of LLaMA 1 and 2
@@ -127,6 +152,7 @@ META_NAMES = {  # our name of a module -> Meta's; those of a block come after th
     "norm": "norm",
     "head": "output",
 }
+META_SIZES = {"hidden_dim": "dim", "n_layers": "n_layers", "n_heads": "n_heads"}  # Config's name -> Meta's
 
 
 def convert_meta(source, dest, window):
@@ -151,7 +177,7 @@ def convert_meta(source, dest, window):
         "tokenizer.model": vocabulary.read_bytes(),
         "tokenizer_config.json": json.dumps(settings).encode(),
     }
-    write_folder(dest, (checkpoint.read_shard(names) for names in shards), len(shards), others)
+    write_folder(source, dest, (checkpoint.read_shard(names) for names in shards), len(shards), others)
 
 
 def find_vocabulary(folder):
@@ -187,18 +213,27 @@ class MetaCheckpoint:
     def _read_config(self, sizes, window):
         """Return the Config. sizes: from params.json, which has all but the vocabulary's and the MLP's."""
         embedding = self._parts_of("tok_embeddings.weight")
+        up = self._parts_of("layers.0.feed_forward.w1.weight")
+        for path, part in zip(self.paths * 2, embedding + up):
+            if part.dim() != 2:
+                raise InputError(f"{path}: a matrix has shape {tuple(part.shape)}; copy it again")
         rows, columns = embedding[0].shape
         # LLaMA splits the table of embeddings by columns, other models in this layout by rows.
         is_split_by_columns = columns * len(embedding) == sizes["hidden_dim"]
-        return Config(
+        config = Config(
             vocab_size=rows if is_split_by_columns else rows * len(embedding),
-            intermediate_dim=sum(len(part) for part in self._parts_of("layers.0.feed_forward.w1.weight")),
+            intermediate_dim=sum(len(part) for part in up),
             max_position_embeddings=window,
             bos_token_id=1,
             eos_token_id=2,
             dtype=str(embedding[0].dtype).removeprefix("torch."),
             **sizes,
         )
+        try:
+            check(config)
+        except ValueError as error:
+            raise InputError(f"{self.params_path}: {error}; copy it again") from None
+        return config
 
     def _check_names(self):
         """Raise InputError if a file holds a weight that the Config has no place for."""
@@ -216,7 +251,7 @@ class MetaCheckpoint:
         The shapes of q, k, v and o would not tell. RoPE's tables of frequencies, which some files hold, do.
         """
         for name, table in self.ranks[0].items():
-            if _is_rotary_table(name) and 2 * len(table) != self.config.head_dim:
+            if _is_rotary_table(name) and 2 * table.numel() != self.config.head_dim:
                 reason = f"n_heads {self.config.n_heads} is not that of the weights"
                 raise InputError(f"{self.params_path}: {reason}; the files are of different models")
 
@@ -258,18 +293,16 @@ def read_params(path):
     """
     params = read_json(path)
     try:
-        dim, n_heads = int(params["dim"]), int(params["n_heads"])
-        sizes = {
-            "hidden_dim": dim,
-            "n_layers": int(params["n_layers"]),
-            "n_heads": n_heads,
-            "n_kv_heads": int(params.get("n_kv_heads") or n_heads),
-            "head_dim": dim // n_heads,
-            "norm_eps": float(params.get("norm_eps", 1e-5)),
-            "rope_theta": float(params.get("rope_theta", 10000.0)),
-        }
-    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
-        raise InputError(f"{path}: not readable ({error!r}); copy it again") from None
+        sizes = {}
+        for name, key in META_SIZES.items():
+            sizes[name] = positive(params, key, int, LARGEST_SIZES[name])
+        n_heads = sizes["n_heads"]
+        sizes["n_kv_heads"] = positive(params, "n_kv_heads", int, LARGEST_SIZES["n_kv_heads"], n_heads)
+        sizes["head_dim"] = sizes["hidden_dim"] // n_heads
+        sizes["norm_eps"] = positive(params, "norm_eps", default=1e-5)
+        sizes["rope_theta"] = positive(params, "rope_theta", default=10000.0)
+    except ValueError as error:
+        raise InputError(f"{path}: not readable ({error}); copy it again") from None
     for key in ("use_scaled_rope", "moe", "sliding_window"):
         if params.get(key):
             reason = f"{key} {params[key]} is not LLaMA 1 or 2"

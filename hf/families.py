@@ -19,15 +19,16 @@ Notable choices:
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 import rope
-from hf.scaling import read_rope, stock_terms
+from hf.scaling import read_rope, stock_terms, stretched_window
 from model import Config, empty_transformer
-from storage.files import InputError, read_json
+from storage.files import InputError, positive, read_json
 
 LLAMA_NAMES = {  # our name of a module -> LLaMA's; those of a block come after the number of its layer
     "attention_norm": "input_layernorm",
@@ -55,6 +56,18 @@ LLAMA_SIZES = {
     "head_dim": "head_dim",
     "max_position_embeddings": "max_position_embeddings",
 }
+# The largest sizes that are believed. Beyond them a file is damaged, and building its model would take hours.
+LARGEST_SIZES = {
+    "vocab_size": 2**24,
+    "hidden_dim": 2**20,
+    "intermediate_dim": 2**22,
+    "n_layers": 2**11,
+    "n_heads": 2**14,
+    "n_kv_heads": 2**14,
+    "head_dim": 2**14,
+    "rotary_dim": 2**14,
+    "max_position_embeddings": 2**31,
+}
 SWIGLU = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 PARALLEL = {"norm": "layer", "mlp": "gelu", "parallel": True, "mlp_bias": True, "head_bias": True}
 
@@ -69,13 +82,14 @@ class Family:
     block: dict = field(default_factory=dict)  # what a block computes: fields of Config that are not LLaMA's
     # config.json:
     sizes: dict = field(default_factory=lambda: LLAMA_SIZES)
-    # Keys that may be absent or null, and are positive whole numbers otherwise:
-    optional: tuple = ("num_key_value_heads", "head_dim", "sliding_window")
+    # Sizes that may be absent or null:
+    optional: tuple = ("num_key_value_heads", "head_dim")
     norm_eps: str = "rms_norm_eps"
     fixed: dict = field(default_factory=lambda: SWIGLU)  # keys with the only value that this code computes
     # What stock loaders take for an absent key:
     defaults: dict = field(default_factory=lambda: {"rms_norm_eps": 1e-6})
-    partial_rotary: bool = False  # partial_rotary_factor says which share of a head RoPE turns
+    # What partial_rotary_factor, the share of a head that RoPE turns, is where it is absent. None: always 1.
+    partial_rotary: float | None = None
     slides_unless_null: bool = False  # sliding_window is in use wherever it is a number
     written: dict = field(default_factory=dict)  # further keys to write
     # Weights and tokenizer:
@@ -113,8 +127,8 @@ FAMILIES = {  # by the model_type of config.json
         block=PARALLEL | {"qkv_bias": True, "o_bias": True},
         norm_eps="layer_norm_eps",
         fixed={"hidden_act": "gelu_new", "qk_layernorm": False},
-        defaults={"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5},
-        partial_rotary=True,
+        defaults={"layer_norm_eps": 1e-5},
+        partial_rotary=0.5,
         names={
             "attention.o": "self_attn.dense",
             "mlp.up": "mlp.fc1",
@@ -181,9 +195,11 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     c = read_json(path)
     try:
-        return _config(c)
-    except (ValueError, TypeError, ArithmeticError) as error:
+        config = _config(c)
+        check(config)
+    except ValueError as error:
         raise InputError(f"{path}: {error}; this code extends RoPE models of {', '.join(FAMILIES)}") from None
+    return config
 
 
 def _config(c):
@@ -196,27 +212,31 @@ def _config(c):
         if (c.get(key) or value) != value:  # null and false mean the default
             raise ValueError(f"{key} {c[key]!r} is not known for {model_type}")
     sizes = _sizes(c, family)
-    _refuse_sliding_window(c, family)
+    window = sizes["max_position_embeddings"]
+    _refuse_sliding_window(c, family, sizes["n_layers"], window)
 
-    theta, scaling, partial = read_rope(c, sizes["max_position_embeddings"])
-    if partial != 1 and not family.partial_rotary:
+    theta, scaling, partial = read_rope(c, window, family.partial_rotary or 1)
+    if partial != 1 and family.partial_rotary is None:
         raise ValueError(f"partial_rotary_factor {partial} is not known for {model_type}")
     if rope.has_query_scale(scaling) != (family.scaled_queries_as == model_type):
         beta = (scaling or {}).get("llama_4_scaling_beta")
         raise ValueError(f"llama_4_scaling_beta {beta!r} is not known for {model_type}")
     sizes.setdefault("rotary_dim", int(sizes["head_dim"] * partial))
-    _check_rotary_dim(sizes["rotary_dim"], sizes["head_dim"])
+    sizes["max_position_embeddings"] = stretched_window(scaling, window)
 
     dtype = c.get("dtype") or c.get("torch_dtype") or "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"weights of dtype {dtype!r} are not known")
+    is_tied = c.get("tie_word_embeddings") or False
+    if not isinstance(is_tied, bool):
+        raise ValueError(f"tie_word_embeddings is {is_tied!r}, neither true nor false")
     is_baichuan2 = model_type == "baichuan" and ("z_loss_weight" in c or c["vocab_size"] == BAICHUAN2_VOCAB)
-    config = Config(
+    return Config(
         **sizes,
-        norm_eps=float(c[family.norm_eps]),
+        norm_eps=positive(c, family.norm_eps),
         rope_theta=theta,
         rope_scaling=scaling,
-        tie_embeddings=c.get("tie_word_embeddings", False),
+        tie_embeddings=is_tied,
         bos_token_id=c.get("bos_token_id"),
         eos_token_id=c.get("eos_token_id"),
         dtype=dtype,
@@ -224,9 +244,46 @@ def _config(c):
         normalised_head=is_baichuan2,
         **family.block,
     )
-    for seq_len in (1, 2**62):  # longrope has a list for short and one for long sequences: both must fit
-        rope.rope_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling, seq_len)
-    return config
+
+
+def check(config):
+    """Raise ValueError unless a Config that was read from a file is one that a model can have.
+
+    Every reader of a format has looked at each number by itself; here they are looked at together.
+    """
+    _check_rotary_dim(config.rotary_dim, config.head_dim)
+    for name, most in LARGEST_SIZES.items():
+        positive(vars(config), name, int, most)
+    if config.n_heads % config.n_kv_heads:
+        raise ValueError(f"{config.n_kv_heads} key/value heads do not divide {config.n_heads} heads")
+    if not config.rope_theta > 1:
+        raise ValueError(f"rope_theta is {config.rope_theta}, not more than 1")
+    _check_frequencies(config)
+    eos = config.eos_token_id
+    for i in (config.bos_token_id, *(eos if isinstance(eos, list) else [eos])):
+        if i is not None and (type(i) is not int or i < 0):
+            raise ValueError(f"{i!r} is no id of a token, which bos_token_id and eos_token_id are")
+
+
+def _check_rotary_dim(rotary_dim, head_dim):
+    """Raise ValueError unless so many dimensions of a head can be turned, and written as a share of it."""
+    possible = rotary_dim % 2 == 0 and 0 < rotary_dim <= head_dim
+    if not possible or int(head_dim * (rotary_dim / head_dim)) != rotary_dim:
+        raise ValueError(f"{rotary_dim} rotary dimensions in a head of {head_dim} are not known")
+
+
+def _check_frequencies(config):
+    """Raise ValueError unless RoPE's frequencies are positive numbers, in short and in long sequences."""
+    for seq_len in (1, 2**31):  # longrope has a list of factors for each
+        try:
+            inv_freq, attention_factor = rope.rope_frequencies(
+                config.rotary_dim, config.rope_theta, config.rope_scaling, seq_len
+            )
+        except ArithmeticError:
+            inv_freq, attention_factor = torch.zeros(1), 0.0
+        usable = bool((inv_freq > 0).all() and inv_freq.isfinite().all())
+        if not usable or not 0 < attention_factor < math.inf:
+            raise ValueError(f"rope_scaling {config.rope_scaling} gives no frequencies")
 
 
 def _refuse_other_architectures(c):
@@ -250,36 +307,34 @@ def _refuse_other_architectures(c):
 
 def _sizes(c, family):
     """Return the sizes of a Config, {field: positive int}. Raise ValueError for any other number."""
-    for key in (*family.sizes.values(), *family.optional):
-        if c.get(key) is None and key in family.optional:
-            continue
-        if key not in c:
-            raise ValueError(f"{key!r} is missing; is this a config.json of a {c['model_type']} model?")
-        if type(c[key]) is not int or c[key] < 1:
-            raise ValueError(f"{key} is {c[key]!r}, not a positive whole number")
-    sizes = {name: c[key] for name, key in family.sizes.items() if c.get(key) is not None}
+    sizes = {}
+    for name, key in family.sizes.items():
+        if c.get(key) is not None or key not in family.optional:
+            sizes[name] = positive(c, key, int, LARGEST_SIZES[name])
     hidden_dim, n_heads = sizes["hidden_dim"], sizes["n_heads"]
     derived = {"intermediate_dim": 4 * hidden_dim, "n_kv_heads": n_heads, "head_dim": hidden_dim // n_heads}
     return derived | sizes
 
 
-def _refuse_sliding_window(c, family):
-    """Raise ValueError if the model looks back less far than its window."""
-    reach = c.get("sliding_window", 4096)  # what Qwen2's stock class takes where the key is absent
+def _refuse_sliding_window(c, family, n_layers, window):
+    """Raise ValueError if a layer looks back less far than the window."""
     if family.slides_unless_null:
-        slides = c.get("sliding_window") is not None and reach < c.get("max_position_embeddings", 0)
+        slides = c.get("sliding_window") is not None
     else:
-        slides = bool(c.get("use_sliding_window")) or "sliding_attention" in str(c.get("layer_types"))
-    if slides:
+        # Layers that are not listed slide from number max_window_layers on.
+        first = c.get("max_window_layers", 28)
+        layers = c.get("layer_types")
+        if layers is None:
+            layers = ["sliding_attention"] * (type(first) is not int or first < n_layers)
+        if not isinstance(layers, list):
+            raise ValueError(f"layer_types is {layers!r}, not a list")
+        slides = c.get("use_sliding_window") and "sliding_attention" in layers
+    if not slides:
+        return
+    reach = positive(c, "sliding_window", int, default=4096)  # what Qwen2's stock class takes
+    if reach < window:
         in_use = f"{c['model_type']} with sliding_window {reach} in use"
         raise ValueError(f"{in_use}: it never looks further back, so longer positions gain nothing")
-
-
-def _check_rotary_dim(rotary_dim, head_dim):
-    """Raise ValueError unless so many dimensions of a head can be turned, and written as a share of it."""
-    possible = rotary_dim % 2 == 0 and 0 < rotary_dim <= head_dim
-    if not possible or int(head_dim * (rotary_dim / head_dim)) != rotary_dim:
-        raise ValueError(f"{rotary_dim} rotary dimensions in a head of {head_dim} are not known")
 
 
 # ---------------------------------------------------------------- Config -> config.json
@@ -330,7 +385,7 @@ def _rope_keys(config):
     """Return what config.json says of RoPE and the window, in both spellings (see scaling.read_rope)."""
     theta, scaling = stock_terms(config.rotary_dim, config.rope_theta, config.rope_scaling)
     partial = {}
-    if FAMILIES[config.model_type].partial_rotary:
+    if FAMILIES[config.model_type].partial_rotary is not None:
         partial = {"partial_rotary_factor": config.rotary_dim / config.head_dim}
     window = int(config.max_position_embeddings)  # vLLM and llama.cpp refuse 512.0
     keys = {"max_position_embeddings": window, "rope_theta": theta, **partial}

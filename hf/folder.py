@@ -14,6 +14,7 @@ from hf import families, tokenizer
 from storage.files import InputError, read_json
 
 INDEX = "model.safetensors.index.json"
+WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")  # integers and float8 are quantised weights
 
 
 class CheckpointFolder:
@@ -31,7 +32,7 @@ class CheckpointFolder:
         self._shapes = {}  # published name -> its shape
         for name, parameter in families.stored_parameters(self.config).items():
             self._expect(name, tuple(parameter.shape))
-        self.files = find_tensors(self.path)
+        self.files = find_tensors(self.path, self._shapes)
         self._check_names_and_shapes()
 
     def _expect(self, name, shape):
@@ -52,6 +53,7 @@ class CheckpointFolder:
     def read_into(self, model):
         """Read the weights into the parameters of a model of this Config, rounded to their dtype.
 
+        Raise InputError for a weight that is NaN or infinite then.
         Of a parameter that is sharded (a DTensor) each process reads its own rows, so that its memory stays
         near its share and one tensor.
         """
@@ -60,15 +62,15 @@ class CheckpointFolder:
             with safe_open(path, "pt") as f:
                 for published in shapes:
                     if published in self._our_names:
-                        self._read_tensor(f.get_slice(published), self._our_names[published], parameters)
+                        self._read_tensor(f.get_slice(published), path, published, parameters)
 
-    def _read_tensor(self, stored, names, parameters):
-        """Copy `stored`, a tensor in a safetensors file, into the parameters that are stacked in it.
+    def _read_tensor(self, stored, path, published, parameters):
+        """Copy `stored`, the tensor `published` of a file, into the parameters that are stacked in it.
 
-        names: ours of these parameters, in their order. parameters: the model's state_dict.
+        parameters: the model's state_dict.
         """
         first_row = 0
-        for name in names:
+        for name in self._our_names[published]:
             parameter = parameters[name]
             local, rows = parameter, slice(0, len(parameter))
             if isinstance(parameter, DTensor):
@@ -79,6 +81,7 @@ class CheckpointFolder:
                 local.copy_(whole[rows])
             else:
                 local.copy_(stored[first_row + rows.start : first_row + rows.stop])
+            check_finite(path, published, local)
             first_row += len(parameter)
 
     def fingerprint(self):
@@ -155,28 +158,33 @@ class CheckpointFolder:
 # ---------------------------------------------------------------- what the files hold
 
 
-def find_tensors(folder):
+def find_tensors(folder, needed):
     """Return {path of a safetensors file: {name of a tensor in it: its shape}} of a folder.
 
-    An index, where there is one, says which files and tensors count. Raise InputError if one is missing.
+    An index, where there is one, says which files and tensors count; what is not in `needed` may be missing
+    all the same, such as the head that is tied to the embedding. Raise InputError if a tensor is missing, or
+    if the index leaves out a model.safetensors beside it: loaders disagree on which of the two counts.
     """
-    index = folder / INDEX
-    if not index.is_file():
-        single = folder / "model.safetensors"
-        if single.is_file():
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if not index.exists():
+        if single.exists():
             return {single: read_shapes(single)}
         hint = ""
         if any(folder.glob("*.bin")):
             hint = f" (its .bin weights are pickled: python -m hf.weights convert {folder} NEW_FOLDER)"
         raise InputError(f"{folder}: no model.safetensors and no {INDEX}{hint}; is the copy complete?")
+    named = read_index(index)
+    if single.exists() and single not in named:
+        reason = f"holds model.safetensors and {INDEX}, which names other files"
+        raise InputError(f"{folder}: {reason}; remove the one that is not this model's, with its files")
     files = {}
-    for path, names in read_index(index).items():
+    for path, names in named.items():
         shapes = read_shapes(path)
-        absent = set(names) - set(shapes)
+        absent = set(names) & needed.keys() - shapes.keys()
         if absent:
             reason = f"{min(absent)} is missing, though {INDEX} names it here"
             raise InputError(f"{path}: {reason}; copy the file again")
-        files[path] = {name: shapes[name] for name in names}
+        files[path] = {name: shapes[name] for name in names if name in shapes}
     return files
 
 
@@ -198,13 +206,49 @@ def read_index(index):
 
 
 def read_shapes(path):
-    """Return {name: shape} of a safetensors file, from its header. Raise InputError if it cannot be read."""
+    """Return {name: shape} of a safetensors file, from its header.
+
+    Raise InputError if it cannot be read, or holds weights of a dtype that is not known.
+    """
+    if not path.is_file():
+        reason = "not a file" if path.exists() else "missing, though the index names it"
+        raise InputError(f"{path}: {reason}; copy the checkpoint again")
+    shapes = {}
     try:
         with safe_open(path, "pt") as f:
-            return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
-    except FileNotFoundError:
-        if path.exists():  # the library says the same of a file that may not be read
-            open(path).close()  # raises the system's own error
-        raise InputError(f"{path}: missing, though the index names it; copy the checkpoint again") from None
+            for name in f.keys():
+                stored = f.get_slice(name)
+                check_dtype(path, name, DTYPE_OF_SAFETENSORS.get(stored.get_dtype(), stored.get_dtype()))
+                shapes[name] = tuple(stored.get_shape())
+    except FileNotFoundError:  # the library says this of a file that may not be read
+        open(path).close()  # raises the system's own error
+        raise
     except SafetensorError as error:
         raise InputError(f"{path}: truncated or not safetensors ({error}); copy it again") from None
+    return shapes
+
+
+# ---------------------------------------------------------------- what a weight may be
+
+DTYPE_OF_SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+def check_dtype(path, name, dtype):
+    """Raise InputError unless a published tensor of a file has a dtype of WEIGHT_DTYPES.
+
+    dtype: its name. Tables and masks that models compute themselves may have any.
+    """
+    if dtype not in WEIGHT_DTYPES and not families.is_recomputed(name):
+        known = f"weights are {', '.join(WEIGHT_DTYPES)}"
+        raise InputError(f"{path}: weight {name} is of dtype {dtype} ({known}); take the unquantised model")
+
+
+def check_finite(path, name, weight):
+    """Raise InputError if a weight of a file is NaN or infinite somewhere.
+
+    weight: its values, in the dtype in which they are used.
+    """
+    # The sum needs no second tensor of this size. It may overflow where no weight does.
+    if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+        reason = f"weight {name} is NaN or infinite somewhere, as {str(weight.dtype).removeprefix('torch.')}"
+        raise InputError(f"{path}: {reason}; the file is damaged, or its training diverged")

@@ -7,10 +7,13 @@ architectures are read, llama (Mistral has it too) and qwen2. hf/gguf_tokenizer.
 import json
 
 import gguf
+import numpy as np
 import torch
 
 from hf.families import (
     FAMILIES,
+    LARGEST_SIZES,
+    check,
     half_split,
     hf_config,
     is_query_or_key,
@@ -19,10 +22,11 @@ from hf.families import (
     stored_parameters,
 )
 from hf.gguf_tokenizer import rebuild_tokenizer
+from hf.scaling import stretched_window
 from hf.tokenizer import check_size
 from hf.writing import split_by_size, write_folder
 from model import Config
-from storage.files import InputError
+from storage.files import InputError, positive
 
 # The architectures that are read. Each is written as the family of its name.
 ARCHITECTURES = ("llama", "qwen2")
@@ -76,7 +80,16 @@ def convert_gguf(source, dest):
     file = GGUFFile(source)
     others = file.other_files()
     shards = split_by_size(file.sizes())
-    write_folder(dest, (file.read_shard(names) for names in shards), len(shards), others)
+    write_folder(source, dest, (file.read_shard(names) for names in shards), len(shards), others)
+
+
+class Reader(gguf.GGUFReader):
+    """The gguf library's reader, which also ends where the file ends: the library reads on and on there."""
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError("it ends too early")
+        return super()._get(offset, dtype, count, override_order)
 
 
 class GGUFFile:
@@ -89,15 +102,33 @@ class GGUFFile:
         """Read all but the weights. Raise InputError if the file is broken or its model is not known."""
         self.path = path
         try:
-            reader = gguf.GGUFReader(path)
+            reader = Reader(path)
             self.metadata = {key: field.contents() for key, field in reader.fields.items()}
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
-            raise InputError(f"{path}: truncated, or not GGUF ({error}); copy it again") from None
+        except (ValueError, IndexError, KeyError, TypeError, OverflowError):
+            raise InputError(f"{path}: truncated, damaged, or not GGUF; copy it again") from None
         self._found = {tensor.name: tensor for tensor in reader.tensors}  # by the name in the file
         self.architecture = self.metadata.get("general.architecture")
+        self._check_places(reader)
         self._check_kind()
-        self.config = self._read_config()
+        try:
+            self.config = self._read_config()
+            check(self.config)
+        except InputError:
+            raise
+        except ValueError as error:
+            reason = f"{self.architecture}.{error}"
+            raise InputError(f"{self.path}: {reason}; convert the model to GGUF again") from None
         self.tensors = self._match_tensors()
+
+    def _check_places(self, reader):
+        """Raise InputError for tensors that overlap, or that lie outside the file."""
+        end = 0
+        for tensor in sorted(reader.tensors, key=lambda tensor: int(tensor.data_offset)):
+            if int(tensor.data_offset) < end:
+                raise InputError(f"{self.path}: tensor {tensor.name} overlaps another; copy it again")
+            end = int(tensor.data_offset) + int(tensor.n_bytes)
+        if end > len(reader.data):
+            raise InputError(f"{self.path}: tensors lie outside the file; copy it again")
 
     def _check_kind(self):
         """Raise InputError if the metadata speak of a model that this code would not compute exactly."""
@@ -105,7 +136,7 @@ class GGUFFile:
             reason = f"architecture {self.architecture!r} is not known"
             raise InputError(f"{self.path}: {reason}; this code reads {' and '.join(ARCHITECTURES)}")
         parts = self.metadata.get("split.count", 1)
-        if parts > 1:
+        if parts != 1:
             remedy = "join them first (llama.cpp: llama-gguf-split --merge)"
             raise InputError(f"{self.path}: one of {parts} parts of a model; {remedy}")
         known_keys = {f"{self.architecture}.{key}" for key in KNOWN_KEYS}
@@ -116,28 +147,30 @@ class GGUFFile:
 
     def _read_config(self):
         """Return the Config that the metadata describe."""
-        hidden_dim = self._positive("embedding_length")
-        n_heads = self._positive("attention.head_count")
-        head_dim = self._positive("attention.key_length", default=hidden_dim // n_heads)
-        value_dim = self._positive("attention.value_length", default=head_dim)
-        rotary_dim = self._positive("rope.dimension_count", default=head_dim)
+        hidden_dim = self._positive("embedding_length", "hidden_dim")
+        n_heads = self._positive("attention.head_count", "n_heads")
+        head_dim = self._positive("attention.key_length", "head_dim", hidden_dim // n_heads)
+        value_dim = self._positive("attention.value_length", "head_dim", head_dim)
+        rotary_dim = self._positive("rope.dimension_count", "rotary_dim", head_dim)
+        window = self._positive("context_length", "max_position_embeddings")
         if value_dim != head_dim or rotary_dim != head_dim:
             reason = f"values or rotated dimensions of another size than keys ({head_dim}) are not known"
             raise InputError(f"{self.path}: {reason}")
+        scaling = self._read_scaling(window)
         embedding = self._tensor("token_embd.weight")
         return Config(
             vocab_size=_shape(embedding)[0],
             hidden_dim=hidden_dim,
-            intermediate_dim=self._positive("feed_forward_length"),
-            n_layers=self._positive("block_count"),
+            intermediate_dim=self._positive("feed_forward_length", "intermediate_dim"),
+            n_layers=self._positive("block_count", "n_layers"),
             n_heads=n_heads,
-            n_kv_heads=self._positive("attention.head_count_kv", default=n_heads),
+            n_kv_heads=self._positive("attention.head_count_kv", "n_kv_heads", n_heads),
             head_dim=head_dim,
-            max_position_embeddings=self._positive("context_length"),
+            max_position_embeddings=stretched_window(scaling, window),
             # It is stored as float32: 1e-6 reads as 9.999999974752427e-07.
-            norm_eps=round(self._positive("attention.layer_norm_rms_epsilon", kind=float), 10),
-            rope_theta=self._positive("rope.freq_base", default=10000.0, kind=float),
-            rope_scaling=self._read_scaling(),
+            norm_eps=round(self._positive("attention.layer_norm_rms_epsilon"), 10),
+            rope_theta=self._positive("rope.freq_base", default=10000.0),
+            rope_scaling=scaling,
             tie_embeddings="output.weight" not in self._found,
             bos_token_id=self.metadata.get("tokenizer.ggml.bos_token_id"),
             eos_token_id=self.metadata.get("tokenizer.ggml.eos_token_id"),
@@ -150,18 +183,23 @@ class GGUFFile:
         """Return what the metadata of this architecture say under a key."""
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
-    def _positive(self, key, default=None, kind=int):
-        """Return the positive number under a key. Raise InputError if something else stands there."""
-        value = self._get(key, default)
-        if type(value) is not kind or not value > 0:
-            reason = f"{self.architecture}.{key} is {value!r}, not a positive number"
-            raise InputError(f"{self.path}: {reason}; convert the model to GGUF again")
-        return value
+    def _positive(self, key, size=None, default=None):
+        """Return the positive number under a key. Raise ValueError if something else stands there.
 
-    def _read_scaling(self):
-        """Return the rope_scaling of the model, or None. Raise InputError for a kind that is not known."""
+        size: the field of Config that it is, a whole number; without one it is a float.
+        """
+        values = {key: self._get(key)}
+        if size is None:
+            return positive(values, key, default=default)
+        return positive(values, key, int, LARGEST_SIZES[size], default)
+
+    def _read_scaling(self, window):
+        """Return the rope_scaling of the model, or None. Raise InputError for a kind that is not known.
+
+        window: what the file says, in tokens.
+        """
         mode, factor = self._get("rope.scaling.type", "none"), self._get("rope.scaling.factor")
-        original = self._get("rope.scaling.original_context_length") or self._get("context_length")
+        original = self._positive("rope.scaling.original_context_length", "max_position_embeddings", window)
         divisors = self._found.get(FREQUENCY_DIVISORS)
         if mode == "none" and divisors is None:
             return None
@@ -178,6 +216,7 @@ class GGUFFile:
             if divisors is not None:
                 reason += f" beside {FREQUENCY_DIVISORS}"
             raise InputError(f"{self.path}: {reason} is not known; this code reads linear and yarn")
+        factor = self._positive("rope.scaling.factor")
         return {"rope_type": mode, "factor": factor, "original_max_position_embeddings": original}
 
     def _match_tensors(self):

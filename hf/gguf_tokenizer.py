@@ -13,7 +13,7 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
-from hf.tokenizer import SentencePiece, TokenizerJson, first_line
+from hf.tokenizer import SentencePiece, TokenizerJson, is_of_a_library, reason_of
 from storage.files import InputError
 
 # ---------------------------------------------------------------- how each family cuts text
@@ -68,8 +68,10 @@ def rebuild_tokenizer(metadata):
     except KeyError as error:
         missing = f"tokenizer.ggml.{error.args[0]} is missing"
         raise InputError(f"GGUF tokenizer: {missing}; convert the model to GGUF again") from None
-    except Exception as error:  # Both libraries raise a bare RuntimeError or Exception for bad input.
-        reason = f"not usable ({first_line(error)})"
+    except BaseException as error:
+        if not is_of_a_library(error):
+            raise
+        reason = f"not usable ({reason_of(error)})"
         raise InputError(f"GGUF tokenizer: {reason}; convert the model to GGUF again") from None
 
 

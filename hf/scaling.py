@@ -3,7 +3,7 @@
 import dataclasses
 
 import rope
-from storage.files import InputError
+from storage.files import InputError, positive
 
 # ---------------------------------------------------------------- stretching
 
@@ -116,64 +116,112 @@ def _as_longrope(dim, theta, inv_freq, attention_factor, factor, original):
 
 # ---------------------------------------------------------------- read from config.json
 
+POSITIVE = (
+    "factor", "original_max_position_embeddings", "attention_factor", "low_freq_factor", "high_freq_factor",
+)  # fmt: skip
+DEFAULT_IF_ZERO = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "llama_4_scaling_beta")
 
-def read_rope(c, window):
+
+def read_rope(c, window, default_partial=1):
     """Return what a config.json says of RoPE: rope_theta, rope_scaling, and the share of a head that turns.
 
-    c: its content. window: its max_position_embeddings. rope_scaling is as rope.py reads it, or None. Both
-    spellings are read: rope_scaling beside rope_theta (transformers before 5) and rope_parameters that holds
-    both (since 5). Raise ValueError for terms that are not known.
+    c: its content. window: its max_position_embeddings. default_partial: the share where it says none.
+    rope_scaling is as rope.py reads it, or None. Both spellings are read: rope_scaling beside rope_theta
+    (transformers before 5) and rope_parameters that holds both (since 5). Raise ValueError for terms that are
+    not known, and where the two disagree.
     """
-    for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(c.get(key) or {}, dict):
+    spellings = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        spellings[key] = c.get(key) or {}
+        if not isinstance(spellings[key], dict):
             raise ValueError(f"{key} {c[key]!r} is not a JSON object")
-    parameters = dict(c.get("rope_parameters") or {})
-    scaling = dict(c.get("rope_scaling") or parameters)
-    theta = _first_of("rope_theta", (parameters, scaling, c), default=10000.0)
-    partial = _first_of("partial_rotary_factor", (scaling, parameters, c), default=1)
-    mode = scaling.get("rope_type") or scaling.get("type") or "default"
-    for key in ("type", "rope_theta", "partial_rotary_factor"):
-        scaling.pop(key, None)
-    scaling["rope_type"] = mode
-    if scaling.get("llama_4_scaling_beta") is None:
-        scaling.pop("llama_4_scaling_beta", None)
+        if any(isinstance(value, dict) for value in spellings[key].values()):
+            raise ValueError(f"{key} that differ from layer to layer are not known")
+    places = (*spellings.values(), c)
+    theta = positive({"rope_theta": _agreed("rope_theta", places)}, "rope_theta", default=10000.0)
+    partial = {"partial_rotary_factor": _agreed("partial_rotary_factor", places)}
+    partial = positive(partial, "partial_rotary_factor", most=1, default=default_partial)
 
-    _add_original_window(scaling, c.get("original_max_position_embeddings"), window)
-    if rope.has_query_scale(scaling):
-        beta, original = scaling["llama_4_scaling_beta"], scaling.get("original_max_position_embeddings")
-        if not _is_positive(beta) or not _is_positive(original):
-            start = f"llama_4_scaling_beta {beta!r} from {original!r} tokens on"
-            raise ValueError(f"{start}: not positive numbers")
-    elif mode == "default":
+    terms = [_scaling_terms(spelling) for spelling in spellings.values()]
+    terms = [some for some in terms if some]
+    if len(terms) == 2 and terms[0] != terms[1]:
+        raise ValueError("rope_scaling and rope_parameters disagree; take one of them out")
+    scaling = terms[0] if terms else {}
+    scaling.setdefault("rope_type", "default")
+    _check_numbers(scaling)
+    _add_original_window(scaling, c, window)
+    if scaling["rope_type"] == "default" and not rope.has_query_scale(scaling):
         scaling = None
-    return float(theta), scaling, partial
+    return theta, scaling, partial
 
 
-def _first_of(key, places, default):
-    """Return what the first of several dicts says under a key; null and 0 count as absent."""
-    for place in places:
-        if place.get(key):
-            return place[key]
-    return default
+def _agreed(key, places):
+    """Return what several dicts say under a key, None if none does. Raise ValueError if they disagree."""
+    found = [place[key] for place in places if place.get(key) is not None]
+    if any(value != found[0] for value in found):
+        raise ValueError(f"{key} is {found[0]!r} in one place and {found[-1]!r} in another; correct one")
+    return found[0] if found else None
 
 
-def _is_positive(value):
-    """Return whether a value from JSON is a positive number."""
-    return isinstance(value, (int, float)) and value > 0
+def _scaling_terms(spelling):
+    """Return what a spelling says of the scaling alone, its kind as rope_type; {} where it says nothing."""
+    not_scaling = ("type", "rope_theta", "partial_rotary_factor")
+    terms = {k: v for k, v in spelling.items() if v is not None and k not in not_scaling}
+    mode = spelling.get("rope_type") or spelling.get("type")
+    return terms | {"rope_type": mode} if mode else terms
 
 
-def _add_original_window(scaling, outer, window):
+def _check_numbers(scaling):
+    """Raise ValueError for a setting of a rope_scaling that no model can have."""
+    for key in POSITIVE:
+        if key in scaling:
+            positive(scaling, key)
+    for key in DEFAULT_IF_ZERO:
+        if scaling.get(key):
+            positive(scaling, key)
+    for key in ("short_factor", "long_factor"):
+        factors = scaling.get(key, [])
+        if not isinstance(factors, list):
+            raise ValueError(f"{key} is {factors!r}, not a list of numbers")
+        for factor in factors:
+            positive({key: factor}, key)
+    low, high = scaling.get("low_freq_factor", 1), scaling.get("high_freq_factor", 4)
+    slow, fast = scaling.get("beta_slow") or 1, scaling.get("beta_fast") or 32
+    if not low < high or not slow <= fast:
+        raise ValueError("low_freq_factor must be below high_freq_factor, and beta_slow below beta_fast")
+
+
+def _add_original_window(scaling, c, window):
     """Put the original window into a rope_scaling as stock loaders understand it, in tokens.
 
-    outer: original_max_position_embeddings at the top of config.json, or None.
-    window: max_position_embeddings.
+    c: the content of config.json. window: its max_position_embeddings.
     """
+    key = "original_max_position_embeddings"
     mode = scaling["rope_type"]
     if mode == "dynamic":
-        scaling["original_max_position_embeddings"] = window  # stock loaders look at nothing else
-    elif outer:
-        scaling["original_max_position_embeddings"] = outer  # it counts more than the one inside
+        scaling[key] = window  # stock loaders look at nothing else
+    elif c.get(key):
+        positive(c, key)
+        scaling[key] = c[key]  # it counts more than the one inside
     elif mode != "linear":
-        scaling.setdefault("original_max_position_embeddings", window)
-    if mode == "longrope" and scaling["original_max_position_embeddings"]:
-        scaling.setdefault("factor", window / scaling["original_max_position_embeddings"])
+        scaling.setdefault(key, window)
+    elif rope.has_query_scale(scaling):
+        positive(scaling, key)
+    if mode == "longrope":
+        scaling.setdefault("factor", window / scaling[key])
+
+
+def stretched_window(scaling, window):
+    """Return the window, in tokens, of a model with a rope_scaling (or None) whose file says `window`.
+
+    Qwen's own instructions add YaRN to a config.json and leave max_position_embeddings at the window before
+    it. transformers computes the scaled angles then and does not look at the window; vLLM takes the factor
+    times the original window. So does this code where the recorded original window is the one that
+    config.json says; every other file means what it says. linear scaling that does not record the original
+    window stays unclear: vLLM multiplies there too, though most files say the stretched window already.
+    """
+    scaling = scaling or {}
+    is_unstretched = scaling.get("original_max_position_embeddings") == window
+    if scaling.get("rope_type") not in ("linear", *rope.RAMPED) or not is_unstretched:
+        return window
+    return max(window, round(scaling["factor"] * window))

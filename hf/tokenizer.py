@@ -11,49 +11,59 @@ Notable choices:
 - Text that spells a control token ("<s>", "<|endoftext|>") stays text in SentencePiece and becomes that
   token in a tokenizer.json, because transformers does the same.
 - In a folder with both files the tokenizer.model counts, since SentencePiece reads a whole book at once in
-  linear time. Tokens that only the tokenizer.json adds are never produced.
+  linear time. Tokens that only the tokenizer.json adds are never produced. A tokenizer.model in tiktoken's
+  format (Llama 3 has one) does not count.
 """
 
-import json
+import re
 from pathlib import Path
 
 import sentencepiece
 import tokenizers
 
-from storage.files import InputError
+from storage.files import InputError, parse_object
 
 # The files that travel with a model, where it has them.
 FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # its first line: a token in base64 and its id
 
 
 def load(folder):
     """Return the tokenizer of a Hugging Face folder. Raise InputError if there is none, or a broken one."""
     folder = Path(folder)
     files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
-    if "tokenizer.model" in files:
+    is_tiktoken = TIKTOKEN.match(files.get("tokenizer.model", b""))
+    if "tokenizer.model" in files and not is_tiktoken:
         name, kind = "tokenizer.model", SentencePiece
     elif "tokenizer.json" in files:
         name, kind = "tokenizer.json", TokenizerJson
     else:
         remedy = "put the model's own tokenizer file there"
-        if "merges.txt" in files:
+        if is_tiktoken or "merges.txt" in files:
             remedy = "save a tokenizer.json there with transformers"
-        raise InputError(f"{folder}: no tokenizer.model or tokenizer.json; {remedy}")
+        what = (
+            "no tokenizer.json, and a tokenizer.model of tiktoken's"
+            if is_tiktoken
+            else "no tokenizer.model or tokenizer.json"
+        )
+        raise InputError(f"{folder}: {what}; {remedy}")
 
     for settings in ("tokenizer_config.json", "special_tokens_map.json"):
         try:
-            _json_object(files, settings)
-        except (ValueError, RecursionError) as error:
+            parse_object(files.get(settings, b"{}"))
+        except ValueError as error:
             raise InputError(f"{folder / settings}: not readable ({error}); copy it again") from None
     if not files[name]:
         raise InputError(f"{folder / name}: not readable (it is empty); copy it again")
     try:
         return kind(files)
-    except Exception as error:  # Both libraries raise a bare RuntimeError or Exception for a broken file.
-        raise InputError(f"{folder / name}: not readable ({first_line(error)}); copy it again") from None
+    except BaseException as error:
+        if not is_of_a_library(error):
+            raise
+        raise InputError(f"{folder / name}: not readable ({reason_of(error)}); copy it again") from None
 
 
 def check_size(tokenizer, vocab_size, path):
@@ -61,8 +71,9 @@ def check_size(tokenizer, vocab_size, path):
 
     path: where both come from, for the message.
     """
-    if tokenizer.vocab_size > vocab_size:
-        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocab_size}"
+    needed = max(tokenizer.vocab_size, (tokenizer.bos_id or 0) + 1)
+    if needed > vocab_size:
+        sizes = f"the tokenizer has {needed} tokens, the model only {vocab_size}"
         raise InputError(f"{path}: {sizes}; use the tokenizer it was trained with")
 
 
@@ -73,7 +84,7 @@ class SentencePiece:
         self.files = files
         self._model = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
         self.vocab_size = self._model.vocab_size()
-        settings = _json_object(files, "tokenizer_config.json")
+        settings = parse_object(files.get("tokenizer_config.json", b"{}"))
         has_bos = self._model.bos_id() >= 0
         self.bos_id = self._model.bos_id() if has_bos and settings.get("add_bos_token", True) else None
 
@@ -102,7 +113,7 @@ class TokenizerJson:
         self._model.no_truncation()
         self._model.no_padding()
         example = self._model.encode("a")
-        begins_with_special_token = example.special_tokens_mask[0]
+        begins_with_special_token = example.special_tokens_mask[:1] == [1]
         self.bos_id = example.ids[0] if begins_with_special_token else None
 
     def encode(self, text):
@@ -115,18 +126,18 @@ class TokenizerJson:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
-def first_line(error):
-    """Return the first line of an exception's message, the name of its type if it has none."""
-    message = str(error).strip() or type(error).__name__
-    return message.splitlines()[0]
+def is_of_a_library(error):
+    """Return whether an exception may come of a broken tokenizer file: any that is an error of the program.
 
-
-def _json_object(files, name):
-    """Return the JSON object in one of `files` {name: bytes}, {} if there is no such file.
-
-    Raise ValueError if the file holds something else.
+    A panic of the tokenizers library, which is written in Rust, is none of Python's Exceptions.
     """
-    content = json.loads(files.get(name, b"{}"))
-    if not isinstance(content, dict):
-        raise ValueError("not a JSON object")
-    return content
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def reason_of(error):
+    """Return in a few words what a tokenizer library says of a broken file.
+
+    Both raise a bare Exception or RuntimeError. Any other error comes of a file that they did not check.
+    """
+    is_said = type(error) in (Exception, RuntimeError) and str(error).strip()
+    return str(error).strip().splitlines()[0] if is_said else "damaged"

@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from hf.folder import INDEX, CheckpointFolder
-from storage.files import new_folder
+from hf.folder import INDEX, CheckpointFolder, check_finite
+from storage.files import InputError, new_folder
 
 SHARD_BYTES = 5 * 2**30  # the largest safetensors file
 
@@ -57,9 +57,10 @@ def write_index(folder, weight_map, total_size):
     (folder / INDEX).write_text(json.dumps(index, indent=2))
 
 
-def write_folder(dest, shards, count, others):
+def write_folder(source, dest, shards, count, others):
     """Write a folder and check it as its reader would; it becomes `dest` when it is whole.
 
+    source: the path that it is converted from, which errors name.
     shards: yields `count` dicts {published name: tensor}, one for each safetensors file.
     others: {file name: bytes} of the files beside them, config.json and the tokenizer's.
     Raise InputError if the result is not a model that this code reads. An error leaves nothing behind.
@@ -69,6 +70,8 @@ def write_folder(dest, shards, count, others):
         total_size = 0
         for i, tensors in enumerate(tqdm(shards, total=count, desc="converting", unit="file", disable=None)):
             file = shard_name(i, count)
+            for name, tensor in tensors.items():
+                check_finite(source, name, tensor)
             save_tensors(tensors, aside / file)
             weight_map |= dict.fromkeys(tensors, file)
             total_size += sum(tensor.nbytes for tensor in tensors.values())
@@ -76,4 +79,7 @@ def write_folder(dest, shards, count, others):
         write_index(aside, weight_map, total_size)
         for name, content in others.items():
             (aside / name).write_bytes(content)
-        CheckpointFolder(aside).load_tokenizer()
+        try:
+            CheckpointFolder(aside).load_tokenizer()
+        except InputError as error:  # the folder will be gone when it is read
+            raise InputError(f"{source}: {str(error).replace(f'{aside}', 'converted')}") from None

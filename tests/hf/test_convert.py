@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,10 @@ def spoil(folder, how, tmp_path):
         torch.save(dict(list(torch.load(first).items())[1:]), first)
     elif how == "a shape":
         torch.save({name: tensor[:1] for name, tensor in torch.load(first).items()}, first)
+    elif how == "a short record":
+        cut_record(first)
+    elif how in OTHER_TENSORS:
+        torch.save(torch.load(first) | OTHER_TENSORS[how], first)
     elif how == "not a dictionary":
         torch.save([torch.ones(2)], first)
     elif how == "outside":
@@ -115,7 +120,34 @@ def spoil(folder, how, tmp_path):
         (folder / "config.json").write_text(json.dumps(config | {"model_type": "mixtral"}))
 
 
+def cut_record(path):
+    """Take two numbers of the first tensor out of a file of torch.save's, which maps what follows then."""
+    with zipfile.ZipFile(path) as whole:
+        records = {entry.filename: whole.read(entry) for entry in whole.infolist()}
+    with zipfile.ZipFile(path, "w") as cut:
+        for name, content in records.items():
+            cut.writestr(name, content[:-8] if name.endswith("data/0") else content)
+
+
+NORM = "model.norm.weight"
+OTHER_TENSORS = {
+    "a key that is a number": {7: torch.ones(64)},
+    "a sparse weight": {NORM: torch.ones(64).to_sparse()},
+    "no values": {NORM: torch.ones(64, device="meta")},
+    "whole numbers": {NORM: torch.ones(64, dtype=torch.int8)},
+    "float8": {NORM: torch.ones(64).to(torch.float8_e4m3fn)},
+    "NaN": {NORM: torch.full((64,), float("nan"))},
+}
+
+
 SPOILT = {
+    "a short record": "larger than its record",
+    "a key that is a number": "tensors by their names",
+    "a sparse weight": f"{NORM} is sparse",
+    "no values": f"{NORM} is sparse, quantised or without values",
+    "whole numbers": f"{NORM} is of dtype int8",
+    "float8": f"{NORM} is of dtype float8_e4m3fn",
+    "NaN": f"{NORM} is NaN or infinite",
     "code": "do not use it",
     "truncated": "copy it again",
     "empty": "copy it again",
@@ -250,7 +282,17 @@ META_SPOILT = {
     "an extra weight": "layers.0.attention.gate",
     "other heads": "n_heads",
     "window": "sliding_window 64",
-    "a tokenizer of Llama 3": "/tokenizer.model: not readable",
+    "a tokenizer of Llama 3": "tokenizer.model of tiktoken's",
+    "a vector": "a matrix has shape",
+    "a number for a matrix": "a matrix has shape",
+    "a key that is a number": "tensors by their names",
+    "layers without end": "n_layers is 2147483648, more than",
+    "text": "dim is '64', not a positive whole number",
+}
+META_TENSORS = {
+    "a vector": {"tok_embeddings.weight": torch.ones(64)},
+    "a number for a matrix": {"layers.0.feed_forward.w1.weight": torch.tensor(1.0)},
+    "a key that is a number": {3: torch.ones(2)},
 }
 
 
@@ -259,6 +301,8 @@ META_SAYS = {
     "fewer layers": {"n_layers": 1},
     "other heads": {"n_heads": 8},
     "window": {"sliding_window": 64},
+    "layers without end": {"n_layers": 2**31},
+    "text": {"dim": "64"},
 }
 
 
@@ -283,6 +327,8 @@ def test_metas_layout_spoilt(make_meta, tmp_path, how):
         (tmp_path / "tokenizer.model").unlink()
     elif how == "a tokenizer of Llama 3":
         (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    elif how in META_TENSORS:
+        torch.save(torch.load(first) | META_TENSORS[how], first)
     elif how in META_SAYS:
         params_path.write_text(json.dumps(params | META_SAYS[how]))
     before = sorted(tmp_path.iterdir())

@@ -370,9 +370,8 @@ def test_rotary_dimensions_of_a_config(config_of):
     assert rotary("gptj", **one_head, n_embd=256, rotary_dim="absent") == 64
     assert rotary("phi", rope_parameters=None, partial_rotary_factor="absent") == 8
     assert rotary("phi", rope_parameters=None, partial_rotary_factor=0.25) == 4
-    # transformers 5 takes the one in rope_parameters where there are two.
     in_parameters = {"rope_type": "default", "partial_rotary_factor": 0.75}
-    assert rotary("phi", partial_rotary_factor=0.25, rope_parameters=in_parameters) == 12
+    assert rotary("phi", partial_rotary_factor="absent", rope_parameters=in_parameters) == 12
 
 
 LLAMA_KEYS = (
@@ -397,6 +396,61 @@ def test_what_config_json_leaves_out_is_what_stock_loaders_take(config_of, famil
 
 MINISTRAL = {"model_type": "ministral3"}
 BETA = {"llama_4_scaling_beta": 0.1}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+SLIDING = {"sliding_attention": YARN, "full_attention": {"rope_type": "default"}}
+IN_PARAMETERS = {"rope_type": "default", "rope_theta": 1e6}
+CONTRADICTIONS = [
+    ("llama", {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}}, "disagree"),
+    ("llama", {"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 2.0}}, "disagree"),
+    ("llama", {"rope_parameters": SLIDING}, "differ from layer to layer"),
+    ("llama", {"rope_theta": 1e4, "rope_parameters": IN_PARAMETERS}, "rope_theta is 1000000.0 in one place"),
+    (
+        "phi",
+        {"partial_rotary_factor": 0.25, "rope_parameters": {"partial_rotary_factor": 0.75}},
+        "partial_rotary_factor is 0.75 in one place and 0.25 in another",
+    ),
+]
+
+
+def scaled(mode, **settings):
+    """Return a change of config.json to a window of 64 that is stretched by a mode, with these settings."""
+    return {"rope_parameters": {"rope_type": mode, "factor": 4.0, "rope_theta": 1e4} | settings}
+
+
+NUMBERS_THAT_NO_MODEL_HAS = [
+    ("llama", {"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05"),
+    ("llama", {"rms_norm_eps": None}, "rms_norm_eps"),
+    ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
+    ("llama", {"rms_norm_eps": True}, "rms_norm_eps is True"),
+    ("phi", {"layer_norm_eps": [1]}, r"layer_norm_eps is \[1\]"),
+    ("llama", scaled("default", rope_theta=1), "rope_theta is 1.0, not more than 1"),
+    ("llama", scaled("default", rope_theta=-1), "rope_theta is -1"),
+    ("llama", scaled("default", rope_theta=10**31), "rope_theta is 10+, more than"),
+    ("llama", scaled("default", rope_theta=1e300), "rope_theta is 1e\\+300, more than"),
+    ("llama", scaled("yarn", factor="4"), "factor is '4'"),
+    ("llama", scaled("linear", factor=-4), "factor is -4"),
+    ("llama", scaled("linear", factor=True), "factor is True"),
+    ("llama", scaled("yarn", attention_factor=-1.0), "attention_factor is -1.0"),
+    ("llama", scaled("yarn", beta_fast="32"), "beta_fast is '32'"),
+    ("llama", scaled("yarn", beta_fast=1, beta_slow=32), "beta_slow below beta_fast"),
+    ("llama", scaled("yarn", mscale="1", mscale_all_dim=1), "mscale is '1'"),
+    ("llama", scaled("llama3", low_freq_factor=4.0, high_freq_factor=4.0), "below high_freq_factor"),
+    ("llama", scaled("llama3", low_freq_factor=[1], high_freq_factor=4.0), r"low_freq_factor is \[1\]"),
+    ("llama", scaled("longrope", short_factor=[1.0] * 8, long_factor=[0.0] * 8), "long_factor is 0.0"),
+    ("llama", scaled("longrope", short_factor=8, long_factor=8), "short_factor is 8, not a list"),
+    ("llama", scaled("longrope", short_factor=["1"] * 8, long_factor=[1] * 8), "short_factor is '1'"),
+    ("llama", scaled("longrope", original_max_position_embeddings="64"), "embeddings is '64'"),
+    ("llama", {"original_max_position_embeddings": [64]}, r"embeddings is \[64\]"),
+    ("llama", {"num_key_value_heads": 3}, "3 key/value heads do not divide 4 heads"),
+    ("llama", {"vocab_size": 2**62}, "vocab_size is 4611686018427387904, more than"),
+    ("llama", {"num_hidden_layers": 2**31}, "num_hidden_layers is 2147483648, more than"),
+    ("llama", {"max_position_embeddings": 64.0}, "max_position_embeddings is 64.0, not a positive whole"),
+    ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
+    ("llama", {"bos_token_id": "1"}, "'1' is no id of a token"),
+    ("llama", {"eos_token_id": [2, None, -1]}, "-1 is no id of a token"),
+    ("llama", {"dtype": ["float32"]}, "float32"),
+    ("llama", {"layer_types": 7, "model_type": "qwen2", "use_sliding_window": True}, "layer_types is 7"),
+]
 REFUSED = [
     ("baichuan2", {"max_position_embeddings": "absent", "model_max_length": 4096}, "13B uses ALiBi"),
     ("baichuan", {"hidden_size": 5120, "num_attention_heads": 40}, "13B uses ALiBi"),
@@ -414,6 +468,8 @@ REFUSED = [
     ("gptj", {"n_layer": None}, "n_layer"),
     ("gptj", {"n_inner": "96"}, "n_inner"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    *CONTRADICTIONS,
+    *NUMBERS_THAT_NO_MODEL_HAS,
     (
         "llama",
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
@@ -431,12 +487,12 @@ REFUSED = [
     (
         "llama",
         MINISTRAL | {"rope_parameters": {"llama_4_scaling_beta": "0.1"}},
-        "beta '0.1' from 64 tokens on: not positive",
+        "llama_4_scaling_beta is '0.1', not a positive number",
     ),
     (
         "llama",
         MINISTRAL | {"rope_parameters": BETA | {"original_max_position_embeddings": 0}},
-        "beta 0.1 from 0 tokens on: not positive",
+        "original_max_position_embeddings is 0, not a positive number",
     ),
 ]
 
@@ -449,10 +505,63 @@ def test_what_is_refused(config_of, family, changes, says):
     assert "\n" not in str(refusal.value) and str(folder / "config.json") in str(refusal.value)
 
 
-def test_deeply_nested_json_is_refused(tmp_path):
-    """Python's reader gives it up with a RecursionError."""
-    (tmp_path / "config.json").write_text("[" * 100000)
-    with pytest.raises(InputError, match="config.json: "):
+USED_BY_NO_LAYER = {"use_sliding_window": True, "sliding_window": 32}
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"max_window_layers": 2}, None),
+        ({"max_window_layers": 1}, "sliding_window 32 in use"),
+        ({"layer_types": ["full_attention"] * 2, "max_window_layers": 0}, None),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window 32 in use"),
+        ({"sliding_window": 64, "max_window_layers": 0}, None),
+        ({"sliding_window": "32", "max_window_layers": 0}, "sliding_window is '32'"),
+        ({"use_sliding_window": False, "max_window_layers": 0}, None),
+    ],
+    ids=str,
+)
+def test_a_sliding_window_counts_where_a_layer_uses_it(config_of, changes, says):
+    """transformers makes the same of each: whether a layer slides is what its own config class says."""
+    folder = config_of(
+        "llama", **{"model_type": "qwen2", "layer_types": "absent"} | USED_BY_NO_LAYER | changes
+    )
+    if says != "sliding_window is '32'":
+        theirs = transformers.AutoConfig.from_pretrained(folder)
+        slides = "sliding_attention" in theirs.layer_types and (theirs.sliding_window or 64) < 64
+        assert slides == (says is not None)
+    if says is None:
+        assert families.read_config(folder).n_layers == 2
+    else:
+        with pytest.raises(InputError, match=says):
+            families.read_config(folder)
+
+
+BAD_JSON = {
+    "[" * 100000: "nested too deeply",
+    '{"a": ' + "[" * 500 + "]" * 500 + "}": "nested too deeply",
+    '{"vocab_size": ' + "9" * 5000 + "}": "a number of 5000 digits",
+    '{"rms_norm_eps": NaN}': "NaN or infinite",
+    '{"rms_norm_eps": 1e999}': "NaN or infinite",
+    '{"model_type": "\\ud800"}': "half a character",
+    '{"model_type"': "not JSON at character 13",
+}
+
+
+@pytest.mark.parametrize("text", BAD_JSON, ids=BAD_JSON.get)
+def test_json_that_no_program_can_use(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=f"config.json: not readable .*{BAD_JSON[text]}"):
+        families.read_config(tmp_path)
+
+
+def test_config_json_that_is_no_file(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(InputError, match="config.json: not a regular file"):
+        families.read_config(tmp_path)
+    (tmp_path / "config.json").rmdir()
+    (tmp_path / "config.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(InputError, match="config.json: not readable .not UTF-8 at byte 7"):
         families.read_config(tmp_path)
 
 

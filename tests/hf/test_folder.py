@@ -61,6 +61,25 @@ def test_the_fingerprint_is_of_the_config_and_the_weights(make_llama):
     assert len({first, second, CheckpointFolder(folder).fingerprint()}) == 3
 
 
+def write_index(folder, weight_map):
+    """Write an index over the tensors of a folder's model.safetensors, which becomes part.safetensors."""
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_an_index_that_names_what_no_shard_needs(make_llama):
+    """Rotary tables that are computed anew, and a head that is tied: no file holds them."""
+    folder, model = make_llama(tie_word_embeddings=True)
+    names = [*load_file(folder / "model.safetensors"), "lm_head.weight", "model.rotary_emb.inv_freq"]
+    write_index(folder, dict.fromkeys(names, "part.safetensors"))
+    assert_same(ours(folder), stock(model))
+    index = {"weight_map": dict.fromkeys(names, "part.safetensors") | {"model.norm.weight": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    rewrite(folder / "b.safetensors", {"another": torch.ones(2)})
+    with pytest.raises(InputError, match="b.safetensors: model.norm.weight is missing, though"):
+        CheckpointFolder(folder)
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -71,6 +90,65 @@ def test_a_new_field_of_config_changes_no_fingerprint():
     extended = dataclasses.make_dataclass("Extended", [("another", int, 0)], bases=(Config,))
     folder.config = extended(**vars(folder.config))
     assert folder.fingerprint() == before
+
+
+def test_an_index_beside_another_model(make_llama):
+    """transformers would take the single file, and vLLM what the index names."""
+    folder, _ = make_llama()
+    single = (folder / "model.safetensors").read_bytes()
+    write_index(folder, dict.fromkeys(load_file(folder / "model.safetensors"), "part.safetensors"))
+    assert CheckpointFolder(folder).files
+    (folder / "model.safetensors").write_bytes(single)
+    with pytest.raises(InputError, match="holds model.safetensors and .*index.json, which names other files"):
+        CheckpointFolder(folder)
+
+
+def test_a_folder_in_the_place_of_a_file(make_llama):
+    folder, _ = make_llama()
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(InputError, match="model.safetensors: not a file"):
+        CheckpointFolder(folder)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
+)
+def test_weights_that_are_no_floats(make_llama, dtype):
+    """They would be rounded to something else in silence. In what is computed anew any dtype may stand."""
+    folder, _ = make_llama()
+    tensors = load_file(folder / "model.safetensors")
+    table = {"model.rotary_emb.inv_freq": torch.ones(8).to(dtype)}
+    rewrite(folder / "model.safetensors", tensors | table)
+    assert CheckpointFolder(folder).files
+    rewrite(folder / "model.safetensors", tensors | {UP: tensors[UP].to(dtype)})
+    with pytest.raises(InputError, match=f"weight {UP} is of dtype .*unquantised"):
+        CheckpointFolder(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_no_numbers(make_llama, value, dtype):
+    folder, _ = make_llama()
+    tensors = load_file(folder / "model.safetensors")
+    up = tensors[UP].to(dtype)
+    up[-1, -1] = value
+    rewrite(folder / "model.safetensors", tensors | {UP: up})
+    with pytest.raises(InputError, match=f"weight {UP} is NaN or infinite somewhere"):
+        weights.load(folder)
+
+
+def test_weights_that_are_too_large_for_the_dtype_they_are_read_in(make_llama):
+    """Their sum may overflow: that alone is no reason."""
+    folder, _ = make_llama()
+    tensors = load_file(folder / "model.safetensors")
+    rewrite(folder / "model.safetensors", tensors | {UP: torch.full_like(tensors[UP], 1e37)})
+    assert weights.load(folder).blocks[1].mlp.up.weight.isfinite().all()
+    with pytest.raises(InputError, match=f"weight {UP} is NaN or infinite somewhere, as float16"):
+        weights.load(folder, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("shards", [1, 2])

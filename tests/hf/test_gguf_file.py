@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import struct
 
 import gguf
 import numpy as np
@@ -171,6 +172,7 @@ def test_rope_scaling(make_llama, make_gguf, convert_it, bpe, mode, family):
 YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
 LONGROPE = {"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}
 SMALL_EMBEDDING = {"token_embd.weight": np.ones((128, 64), np.float32), "output.weight": None}
+NANS = np.full(64, np.nan, np.float32)
 SPOILT = {  # the metadata to change, the tensors to change, what the refusal names
     "experts": ({"expert_count": 8}, {}, "expert_count 8"),
     "a sliding window": ({"attention.sliding_window": 16}, {}, "sliding_window 16"),
@@ -180,7 +182,7 @@ SPOILT = {  # the metadata to change, the tensors to change, what the refusal na
     "no factor": ({"rope.scaling.type": "linear"}, {}, "'linear' with factor None"),
     "two scalings": (YARN, {"rope_freqs.weight": np.ones(8, np.float32)}, "beside"),
     "too few factors": ({}, {"rope_freqs.weight": np.ones(4, np.float32)}, "needs 8 factors"),
-    "a missing key": ({"block_count": None}, {}, "llama.block_count is None"),
+    "a missing key": ({"block_count": None}, {}, "llama.block_count is missing"),
     "a key of another kind": ({"embedding_length": "64"}, {}, "llama.embedding_length is '64'"),
     "heads by layer": ({"attention.head_count": [4, 4]}, {}, "head_count is"),
     "more layers": ({"block_count": 3}, {}, r"blk.2.attn_\w+.weight is missing"),
@@ -193,6 +195,16 @@ SPOILT = {  # the metadata to change, the tensors to change, what the refusal na
     "a tokenizer": ({"tokenizer.ggml.pre": "tekken"}, {}, "model.gguf: .*'tekken'"),
     "a part of several": ({"split.count": 3}, {"blk.1.ffn_up.weight": None}, "one of 3 parts"),
     "half a layer": ({"block_count": 2.5}, {}, "block_count is 2.5"),
+    "a factor of text": ({"rope.scaling.type": "linear", "rope.scaling.factor": "4"}, {}, "factor is '4'"),
+    "an eps of text": ({"attention.layer_norm_rms_epsilon": "1e-5"}, {}, "epsilon is '1e-5'"),
+    "a base of nothing": ({"rope.freq_base": float("nan")}, {}, "freq_base is nan"),
+    "parts of text": ({"split.count": "3"}, {}, "one of 3 parts"),
+    "a BOS of text": ({"tokenizer.ggml.bos_token_id": "1"}, {}, "'1' is no id of a token"),
+    "layers without end": ({"block_count": 2**31}, {}, "block_count is 2147483648, more than"),
+    "kv heads": ({"attention.head_count_kv": 3}, {}, "3 key/value heads do not divide 4"),
+    "a weight that is no number": ({}, {"output_norm.weight": NANS}, "model.norm.weight is NaN"),
+    "factors that are no numbers": ({}, {"rope_freqs.weight": NANS[:8]}, "long_factor|no frequencies"),
+    "tokens that are a number": ({"tokenizer.ggml.tokens": 5}, {}, "not usable .damaged"),
     "no merges": ({"tokenizer.ggml.merges": None}, {}, "tokenizer.ggml.merges is missing"),
     "merges of another model": ({"tokenizer.ggml.merges": ["q q", "qq q"]}, {}, "not usable"),
 }
@@ -241,7 +253,29 @@ def test_a_file_that_is_cut_or_none(make_gguf, assert_refused, tmp_path):
     whole = (tmp_path / "model.gguf").read_bytes()
     for length in [*range(0, 8000, 97), 12000, len(whole) // 2, len(whole) - 4]:
         (tmp_path / "model.gguf").write_bytes(whole[:length])
-        assert_refused("model.gguf: truncated, or not GGUF")
+        assert_refused("model.gguf: truncated, damaged, or not GGUF")
     for content in (b"PK" + whole, b"version https://git-lfs.github.com/spec/v1\n" * 3):
         (tmp_path / "model.gguf").write_bytes(content)
-        assert_refused("model.gguf: truncated, or not GGUF")
+        assert_refused("model.gguf: truncated, damaged, or not GGUF")
+
+
+def test_an_array_that_is_longer_than_the_file(assert_refused, tmp_path):
+    """The gguf library would read 2^31 elements that are not there, for hours."""
+    key = b"general.things"
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key
+    array_of_float32 = struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.FLOAT32, 2**31)
+    (tmp_path / "model.gguf").write_bytes(header + array_of_float32 + bytes(64))
+    assert_refused("truncated, damaged, or not GGUF")
+
+
+@pytest.mark.parametrize("where", ["of the tensor before it", "outside"])
+def test_a_tensor_in_the_place_of_another(make_gguf, assert_refused, tmp_path, where):
+    make_gguf()
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    field, first = tensors["blk.1.ffn_up.weight"].field, tensors["blk.0.ffn_up.weight"].field
+    content = bytearray((tmp_path / "model.gguf").read_bytes())
+    at = field.offset + sum(part.nbytes for part in field.parts[:-1])  # its offset is the last part
+    inside = int(first.parts[-1][0])
+    content[at : at + 8] = struct.pack("<Q", len(content) - 64 if where == "outside" else inside)
+    (tmp_path / "model.gguf").write_bytes(content)
+    assert_refused("outside the file|truncated" if where == "outside" else "overlaps another")

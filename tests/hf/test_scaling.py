@@ -225,6 +225,32 @@ def test_scaled_queries_on_top_of_linear_scaling(make_llama, tiny_tokenizer, tmp
     assert config.original_window == window
 
 
+@pytest.mark.parametrize(
+    "scaling_terms, says, window",
+    [
+        # Qwen2.5's own instructions: vLLM makes 32,768 of them, and transformers scales the angles by 4.
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}, 8192, 32768),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}, 32768, 32768),
+        # More than the window, as our recipe for `tiny` writes it.
+        ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192}, 32768, 32768),
+        ({"type": "yarn", "factor": 4.0}, 8192, 32768),  # stock loaders take 8192 for the original window
+        ({"rope_type": "linear", "factor": 4.0}, 8192, 8192),
+        ({"rope_type": "dynamic", "factor": 4.0}, 8192, 8192),
+        (LLAMA31 | {"original_max_position_embeddings": 8192}, 8192, 8192),  # its factor is not the window's
+    ],
+    ids=str,
+)
+def test_the_window_of_a_scaled_model(tmp_path, scaling_terms, says, window):
+    written = families.hf_config(LLAMA) | {"rope_scaling": scaling_terms, "max_position_embeddings": says}
+    (tmp_path / "config.json").write_text(json.dumps(written | {"rope_parameters": None}))
+    config = families.read_config(tmp_path)
+    assert config.max_position_embeddings == window
+    if window == 32768:  # stretched once more, the angles are those of the whole factor
+        twice = scaling.extend(config, "yarn", 65536)
+        assert twice.rope_scaling["factor"] == 2 * scaling_terms["factor"]
+        assert twice.rope_scaling["original_max_position_embeddings"] == 8192
+
+
 # ---------------------------------------------------------------- written for stock loaders
 
 
