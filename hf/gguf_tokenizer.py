@@ -13,7 +13,7 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
-from hf.tokenizer import SentencePiece, TokenizerJson, is_of_a_library, reason_of
+from hf.tokenizer import SentencePiece, TokenizerJson, hidden_panics, reason_of
 from storage.files import InputError
 
 # ---------------------------------------------------------------- how each family cuts text
@@ -62,15 +62,14 @@ def rebuild_tokenizer(metadata):
         unknown = f"GGUF tokenizer {kind!r} with pre-tokenizer {family!r} is not known"
         raise InputError(f"{unknown} ({known}); take a Hugging Face folder")
     try:
-        return _sentencepiece(settings) if is_sentencepiece else _byte_level_bpe(settings, family)
+        with hidden_panics():
+            return _sentencepiece(settings) if is_sentencepiece else _byte_level_bpe(settings, family)
     except InputError:
         raise
     except KeyError as error:
         missing = f"tokenizer.ggml.{error.args[0]} is missing"
         raise InputError(f"GGUF tokenizer: {missing}; convert the model to GGUF again") from None
-    except BaseException as error:
-        if not is_of_a_library(error):
-            raise
+    except Exception as error:
         reason = f"not usable ({reason_of(error)})"
         raise InputError(f"GGUF tokenizer: {reason}; convert the model to GGUF again") from None
 

@@ -15,7 +15,10 @@ Notable choices:
   format (Llama 3 has one) does not count.
 """
 
+import contextlib
+import os
 import re
+import sys
 from pathlib import Path
 
 import sentencepiece
@@ -59,10 +62,9 @@ def load(folder):
     if not files[name]:
         raise InputError(f"{folder / name}: not readable (it is empty); copy it again")
     try:
-        return kind(files)
-    except BaseException as error:
-        if not is_of_a_library(error):
-            raise
+        with hidden_panics():
+            return kind(files)
+    except Exception as error:
         raise InputError(f"{folder / name}: not readable ({reason_of(error)}); copy it again") from None
 
 
@@ -112,26 +114,42 @@ class TokenizerJson:
         # Some files come with truncation or padding switched on, which would change every document.
         self._model.no_truncation()
         self._model.no_padding()
-        example = self._model.encode("a")
+        example = self._model.encode("a")  # a panic of the library comes here, if at all
         begins_with_special_token = example.special_tokens_mask[:1] == [1]
         self.bos_id = example.ids[0] if begins_with_special_token else None
 
     def encode(self, text):
-        return self._model.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts):
-        return [encoded.ids for encoded in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [encoded.ids for encoded in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # such as a character that has no token, where there is none for unknown
+            raise InputError(f"tokenizer.json does not encode this text ({reason_of(error)})") from None
 
     def decode(self, ids):
         return self._model.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
-def is_of_a_library(error):
-    """Return whether an exception may come of a broken tokenizer file: any that is an error of the program.
+@contextlib.contextmanager
+def hidden_panics():
+    """Turn a panic of the tokenizers library, which is written in Rust, into a RuntimeError.
 
-    A panic of the tokenizers library, which is written in Rust, is none of Python's Exceptions.
+    A panic is none of Python's Exceptions, and prints a trace of its own on stderr.
     """
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":
+            raise RuntimeError(str(error)) from None
+        raise
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def reason_of(error):

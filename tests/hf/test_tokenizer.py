@@ -223,6 +223,51 @@ def test_broken_file(tmp_path, name, how):
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_panic_of_the_library_is_one_line(tmp_path, capfd):
+    """Its template names a token that it does not define: the library panics, and prints a trace itself."""
+    bpe = make_bpe()
+    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}]}
+    template |= {"pair": template["single"], "special_tokens": {}}
+    content = json.loads(bpe.to_str()) | {"post_processor": template}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="tokenizer.json: not readable .no entry found for key"):
+        tokenizer.load(tmp_path)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_text_that_has_no_tokens(tmp_path):
+    model = tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="<unk>")
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.load(tmp_path).encode("a") == [0]
+    with pytest.raises(InputError, match="does not encode this text"):
+        tokenizer.load(tmp_path).encode("é")
+
+
+TIKTOKEN = b"IQ== 0\nIg== 1\nIw== 2\n"
+
+
+def test_a_tiktoken_file_does_not_count(tmp_path):
+    """Llama 3 has one. With a tokenizer.json beside it that is read, and both travel."""
+    (tmp_path / "tokenizer.model").write_bytes(TIKTOKEN)
+    with pytest.raises(InputError, match="tokenizer.model of tiktoken's; save a tokenizer.json"):
+        tokenizer.load(tmp_path)
+    make_bpe().save(str(tmp_path / "tokenizer.json"))
+    loaded = tokenizer.load(tmp_path)
+    assert loaded.encode("The cat") == make_bpe().encode("The cat", add_special_tokens=False).ids
+    assert loaded.files["tokenizer.model"] == TIKTOKEN
+
+
+def test_a_bos_outside_the_vocabulary(tmp_path):
+    content = json.loads(make_bpe().to_str())
+    template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 10**6)])
+    content["post_processor"] = json.loads(template.__getstate__())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    loaded = tokenizer.load(tmp_path)
+    assert loaded.bos_id == 10**6
+    with pytest.raises(InputError, match="has 1000001 tokens, the model only"):
+        tokenizer.check_size(loaded, loaded.vocab_size, tmp_path)
+
+
 def test_broken_settings_are_named(tmp_path):
     shutil.copy(TINY / "tokenizer.model", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": tr')
