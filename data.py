@@ -7,10 +7,12 @@ resuming is exact, and the loss curve does not depend on how many processes shar
 
 import gzip
 import hashlib
-import json
+import os
+import shutil
 import sysconfig
 import tempfile
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice
 from pathlib import Path
@@ -20,12 +22,22 @@ import torch
 from tqdm import tqdm
 
 import pose
-from storage.files import InputError, only_one_process
+from storage.files import InputError, check_characters, only_one_process, parse_json, warn
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
-JSON_LINES = (".jsonl", ".jsonl.gz")
+SUFFIXES = (
+    ".txt",
+    ".jsonl",
+    ".jsonl.gz",
+    ".ndjson",
+    ".ndjson.gz",
+)  # of the files that a folder is searched for
+JSON_LINES = (
+    ".jsonl",
+    ".ndjson",
+    ".json",
+)  # of the files that hold a document a line, and may be .gz besides
 SPAN_IN_WINDOWS = 5  # an example's text lies within so many train_len, as in the official code
-CACHE_LAYOUT = b"2"  # version of the folders in the cache
+CACHE_LAYOUT = b"3"  # version of the folders in the cache
 DOCUMENTS_AT_ONCE = 32  # that are tokenised together, by several threads
 
 
@@ -36,22 +48,46 @@ def find_files(paths):
     """Return the files that the user named, and those of SUFFIXES in the folders among them.
 
     Without any path: the source of the running Python's standard library. Raise InputError for a path that
-    is not there or a folder without texts.
+    is not there, a folder without texts, or a device or pipe: texts are read more than once.
     """
     if not paths:
         return standard_library()
     files = []
     for path in map(Path, paths):
-        if not path.exists():
-            raise InputError(f"{path}: no such file or folder")
-        if not path.is_dir():
+        if path.is_dir():
+            files += texts_in(path)
+        elif path.is_file():
             files.append(path)
-            continue
-        inside = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
-        if not inside:
-            raise InputError(f"{path}: no {', '.join(SUFFIXES)} inside")
-        files += inside
+        elif path.exists():
+            raise InputError(f"{path}: a device or a pipe; save the texts to a file and name that")
+        else:
+            raise InputError(f"{path}: no such file or folder")
     return files
+
+
+def texts_in(folder):
+    """Return the files of SUFFIXES in a folder and the folders inside, in the order of their paths.
+
+    What is passed over is said once: hidden files (editors keep copies there), linked folders (they may
+    lead back), files of other suffixes. Raise InputError if no file is left.
+    """
+    texts, passed_over = [], Counter()
+    for path in sorted(folder.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_dir():
+            passed_over["linked folder"] += path.is_symlink()
+        elif is_hidden:
+            passed_over["hidden"] += 1
+        elif path.is_file() and path.name.lower().endswith(SUFFIXES):
+            texts.append(path)
+        else:
+            passed_over[path.suffix.lower() or "without a suffix"] += 1
+    if not texts:
+        raise InputError(f"{folder}: no {', '.join(SUFFIXES)} inside")
+    counts = ", ".join(f"{count} {kind}" for kind, count in passed_over.most_common() if count)
+    if counts and os.environ.get("RANK", "0") == "0":
+        warn(f"{folder}: {len(texts)} files are read; passed over: {counts} (name a file to read it)")
+    return texts
 
 
 def standard_library():
@@ -70,12 +106,18 @@ def fingerprint(files):
     return digest.hexdigest()[:16]
 
 
+def is_json_lines(path):
+    """Return whether a file is read as JSON Lines, a document a line: its name says so."""
+    return path.name.lower().removesuffix(".gz").endswith(JSON_LINES)
+
+
 def read_documents(path):
     """Yield the texts of a file: in JSON Lines each line is a document, any other file is one.
 
-    Empty texts are passed over.
+    Empty texts are passed over. Raise InputError for what is no text, JSON of another name included: it would
+    be learnt with all its keys and brackets.
     """
-    if path.name.endswith(JSON_LINES):
+    if is_json_lines(path):
         for text in read_json_lines(path, document_text, 'a JSON object with a string "text" in UTF-8'):
             if text.strip():
                 yield text
@@ -84,34 +126,57 @@ def read_documents(path):
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert it or leave it out") from None
+    if "\0" in text:
+        raise InputError(f"{path}: NUL at character {text.index(chr(0))}, so no text; leave it out")
+    if is_json(text):
+        raise InputError(f'{path}: holds JSON; make it a .jsonl, an object with a string "text" a line')
     if text.strip():
         yield text
 
 
+def is_json(text):
+    """Return whether a text, or its first line, is a JSON object or a list of more than numbers."""
+    text = text.strip()
+    if not text.startswith(("{", "[")):
+        return False
+    for candidate in (text.split("\n", 1)[0], text):
+        try:
+            value = parse_json(candidate.encode())
+        except ValueError:
+            continue
+        if value and not all(isinstance(part, (int, float)) for part in value):
+            return True
+    return False
+
+
 def document_text(line):
-    """Return the text of a line's JSON object. Raise TypeError or ValueError if it is none."""
+    """Return the text of a line's JSON object. Raise TypeError, KeyError or ValueError if it is none."""
     text = line["text"]
     if not isinstance(text, str):
         raise TypeError("text is not a string")
-    text.encode()  # raises a ValueError for a lone surrogate, which is no text
+    check_characters(text)
     return text
 
 
 def read_json_lines(path, convert, expected):
-    """Yield convert(value) for every JSON value in a .jsonl or .jsonl.gz file, one a line.
+    """Yield convert(value) for every JSON value in a file of JSON Lines, packed by gzip if it ends in .gz.
 
     Blank lines are passed over. Raise InputError with the number of a line that is not JSON or that
     `convert` raises an error for. expected: what a line should be, in words.
     """
     number = 0
-    open_file = gzip.open if path.suffix == ".gz" else open
+    open_file = gzip.open if path.suffix.lower() == ".gz" else open
     with open_file(path, "rb") as f:
         try:
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    yield convert(json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = f" ({type(error).__name__}: {error})" if str(error) else ""
+                    yield convert(parse_json(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = ""
+            if isinstance(error, KeyError):
+                reason = f" ({error} is missing)"
+            elif isinstance(error, ValueError):
+                reason = f" ({error})"
             raise InputError(
                 f"{path}, line {number}: not {expected}{reason}; mend or remove the line"
             ) from None
@@ -132,7 +197,7 @@ class Documents:
     """
 
     def __init__(self, folder):
-        self.starts = np.load(folder / "starts.npy")
+        self.starts = np.fromfile(folder / "starts.bin", dtype=np.int64)
         self.tokens = np.memmap(folder / "tokens.bin", dtype=(folder / "dtype").read_text(), mode="r")
         self.sha256 = (folder / "sha256").read_text()
 
@@ -146,31 +211,56 @@ class Documents:
 def tokenised(paths, tokenizer, cache):
     """Return the Documents in `paths` (see find_files).
 
-    They are tokenised into a folder under `cache` unless they are there already.
+    They are tokenised into a folder under `cache` unless they are there already, whole. What counts is what
+    the files hold, not where they are or when they were written.
     """
     files = find_files(paths)
     key = hashlib.sha256(CACHE_LAYOUT)
     for content in tokenizer.files.values():
         key.update(content)
-    for path in files:
-        stat = path.stat()
-        identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n"
-        key.update(identity.encode(errors="surrogateescape"))
+    key.update(fingerprint(files).encode())
+    key.update(bytes(is_json_lines(path) for path in files))
     folder = Path(cache) / "tokens" / key.hexdigest()[:24]
+    documents = whole_documents(folder)
+    if documents is not None:
+        return documents
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = Path(cache) / f"tokens-{folder.name}.lock"
     with only_one_process(lock):  # under torchrun the other processes wait here and find the folder
-        if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-                new = Path(aside) / "tokens"
-                tokenise(files, tokenizer, new)
-                try:
-                    new.rename(folder)
-                except OSError:
-                    # On some shared file systems the lock holds on one machine alone, and another was faster.
-                    if not folder.exists():
-                        raise
-    return Documents(folder)
+        documents = whole_documents(folder)
+        if documents is not None:
+            return documents
+        if folder.exists():
+            warn(f"{folder}: damaged; the texts are tokenised again")
+            shutil.rmtree(folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+            new = Path(aside) / "tokens"
+            tokenise(files, tokenizer, new)
+            try:
+                new.rename(folder)
+            except OSError:
+                # On some shared file systems the lock holds on one machine alone, and another was faster.
+                if not folder.exists():
+                    raise
+        return Documents(folder)
+
+
+def whole_documents(folder):
+    """Return the Documents of a folder, None if it is not there or not as it was written.
+
+    All tokens are read for that, about a second a gigabyte: a run on damaged ones would be worth nothing.
+    """
+    digest = hashlib.sha256()
+    try:
+        for name in ("tokens.bin", "starts.bin"):
+            with open(folder / name, "rb") as f:
+                hashlib.file_digest(f, lambda: digest)
+        if digest.hexdigest()[:16] != (folder / "sha256").read_text():
+            return None
+        documents = Documents(folder)
+    except (OSError, ValueError, TypeError):
+        return None
+    return documents if documents.starts[-1] == len(documents.tokens) else None
 
 
 def tokenise(files, tokenizer, folder):
@@ -197,8 +287,9 @@ def tokenise(files, tokenizer, folder):
     if starts[-1] == 0:
         first = files[0] if files else "none found"
         raise InputError(f"no text in {len(files)} file(s), {first} first; name files that hold some")
-    np.save(folder / "starts.npy", np.array(starts))
-    digest.update(np.array(starts).tobytes())
+    content = np.array(starts, dtype=np.int64).tobytes()
+    (folder / "starts.bin").write_bytes(content)
+    digest.update(content)
     (folder / "sha256").write_text(digest.hexdigest()[:16])
 
 

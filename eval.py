@@ -579,10 +579,9 @@ def default_models(device):
     out = Path("out")
     if not (out / "model" / "config.json").is_file() or not (out / "args.json").is_file():
         return [default_model(device)]
-    try:
-        base = read_json(out / "args.json")["model"]
-    except (InputError, KeyError):
-        raise InputError(f"{out / 'args.json'}: not readable; name the models with --model") from None
+    base = read_json(out / "args.json").get("model")
+    if not isinstance(base, str):
+        raise InputError(f"{out / 'args.json'}: names no model; name the models with --model")
     return [base, str(out / "model")]
 
 
@@ -656,7 +655,7 @@ def main():
     units = units_to_measure(args, [folder.config for folder in folders])
     settings = result_settings(args, names, folders, units) if args.json else None
     if args.json and args.json.exists():
-        reports = report.read(args.json, settings)
+        reports = report.read(args.json, settings, task.table, task.unit)
     else:
         reports = [{"task": args.task, "model": name, "results": []} for name in names]
 

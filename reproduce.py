@@ -10,7 +10,6 @@ again. OUT/TABLE gets the arms, the JSON files and tables.md, with the mean over
 the smallest and the largest value.
 """
 
-import json
 import shlex
 import subprocess
 import sys
@@ -213,7 +212,7 @@ def markdown(title, path, arm_of_model, figure, digits):
 
     figure(result): the number to show, or None. A cell holds the mean over seeds.
     """
-    written = json.loads(path.read_text())
+    written = read_json(path)
     figures = {}  # {(arm, length or benchmark): [one number for each seed]}
     units = []  # lengths or benchmarks
     for report in (*written.get("compared", []), written):

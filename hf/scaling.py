@@ -224,4 +224,4 @@ def stretched_window(scaling, window):
     is_unstretched = scaling.get("original_max_position_embeddings") == window
     if scaling.get("rope_type") not in ("linear", *rope.RAMPED) or not is_unstretched:
         return window
-    return max(window, round(scaling["factor"] * window))
+    return max(window, round(scaling.get("factor", 1) * window))

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 
 
@@ -27,6 +28,24 @@ def cache_dir():
     if os.environ.get("POSE_CACHE"):
         return Path(os.environ["POSE_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pose-pytorch"
+
+
+# ---------------------------------------------------------------- what is said of errors
+
+
+def printable(text):
+    """Return a text in which control characters are escaped: a name in a file must not steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+_warnings = set()
+
+
+def warn(line):
+    """Print a warning on stderr, each one once in a process."""
+    if line not in _warnings:
+        _warnings.add(line)
+        print(f"warning: {printable(line)}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- JSON and the numbers in it

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from data import JSON_LINES, read_json_lines
-from storage.files import InputError
+from data import read_json_lines
+from storage.files import InputError, check_characters
+
+JSON_LINES = (".jsonl", ".jsonl.gz")
 
 # ---------------------------------------------------------------- items in the layout of the harness's tasks
 # Each of these functions takes the object of one line and returns an item. It raises ValueError, KeyError,
@@ -24,68 +26,78 @@ from storage.files import InputError
 def arc(line):
     """Return an item of the ARC challenge."""
     choices = line["question"]["choices"]
-    labels = [choice["label"] for choice in choices]
+    labels = checked_texts(choice["label"] for choice in choices)
     answers = checked_texts(choice["text"] for choice in choices)
-    index_of(labels, line["answerKey"])  # only checked: the harness wants the label itself
-    return {
-        "question": line["question"]["stem"],
-        "choices": {"text": answers, "label": labels},
-        "answerKey": line["answerKey"],
-    }
+    answer = labels[index_of(labels, line["answerKey"])]  # the harness wants the label itself
+    (question,) = checked_texts([line["question"]["stem"]])
+    return {"question": question, "choices": {"text": answers, "label": labels}, "answerKey": answer}
 
 
 def boolq(line):
     """Return an item of BoolQ in the layout of SuperGLUE."""
-    passage = f"{line['title']} -- {line['passage']}"
-    return {"passage": passage, "question": line["question"], "label": (False, True).index(line["answer"])}
+    title, passage, question = checked_texts(line[key] for key in ("title", "passage", "question"))
+    if not isinstance(line["answer"], bool):
+        raise ValueError(f"answer is {line['answer']!r}, neither true nor false")
+    return {"passage": f"{title} -- {passage}", "question": question, "label": int(line["answer"])}
 
 
 def hellaswag(line):
     """Return an item of HellaSwag, processed as the harness's own `process_docs` does."""
+    activity, context = checked_texts([line["activity_label"], line["ctx"]])
     # The harness capitalises the second half of the context, an unfinished sentence. These files have the
     # halves joined.
-    context = re.sub(r"(?<=[.!?] )[a-z][^.!?]*$", lambda half: half[0].capitalize(), line["ctx"])
+    context = re.sub(r"(?<=[.!?] )[a-z][^.!?]*$", lambda half: half[0].capitalize(), context)
     endings = checked_texts(line["endings"])
     label = index_of(range(len(endings)), line["label"])
-    return {"query": f"{line['activity_label']}: {context}", "choices": endings, "label": label}
+    return {"query": f"{activity}: {context}", "choices": endings, "label": label}
 
 
 def truthfulqa(line):
     """Return an item of TruthfulQA with several right answers (mc2)."""
-    item = {"question": line["question"]}
+    (question,) = checked_texts([line["question"]])
+    item = {"question": question}
     for kind in ("mc1_targets", "mc2_targets"):
-        item[kind] = {"choices": checked_texts(line[kind]), "labels": list(line[kind].values())}
+        labels = [(0, 1)[index_of((0, 1), label)] for label in line[kind].values()]
+        item[kind] = {"choices": checked_texts(line[kind]), "labels": labels}
     return item
 
 
 def piqa(line):
     """Return an item of PIQA."""
-    first, second = checked_texts([line["sol1"], line["sol2"]])
-    return {"goal": line["goal"], "sol1": first, "sol2": second, "label": index_of((0, 1), line["label"])}
+    goal, first, second = checked_texts(line[key] for key in ("goal", "sol1", "sol2"))
+    return {"goal": goal, "sol1": first, "sol2": second, "label": index_of((0, 1), line["label"])}
 
 
 def winogrande(line):
     """Return an item of WinoGrande."""
-    first, second = checked_texts([line["option1"], line["option2"]])
+    sentence, first, second = checked_texts(line[key] for key in ("sentence", "option1", "option2"))
+    if "_" not in sentence:
+        raise ValueError("the sentence has no _ for the answer")
     answer = ("1", "2")[index_of((1, 2), line["answer"])]
-    return {"sentence": line["sentence"], "option1": first, "option2": second, "answer": answer}
+    return {"sentence": sentence, "option1": first, "option2": second, "answer": answer}
 
 
 def checked_texts(values):
-    """Return the values as a list. Raise ValueError if one is not a string with something in it.
+    """Return the values as a list. Raise ValueError if there is none, or if one is no string or blank.
 
     The harness itself does not check that.
     """
     values = list(values)
     for value in values:
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"an answer that is no text: {value!r}")
+            raise ValueError(f"{value!r} where a text is due")
+        check_characters(value)
+    if not values:
+        raise ValueError("no answers")
     return values
 
 
 def index_of(names, answer):
     """Return the index of the answer among the names, compared as text. Raise ValueError if it is none."""
-    return [str(name) for name in names].index(str(answer))
+    names = [str(name) for name in names]
+    if str(answer) not in names:
+        raise ValueError(f"{answer!r} is none of {', '.join(names)}")
+    return names.index(str(answer))
 
 
 class Benchmark(NamedTuple):

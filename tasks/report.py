@@ -7,15 +7,15 @@ benchmark]}. All models of a call stand in one table and one file. A task is sho
 below: shares of right answers, RULER's scores, perplexities, scores of benchmarks.
 """
 
-import json
 import math
 
 import numpy as np
 
-from storage.files import InputError, describe_changes, write_json
+from storage.files import InputError, describe_changes, read_json, write_json
 from tasks import ruler
 
 WORKS = 0.95  # a model works at a length where it gives at least this share of right answers
+GUESSES = 1000  # a model with a perplexity above this predicts next to nothing: it may be untrained
 HOLDS = 1.05  # a perplexity holds up to this ratio to that at the shortest length
 DEPTHS = 5  # ranges of depth in the table of right answers
 
@@ -95,23 +95,41 @@ def by_depth(by_trial, ranges):
 # ---------------------------------------------------------------- the JSON file
 
 
-def read(path, settings):
+def read(path, settings, table, unit):
     """Return the reports that an earlier call left in a file.
 
-    Raise InputError if the file holds something else, or results of an evaluation with other settings.
+    table: the Table of the task. unit: the key of what an entry of `results` is of. Raise InputError if the
+    file holds something else, or results of an evaluation with other settings.
     """
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
+        written = read_json(path)
         last = {key: written[key] for key in ("task", "model", "results")}
         earlier = dict(written["settings"])
         reports = [*written.get("compared", []), last]
-    except (ValueError, TypeError, KeyError):
+        if [report["model"] for report in reports] != earlier["model"]:
+            raise ValueError("other models than its settings say")
+        for report in reports:
+            check_results(report, table, unit)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError):
         raise InputError(f"{path}: holds no results to go on from; remove it or name another file") from None
     changes = describe_changes(earlier, settings)
     if changes:
         others = f"holds results of another evaluation ({changes})"
         raise InputError(f"{path}: {others}; remove it or name another file")
     return reports
+
+
+def check_results(report, table, unit):
+    """Raise an error of some kind if a report from a file cannot be shown, by showing it.
+
+    Every reader of results would stumble over what a table does.
+    """
+    for result in report["results"]:
+        if type(result[unit]) is not {"length": int}.get(unit, str):
+            raise TypeError(f"{unit} is {result[unit]!r}")
+    if report["results"]:
+        table.rows([report], report["task"])
+        list(table.conclusions(report["results"]))
 
 
 def write(path, settings, reports):
@@ -227,8 +245,10 @@ class PerplexityTable(Table):
         shortest, longest = filled[0], filled[-1]
         # A perplexity of other documents cannot be compared.
         same = [result for result in filled if result["documents"] == shortest["documents"]]
+        if shortest["ppl"] > GUESSES:
+            yield f"hardly predicts these texts (perplexity {shortest['ppl']:,.0f}): is it trained at all?"
         # With a tail, the change of the loss in the table says more.
-        if len(same) > 1 and not shortest["tail"]:
+        elif len(same) > 1 and not shortest["tail"]:
             held_to = longest_that_holds(same, lambda result: result["ppl"] <= HOLDS * shortest["ppl"])
             others = "" if len(same) == len(filled) else "; other lengths have other documents"
             meaning = f"at no length more than {HOLDS - 1:.0%} above that at {shortest['length']:,}{others}"

@@ -188,7 +188,7 @@ LONGROPE_OF_A_TEXT = {
         # What its class assumes.
         ({"model_type": "mistral", "max_position_embeddings": 32768}, ["mistral", "sliding_window 4096"]),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32},
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0},
             ["qwen2", "sliding_window 32"],
         ),
         ({"model_type": "mistral", "sliding_window": "no"}, ["sliding_window", "'no'"]),
@@ -587,7 +587,7 @@ def test_json_of_other_texts(refused, call, model):
 
 
 def test_weights_that_give_no_number(refused, model):
-    change_tensors(lambda tensors: tensors.update({UP: tensors[UP] * float("nan")}))(model)
+    change_tensors(lambda tensors: tensors.update({UP: tensors[UP] * 1e38}))(model)
     texts = ("--data", "text.txt", "--lengths", 64, "--json", "r.json")
     refused("eval", "--model", model, "--task", "ppl", *texts, *CPU, says=["not finite"])
 
@@ -654,7 +654,7 @@ def test_disk_full_when_a_checkpoint_is_written(call, model, monkeypatch, room):
 
 
 def test_disk_full_when_texts_are_tokenised(call, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.np, "save", disk_full)
+    monkeypatch.setattr(data.Path, "write_bytes", disk_full)
     check_disk_full(call("train", "--model", model, *TRAIN, "--out", "out"))
     assert not Path("out").exists() and not list((tmp_path / "cache" / "tokens").iterdir())
 

@@ -255,7 +255,7 @@ def test_nothing_half_written_is_left_behind(tmp_path, stop):
     documents = data.tokenised([file], FakeTokenizer(), tmp_path / "cache")
     assert [documents[i].tolist() for i in range(len(documents))] == [list(range(*span)) for span in spans]
     (folder,) = (tmp_path / "cache" / "tokens").iterdir()
-    assert {path.name for path in folder.iterdir()} == {"tokens.bin", "starts.npy", "dtype", "sha256"}
+    assert {path.name for path in folder.iterdir()} == {"tokens.bin", "starts.bin", "dtype", "sha256"}
 
 
 # ---------------------------------------------------------------- batches
