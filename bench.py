@@ -482,7 +482,7 @@ def parse_arguments():
     # fmt: off
     p.add_argument("--task", choices=TASKS, required=True,
         help="train: a training step; efficiency: PoSE's beside a full-length one; prefill: a long prompt")
-    p.add_argument("--model",
+    p.add_argument("--model", type=cli.path_name,
         help=f"{', '.join(SHAPES)}, tiny or a folder, and NAME:LAYERS for its first layers "
         "(default: smollm2-135m with a GPU, else tiny)")
     p.add_argument("--lengths", type=cli.token_counts(),

@@ -24,6 +24,9 @@ from storage.files import InputError, describe_changes, read_json
 from storage.log import is_finished
 
 LARGEST = 2**31  # for lengths in tokens, and factors
+LARGEST_SEED = 2**63 - 1
+LARGEST_LR = 1  # AdamW moves every weight by about so much in a step
+LARGEST_BATCH_TOKENS = 2**28  # of a step, over all processes
 MICRO_BATCH_TOKENS = 32768  # tokens that a process takes through the model at once, unless told otherwise
 
 
@@ -38,16 +41,30 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(f"{message.removeprefix('argument ')}; see {command} --help")
 
 
-def whole_number(least):
-    """Return the type of an option that takes whole numbers from `least` on."""
+def path_name(text):
+    """Return the text of an option that names a file or a folder: any but an empty one, or one with NUL."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"must name a file or a folder, not be {text!r}")
+    return text
+
+
+def as_path(text):
+    """Return the Path of an option that names a file or a folder."""
+    return Path(path_name(text))
+
+
+def whole_number(least, most=LARGEST):
+    """Return the type of an option that takes whole numbers from `least` to `most`."""
 
     def parse(text):
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text[:40]!r}") from None
         if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, not {value}")
         return value
 
     return parse
@@ -61,9 +78,9 @@ def number(least, most=math.inf):
         try:
             value = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text!r}") from None
+            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text[:40]!r}") from None
         if not (math.isfinite(value) and least <= value <= most):
-            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text[:40]}")
         return value
 
     return parse
@@ -80,7 +97,7 @@ def token_counts(least=1):
             lengths = sorted({int(length) for length in text.split(",")})
         except ValueError:
             expected = "must be whole numbers of tokens, comma-separated, such as 2048,4096"
-            raise argparse.ArgumentTypeError(f"{expected}, not {text!r}") from None
+            raise argparse.ArgumentTypeError(f"{expected}, not {text[:40]!r}") from None
         if lengths[0] < least or lengths[-1] > LARGEST:
             raise argparse.ArgumentTypeError(f"each must be from {least} to {LARGEST} tokens, not {text}")
         return lengths
@@ -95,7 +112,7 @@ def output_file(*suffixes):
     """
 
     def parse(text):
-        path = Path(text)
+        path = as_path(text)
         folder = path.absolute().parent
         if suffixes and path.suffix not in suffixes:
             expected = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
@@ -153,6 +170,11 @@ def split_batch(batch_size, micro_batch_size, tokens):
     Raise InputError if one does not divide the other.
     """
     world = process_count()
+    if batch_size * tokens > LARGEST_BATCH_TOKENS:
+        raise InputError(
+            f"--batch_size {batch_size} with {tokens} tokens in an example: a step takes at most "
+            f"{LARGEST_BATCH_TOKENS} tokens; lower one of the two"
+        )
     if batch_size % world:
         raise InputError(
             f"--batch_size {batch_size} does not divide over {world} processes; make it a multiple"
@@ -302,12 +324,12 @@ def training_parser():
     switch = argparse.BooleanOptionalAction
     dtypes = ("float32", "bfloat16")
     # fmt: off
-    p.add_argument("--model",
+    p.add_argument("--model", type=path_name,
         help="a Hugging Face folder, or tiny or smollm2-135m (default: smollm2-135m with a GPU, else tiny)")
-    p.add_argument("--data", nargs="+", action="extend", default=[], metavar="FILE",
+    p.add_argument("--data", type=path_name, nargs="+", action="extend", default=[], metavar="FILE",
         help="texts: .txt, .jsonl, .jsonl.gz files, and folders of them (default: Python's standard "
         "library)")
-    p.add_argument("--out", type=Path, default=Path("out"), metavar="DIR",
+    p.add_argument("--out", type=as_path, default=Path("out"), metavar="DIR",
         help="a new folder for this run (default: out)")
     p.add_argument("--target_len", type=whole_number(1),
         help="tokens in the new window (default: 16 times the model's window, 8 times with tiny)")
@@ -337,7 +359,7 @@ def training_parser():
     g.add_argument("--beta_fast", type=number(1, LARGEST),
         help="yarn: pairs that turn at least so often in the window stay as they are (default: 32; 8 with "
         "tiny)")
-    g.add_argument("--llama_4_scaling_beta", type=number(0), metavar="BETA",
+    g.add_argument("--llama_4_scaling_beta", type=number(0, 100), metavar="BETA",
         help="multiply the queries of token i by 1 + BETA ln(1 + floor(i / window)), as Llama 4 does "
         "(default: what the model has, else 0, which is not at all; 0.1 with smollm2-135m and ntk)")
 
@@ -348,11 +370,11 @@ def training_parser():
     g.add_argument("--batch_size", type=whole_number(1),
         help="examples in a step, over all processes (default: 64, 32 with tiny, 16 with smollm2-135m, and "
         "fewer where an example is longer than the model's window)")
-    g.add_argument("--lr", type=number(0),
+    g.add_argument("--lr", type=number(0, LARGEST_LR),
         help="peak learning rate of AdamW (default: 2e-5; 2e-4 with tiny, 1e-4 with smollm2-135m)")
     g.add_argument("--warmup_steps", type=whole_number(0),
         help="steps of linear warm-up, before linear decay to 0 (default: 10)")
-    g.add_argument("--seed", type=whole_number(0), default=0,
+    g.add_argument("--seed", type=whole_number(0, LARGEST_SEED), default=0,
         help="seed of the examples (default: 0)")
 
     g = p.add_argument_group("interruptions")
@@ -367,7 +389,7 @@ def training_parser():
     g.add_argument("--eval_every", type=whole_number(0), default=0, metavar="N",
         help="measure the validation loss before the first step, every N steps and after the last "
         "(default: never)")
-    g.add_argument("--eval_data", nargs="+", action="extend", default=[], metavar="FILE",
+    g.add_argument("--eval_data", type=path_name, nargs="+", action="extend", default=[], metavar="FILE",
         help="texts for validation, as for --data")
     g.add_argument("--eval_lengths", type=token_counts(), metavar="TOKENS,…",
         help="windows of validation; all of them score the same last tokens, as many as the shortest holds "
@@ -428,15 +450,12 @@ def options_of_earlier_run(given, parser):
         earlier = read_json(record)
     except InputError:
         raise InputError(f"--resume: {record} is not readable; start again with another --out") from None
-    # An option that is given replaces its default. But argparse would add to a list there.
-    defaults = {}
-    for option, value in earlier.items():
-        is_known = option in vars(given)
-        is_given_list = isinstance(value, list) and getattr(given, option, None)
-        if is_known and not is_given_list:
-            defaults[option] = value
-    parser.set_defaults(**defaults)
-    args = parser.parse_args()
+    recorded = [word for option, value in earlier.items() for word in words_of(option, value, given)]
+    try:
+        parser.parse_args(recorded)
+    except InputError as error:
+        raise InputError(f"--resume: {record} is not a run's ({error}); start with another --out") from None
+    args = parser.parse_args([*recorded, *sys.argv[1:]])
     if not args.eval_every:  # validation is switched off: the run's own texts and lengths go too
         args.eval_data, args.eval_lengths = given.eval_data, given.eval_lengths
     not_compared = NOT_RECORDED + MAY_CHANGE
@@ -446,6 +465,20 @@ def options_of_earlier_run(given, parser):
     if is_finished(out, args.steps):
         raise InputError(f"--resume: the run in {out} is finished; its model is {out / 'model'}")
     return args
+
+
+def words_of(option, value, given):
+    """Return an option of a record {option: value} as words of a command line, which are checked like one.
+
+    given: parsed options. What they have of a list replaces the recorded one: argparse would add to it.
+    """
+    if option not in vars(given) or value is None or (isinstance(value, list) and getattr(given, option)):
+        return []
+    if isinstance(value, bool):
+        return [f"--{option}" if value else f"--no-{option}"]
+    if isinstance(value, list) and all(isinstance(part, int) for part in value):
+        return [f"--{option}={','.join(map(str, value))}"] if value else []
+    return [f"--{option}={part}" for part in (value if isinstance(value, list) else [value])]
 
 
 def complete_training(args, config):

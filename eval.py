@@ -514,7 +514,7 @@ def parse_arguments():
     # fmt: off
     p.add_argument("--task", choices=TASKS, required=True,
         help="the README's table says what each tells")
-    p.add_argument("--model", nargs="+", action="extend",
+    p.add_argument("--model", type=cli.path_name, nargs="+", action="extend",
         help="folders or built-in names (default: the base and the result of the run in out/, else the "
         "built-in one)")
     p.add_argument("--lengths", type=cli.token_counts(least=2), metavar="TOKENS,…",
@@ -522,7 +522,7 @@ def parse_arguments():
         "the longest)")
     p.add_argument("--trials", type=cli.whole_number(1),
         help="passkey, needle: prompts per length (default: 50)")
-    p.add_argument("--seed", type=cli.whole_number(0),
+    p.add_argument("--seed", type=cli.whole_number(0, cli.LARGEST_SEED),
         help="passkey, needle, ruler: of the keys and their places (default: 0)")
     p.add_argument("--keys", type=cli.whole_number(1),
         help="needle: codes in the text, one of which is asked for (default: 4)")
@@ -530,7 +530,7 @@ def parse_arguments():
         help="ruler: prompts per task and length (default: 25; NVIDIA takes 500)")
     p.add_argument("--generate", action="store_true",
         help="passkey, needle: decode each answer token by token too, as a check")
-    p.add_argument("--data", nargs="+", action="extend", default=[], metavar="FILE",
+    p.add_argument("--data", type=cli.path_name, nargs="+", action="extend", default=[], metavar="FILE",
         help="needle, ruler, ppl: texts (default: Python's standard library); benchmarks: the folder with "
         "their files")
     p.add_argument("--documents", type=cli.whole_number(1),

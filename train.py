@@ -32,6 +32,7 @@ from storage.log import Log, show_progress
 from tasks.validation import Validation
 
 MAX_GRAD_NORM = 1.0
+MANY_PASSES = 10  # over the texts, of which a run warns
 MAX_SKIPPED = 10  # updates in a row that are not finite before a run gives up
 
 
@@ -87,7 +88,7 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
             show_progress(progress, figures)
 
         checkpoints.raise_if_failed()
-        raise_if_diverged(skipped_in_a_row, done)
+        raise_if_diverged(skipped_in_a_row, done, args.steps)
         if stop or (args.save_every and done % args.save_every == 0):
             checkpoints.save(model, optimizer, done)
         if stop:
@@ -114,11 +115,11 @@ def learning_rate(step, args):
     return args.lr * (args.steps - step) / max(1, args.steps - args.warmup_steps)
 
 
-def raise_if_diverged(skipped_in_a_row, done):
-    """Raise InputError if too many updates in a row were left out. done: steps so far."""
-    if skipped_in_a_row == MAX_SKIPPED:
+def raise_if_diverged(skipped_in_a_row, done, steps):
+    """Raise InputError if too many updates in a row were left out, or all. done: steps so far, of `steps`."""
+    if skipped_in_a_row == min(MAX_SKIPPED, steps):
         raise InputError(
-            f"step {done}: loss or gradient was not finite {MAX_SKIPPED} times in a row, these updates "
+            f"step {done}: loss or gradient was not finite {skipped_in_a_row} times in a row, these updates "
             "were left out; look at the texts, or start again with a lower --lr and another --out"
         )
 
@@ -192,10 +193,10 @@ def main():
     # All that a user can get wrong has been looked at. What follows takes memory and writes into --out.
     device = fsdp.start(args.device)
     check_agreement(record)
+    model = load_sharded(args, folder, config, device)  # here a weight that is NaN is refused
     if dist.get_rank() == 0 and not args.resume:
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "args.json", record)
-    model = load_sharded(args, folder, config, device)
     optimizer = fsdp.adamw(model, args.lr)
     must_match = {key: value for key, value in record.items() if key not in cli.MAY_CHANGE}
     checkpoints = Checkpoints(args.out / "checkpoints", must_match, args.keep)
@@ -313,6 +314,11 @@ def announce(args, base, config, batches, first_step):
             f"{dist.get_world_size()} process(es); {batches.usable_tokens:,} tokens in {n_used} document(s), "
             f"{batches.n_too_short} too short and left out"
         )
+        passes = args.steps * args.batch_size * args.train_len / batches.usable_tokens
+        if passes > MANY_PASSES:
+            say(f"that is {passes:,.0f} passes over these texts, which will be learnt by heart: add more")
+        if not args.data and args.model != "tiny":
+            say("without --data it trains on the source of Python's standard library; name texts like yours")
 
 
 def catch_signals():

