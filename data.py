@@ -86,7 +86,7 @@ def texts_in(folder):
         raise InputError(f"{folder}: no {', '.join(SUFFIXES)} inside")
     counts = ", ".join(f"{count} {kind}" for kind, count in passed_over.most_common() if count)
     if counts and os.environ.get("RANK", "0") == "0":
-        warn(f"{folder}: {len(texts)} files are read; passed over: {counts} (name a file to read it)")
+        warn(f"{folder}: {len(texts)} file(s) read; passed over: {counts} (name a file to read it)")
     return texts
 
 

@@ -93,6 +93,16 @@ PASSKEY = ("--task", "passkey", "--lengths", 128, *CPU)
         ("train", ["--eval", 3], ["--eval", "--eval_every"]),
         ("eval", ["--model", "tiny"], ["required", "--task"]),
         ("bench", ["--task", "sprint"], ["--task", "'sprint'", "prefill"]),
+        ("train", ["--data", ""], ["--data", "must name a file or a folder"]),
+        ("train", ["--data", "text.txt", " "], ["--data", "must name a file or a folder"]),
+        ("train", ["--out", ""], ["--out", "must name a file or a folder"]),
+        ("train", ["--model", ""], ["--model", "must name a file or a folder"]),
+        ("train", ["--batch_size", "99999999999"], ["--batch_size", "at most 2147483648"]),
+        ("train", ["--steps", "9" * 5000], ["--steps", "'9999"]),
+        ("train", ["--lr", "1e300"], ["--lr", "from 0 to 1"]),
+        ("train", ["--llama_4_scaling_beta", "1e300"], ["--llama_4_scaling_beta", "from 0 to 100"]),
+        ("eval", ["--task", "ppl", "--data", ""], ["--data", "must name a file or a folder"]),
+        ("eval", ["--task", "ppl", "--model", ""], ["--model", "must name a file or a folder"]),
         ("tasks.coverage", ["--chunks", "two"], ["--chunks", "two"]),
         ("tasks.coverage", ["--examples", 0], ["--examples", "at least 1, not 0"]),
         ("tasks.coverage", ["--plot", "noext"], ["--plot", "noext", ".png"]),
@@ -123,6 +133,34 @@ def test_no_such_folder(really_refused):
     says = ["nowhere/llama", "config.json"]
     really_refused("train.py", "--model", "nowhere/llama", *TRAIN, says=says)
     really_refused("eval.py", "--model", "nowhere/llama", "--task", "passkey", says=says)
+
+
+META = {"params.json": "{}", "consolidated.00.pth": ""}
+CONVERT = "python -m hf.weights convert"
+
+
+@pytest.mark.parametrize(
+    "name, files, says",
+    [
+        ("smollm2", {}, ["did you mean smollm2-135m?"]),
+        ("SmolLM2-135M", {}, ["did you mean smollm2-135m?"]),
+        ("tinny", {}, ["did you mean tiny?"]),
+        ("meta-llama/Llama-2-7b-hf", {}, ["hf download meta-llama/Llama-2-7b-hf --local-dir"]),
+        ("models--a--b", {"snapshots/abc/config.json": "{}"}, ["name models--a--b/snapshots/abc"]),
+        ("meta", META, [f"{CONVERT} meta NEW_FOLDER"]),
+        ("m.gguf", {"": "GGUF"}, [f"{CONVERT} m.gguf NEW_FOLDER"]),
+        ("ggufs", {"q8.gguf": "GGUF"}, [f"{CONVERT} ggufs/q8.gguf NEW_FOLDER"]),
+        ("out", {"model/config.json": "{}"}, ["its model is in out/model"]),
+        ("empty", {"a.txt": ""}, ["name a Hugging Face folder or one of tiny, smollm2-135m"]),
+    ],
+)
+def test_a_model_that_is_somewhere_else(refused, name, files, says):
+    """The message says what to do."""
+    for file, content in files.items():
+        path = Path(name, file) if file else Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    refused("train", "--model", name, *TRAIN, "--out", "new", says=[f"{name}: no model here", *says])
 
 
 def test_folder_without_config(refused, model):
@@ -342,6 +380,8 @@ def test_no_tokenizer(refused, model):
         (["--target_len", 63, "--train_len", 16], ["--target_len 63", "window of 64"]),
         (["--target_len", -5, "--rope", "ntk"], ["--target_len", "at least 1, not -5"]),
         (["--target_len", 2**40], ["--target_len", "at most"]),
+        (["--batch_size", 2**31], ["--batch_size 2147483648", "a step takes at most"]),
+        (["--seed", 2**64], ["--seed", "at most"]),
         (["--train_len", 0], ["--train_len", "at least 1, not 0"]),
         (["--train_len", -5], ["--train_len", "at least 1, not -5"]),
         (["--chunks", 0], ["--chunks", "at least 1, not 0"]),
@@ -353,7 +393,7 @@ def test_no_tokenizer(refused, model):
         (["--micro_batch_size", 0], ["--micro_batch_size", "at least 1, not 0"]),
         (["--method", "full", "--train_len", 64], ["--method full", "256"]),
         (["--seed", -1], ["--seed", "at least 0, not -1"]),
-        (["--lr", -1], ["--lr", "at least 0, not -1"]),
+        (["--lr", -1], ["--lr", "from 0 to 1, not -1"]),
         (["--llama_4_scaling_beta", "nan"], ["--llama_4_scaling_beta", "not nan"]),
         (["--overshoot", 0.5], ["--overshoot", "from 1 to", "not 0.5"]),
         (["--factor", 1e300], ["--factor", "from 1 to", "not 1e+300"]),
@@ -447,6 +487,30 @@ def finished(model):
     Path("done/model/config.json").write_text("{}")
 
 
+def test_weights_that_are_no_numbers_leave_no_folder(refused, model):
+    """So the same command goes on once they are mended."""
+    change_tensors(lambda tensors: tensors.update({UP: tensors[UP] / 0}))(model)
+    refused("train", "--model", model, *TRAIN, says=[UP, "NaN or infinite"])
+
+
+def test_a_run_without_any_update_writes_no_model(call, model):
+    """Weights so large that no loss is finite: a step is left out, and it was the only one."""
+    change_tensors(lambda tensors: tensors.update({UP: tensors[UP] * 1e38}))(model)
+    done = call("train", "--model", model, *TRAIN, "--steps", 3, "--out", "out")
+    assert done.returncode == 2 and "step 3: loss or gradient was not finite 3 times" in done.stderr
+    assert not Path("out/model").exists()
+
+
+def test_many_passes_are_said(call, model):
+    texts = ("--data", "text.txt", "--batch_size", 64, "--steps", 2, "--target_len", 256)
+    done = call("train", "--model", model, *texts, *CPU, "--out", "out", "--train_len", 48)
+    assert done.returncode == 0 and "passes over" not in done.stderr
+    Path("short.txt").write_text("The cat sat on the mat. " * 20)
+    texts = ("--data", "short.txt", *texts[2:])
+    done = call("train", "--model", model, *texts, *CPU, "--out", "out2", "--train_len", 48)
+    assert done.returncode == 0 and "passes over these texts" in done.stderr
+
+
 def test_out_that_holds_a_run(really_refused, refused, model, finished):
     into_done = ("--model", model, *TRAIN, "--out", "done")
     really_refused("train.py", *into_done, says=["done", "--resume"])
@@ -483,6 +547,23 @@ def test_resume_with_other_arguments(refused, model, finished, arguments, says):
 def test_resume_of_a_broken_record(refused, model, finished):
     Path("done/args.json").write_text('{"model"')
     refused("train", "--model", model, *TRAIN, "--out", "done", "--resume", says=["args.json"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr": "fast"}, {"lr": [1e-3]}, {"lr": True}, {"steps": 1.5}, {"steps": {}}, {"steps": -1},
+        {"rope": 7}, {"data": [""]}, {"data": ["a\0b"]}, {"model": ""}, {"eval_lengths": [0]},
+        {"cpu_offload": "maybe"}, {"method": ["pose"]}, {"batch_size": 2**40},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_resume_of_a_record_of_other_types(refused, finished, change):
+    """Each is what a command line would be refused for."""
+    record = json.loads(Path("done/args.json").read_text())
+    Path("done/args.json").write_text(json.dumps(record | change))
+    (option,) = change
+    refused("train", "--resume", "--out", "done", says=["done", option])
 
 
 @pytest.mark.parametrize("out", ["text.txt", "text.txt/run"])
@@ -547,6 +628,34 @@ def test_evaluation_arguments(refused, model, arguments, says):
     refused("eval", "--model", model, *lengths, *CPU, "--task", *arguments, says=says)
 
 
+TRIAL = {"depth": 0.5, "correct": True}
+RESULT = {"length": 128, "trials": 1, "accuracy": 1.0, "interval": [0.2, 1.0], "by_trial": [TRIAL]}
+
+
+def results(**changes):
+    """Return the content of a file of results with one of a passkey evaluation, which is changed."""
+    return {"task": "passkey", "model": "m", "results": [RESULT | changes], "settings": {"model": ["m"]}}
+
+
+RESULTS_OF_OTHER_TYPES = [
+    results() | {"settings": []},
+    results() | {"settings": {"model": ["other"]}},
+    results() | {"compared": 5},
+    results() | {"compared": [7]},
+    results() | {"results": 7},
+    results() | {"results": [7]},
+    results(length="128"),
+    results(length=True),
+    results(length=[1]),
+    results(accuracy="all"),
+    results(accuracy=None),
+    results(interval=[0.5]),
+    results(by_trial=[{"depth": "low", "correct": True}]),
+    results(by_trial=[[]]),
+    results(by_trial=None),
+]
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -555,12 +664,27 @@ def test_evaluation_arguments(refused, model, arguments, says):
         "[1]",
         '{"task": "passkey"}',
         '{"task": "passkey", "model": "tiny", "results": []}',
+        *(json.dumps(content) for content in RESULTS_OF_OTHER_TYPES),
         "\xff",
     ],
 )
 def test_json_that_holds_nothing_to_go_on_from(refused, model, content):
     Path("r.json").write_bytes(content.encode("latin1"))
     refused("eval", "--model", model, *PASSKEY, "--json", "r.json", says=["r.json", "holds no results"])
+
+
+def test_json_that_is_of_the_right_types(refused, model):
+    """What RESULTS_OF_OTHER_TYPES are changes of is refused for its settings alone."""
+    Path("r.json").write_text(json.dumps(results()))
+    says = ["r.json: holds results of another evaluation"]
+    refused("eval", "--model", model, *PASSKEY, "--json", "r.json", says=says)
+
+
+def test_a_base_that_is_no_name(refused, finished):
+    """Without --model the base stands in out/args.json."""
+    Path("done").rename("out")
+    Path("out/args.json").write_text('{"model": [1]}')
+    refused("eval", *PASSKEY, says=["out/args.json: names no model"])
 
 
 def test_json_of_another_evaluation(refused, call, model):

@@ -153,7 +153,7 @@ def test_what_a_folders_search_passes_over_is_said(tmp_path, capfd):
     os.mkfifo(folder / "pipe.txt")
     assert texts_of(folder) == ["a"]
     said = capfd.readouterr().err
-    assert said.startswith(f"warning: {folder}: 1 files are read; passed over: 2 hidden, 1 linked folder, 1 ")
+    assert said.startswith(f"warning: {folder}: 1 file(s) read; passed over: 2 hidden, 1 linked folder, 1 ")
     assert "1 .md" in said and "1 .txt" in said and said.count("\n") == 1
     assert texts_of(folder, folder / "notes.md") == ["a", "notes"]
     assert capfd.readouterr().err == ""  # once

@@ -40,3 +40,22 @@ def test_wilson_interval_ends_where_the_normal_test_begins_to_reject(n, data):
     assert 0 <= low <= right / n + 1e-9 and right / n - 1e-9 <= high <= 1
     for p in (low, high):
         assert abs(right / n - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / n), abs=1e-6)
+
+
+def perplexities(*values):
+    """Return results of one document for perplexities at 256 tokens, 512, ..."""
+    results = []
+    for i, ppl in enumerate(values):
+        nats = [{"nats": 100 * math.log(ppl), "tokens": 100}]
+        shown = {"ppl": ppl, "standard_error": None, "left_out": 0, "documents": 1, "tokens": 100}
+        results.append({"length": 256 << i, "tail": None, "by_document": nats} | shown)
+    return results
+
+
+def test_an_untrained_model_holds_nothing():
+    """Its perplexity is that of guessing, at every length."""
+    table = report.PerplexityTable()
+    (guesses,) = table.conclusions(perplexities(49000.0, 49100.0))
+    assert guesses == "hardly predicts these texts (perplexity 49,000): is it trained at all?"
+    (holds,) = table.conclusions(perplexities(12.0, 12.1))
+    assert holds.startswith("holds its perplexity to 512 tokens")
