@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 import pose
 import rope
-from storage.files import InputError, describe_changes, read_json
+from storage.files import InputError, describe_changes, printable, read_json
 from storage.log import is_finished
 
 LARGEST = 2**31  # for lengths in tokens, and factors
@@ -212,7 +212,7 @@ def run(main):
         # Under torchrun every process meets the same mistake of the user: it is said once a machine.
         is_said_here = not isinstance(error, InputError) or os.environ.get("LOCAL_RANK", "0") == "0"
         if is_said_here:
-            print(f"error: {message}", file=sys.stderr)
+            print(f"error: {printable(message)}", file=sys.stderr)
         elif "TORCHELASTIC_RUN_ID" in os.environ:
             # torchrun ends all processes when the first one ends, and that must be the one that says it.
             time.sleep(10)
@@ -327,8 +327,8 @@ def training_parser():
     p.add_argument("--model", type=path_name,
         help="a Hugging Face folder, or tiny or smollm2-135m (default: smollm2-135m with a GPU, else tiny)")
     p.add_argument("--data", type=path_name, nargs="+", action="extend", default=[], metavar="FILE",
-        help="texts: .txt, .jsonl, .jsonl.gz files, and folders of them (default: Python's standard "
-        "library)")
+        help="texts: .txt, .jsonl, .ndjson files (.gz too), and folders of them (default: Python's "
+        "standard library)")
     p.add_argument("--out", type=as_path, default=Path("out"), metavar="DIR",
         help="a new folder for this run (default: out)")
     p.add_argument("--target_len", type=whole_number(1),

@@ -60,12 +60,10 @@ def what_to_do(path):
         return f"convert its file: python -m hf.weights convert {min(path.glob('*.gguf'))} NEW_FOLDER"
     if path.exists():
         return None
-    similar = difflib.get_close_matches(str(path).lower(), BUILT_IN, n=1, cutoff=0.5)
-    if similar:
-        return f"did you mean {similar[0]}?"
     if HUB_ID.fullmatch(str(path)):
         return f"a name on the Hub? Fetch it first: hf download {path} --local-dir NEW_FOLDER"
-    return None
+    similar = difflib.get_close_matches(str(path).lower(), BUILT_IN, n=1, cutoff=0.5)
+    return f"did you mean {similar[0]}?" if similar else None
 
 
 def _smollm2():

@@ -266,8 +266,11 @@ def check(config):
 
 
 def _check_rotary_dim(rotary_dim, head_dim):
-    """Raise ValueError unless so many dimensions of a head can be turned, and written as a share of it."""
-    possible = rotary_dim % 2 == 0 and 0 < rotary_dim <= head_dim
+    """Raise ValueError unless so many dimensions of a head can be turned, and written as a share of it.
+
+    A single pair would leave NTK nothing to slow.
+    """
+    possible = rotary_dim % 2 == 0 and 4 <= rotary_dim <= head_dim
     if not possible or int(head_dim * (rotary_dim / head_dim)) != rotary_dim:
         raise ValueError(f"{rotary_dim} rotary dimensions in a head of {head_dim} are not known")
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from storage.files import InputError, describe_changes, replace_folder
+from storage.files import InputError, describe_changes, read_json, replace_folder
 
 MANIFEST = "checkpoint.json"
 
@@ -164,10 +164,13 @@ class Checkpoints:
         return next((name for part in from_all for name in part), None)
 
     def _manifest(self, step):
-        """Return the content of a checkpoint's checkpoint.json, None if it cannot be read."""
+        """Return the content of a checkpoint's checkpoint.json, None if it is not what `_complete` writes."""
         try:
-            return json.loads((self.folder / f"step-{step}" / MANIFEST).read_text())
-        except (OSError, ValueError):
+            manifest = read_json(self.folder / f"step-{step}" / MANIFEST)
+            names = set(manifest["crc32"])
+            is_whole = ".metadata" in names and all(Path(name).name == name for name in names)
+            return {"run": dict(manifest["run"]), "crc32": dict(manifest["crc32"])} if is_whole else None
+        except (ValueError, TypeError, KeyError):
             return None
 
     def _steps(self):

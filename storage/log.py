@@ -70,4 +70,4 @@ def show_progress(bar, line):
 def is_finished(out, steps):
     """Return whether the run in `out` made all its steps. (An interrupted one has a model too.)"""
     metrics = out / "metrics.jsonl"
-    return (out / "model").exists() and len(metrics.read_text().splitlines()) >= steps
+    return (out / "model").exists() and len(metrics.read_bytes().splitlines()) >= steps

@@ -128,6 +128,7 @@ def check_results(report, table, unit):
         if type(result[unit]) is not {"length": int}.get(unit, str):
             raise TypeError(f"{unit} is {result[unit]!r}")
     if report["results"]:
+        table.introduction(report["results"])
         table.rows([report], report["task"])
         list(table.conclusions(report["results"]))
 

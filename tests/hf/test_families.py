@@ -462,6 +462,7 @@ REFUSED = [
     ("gptj", {"activation_function": "relu"}, "activation_function 'relu'"),
     ("gptj", {"rotary_dim": 32}, "32 rotary dimensions"),
     ("gptj", {"rotary_dim": 7}, "7 rotary dimensions"),
+    ("gptj", {"rotary_dim": 2}, "2 rotary dimensions"),
     # int(88 * (30 / 88)) is 29, so that Phi cannot have it.
     ("gptj", {"n_embd": 352, "rotary_dim": 30}, "30 rotary dimensions in a head of 88"),
     ("gptj", {"n_embd": "absent"}, "n_embd"),
