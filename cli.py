@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 import pose
 import rope
-from storage.files import InputError, describe_changes, printable, read_json
+from storage.files import InputError, LocalError, describe_changes, printable, read_json
 from storage.log import is_finished
 
 LARGEST = 2**31  # for lengths in tokens, and factors
@@ -210,7 +210,8 @@ def run(main):
         if message is None:
             raise
         # Under torchrun every process meets the same mistake of the user: it is said once a machine.
-        is_said_here = not isinstance(error, InputError) or os.environ.get("LOCAL_RANK", "0") == "0"
+        is_shared = isinstance(error, InputError) and not isinstance(error, LocalError)
+        is_said_here = not is_shared or os.environ.get("LOCAL_RANK", "0") == "0"
         if is_said_here:
             print(f"error: {printable(message)}", file=sys.stderr)
         elif "TORCHELASTIC_RUN_ID" in os.environ:

@@ -193,7 +193,8 @@ def main():
     # All that a user can get wrong has been looked at. What follows takes memory and writes into --out.
     device = fsdp.start(args.device)
     check_agreement(record)
-    model = load_sharded(args, folder, config, device)  # here a weight that is NaN is refused
+    model = load_sharded(args, folder, config, device)
+    dist.barrier()  # a process that has read a weight that is NaN ends there, and then nothing is written
     if dist.get_rank() == 0 and not args.resume:
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "args.json", record)

@@ -16,7 +16,7 @@ import torch
 from hf import tokenizer
 from hf.families import (
     LARGEST_SIZES,
-    check,
+    check_config,
     half_split,
     hf_config,
     is_query_or_key,
@@ -95,6 +95,8 @@ def read_pickle(path):
 
     Raise InputError if the file is damaged or holds anything else, such as code.
     """
+    if not path.is_file():
+        raise InputError(f"{path}: not a file; copy the checkpoint again")
     with open(path, "rb") as f:
         head = f.read(23)
     if head == b"version https://git-lfs":
@@ -230,7 +232,7 @@ class MetaCheckpoint:
             **sizes,
         )
         try:
-            check(config)
+            check_config(config)
         except ValueError as error:
             raise InputError(f"{self.params_path}: {error}; copy it again") from None
         return config

@@ -196,7 +196,7 @@ def read_config(folder):
     c = read_json(path)
     try:
         config = _config(c)
-        check(config)
+        check_config(config)
     except ValueError as error:
         raise InputError(f"{path}: {error}; this code extends RoPE models of {', '.join(FAMILIES)}") from None
     return config
@@ -246,7 +246,7 @@ def _config(c):
     )
 
 
-def check(config):
+def check_config(config):
     """Raise ValueError unless a Config that was read from a file is one that a model can have.
 
     Every reader of a format has looked at each number by itself; here they are looked at together.

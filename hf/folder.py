@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from fsdp import own_rows
 from hf import families, tokenizer
-from storage.files import InputError, read_json
+from storage.files import InputError, LocalError, read_json
 
 INDEX = "model.safetensors.index.json"
 WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")  # integers and float8 are quantised weights
@@ -162,8 +162,7 @@ def find_tensors(folder, needed):
     """Return {path of a safetensors file: {name of a tensor in it: its shape}} of a folder.
 
     An index, where there is one, says which files and tensors count; what is not in `needed` may be missing
-    all the same, such as the head that is tied to the embedding. Raise InputError if a tensor is missing, or
-    if the index leaves out a model.safetensors beside it: loaders disagree on which of the two counts.
+    all the same, such as the head that is tied to the embedding. Raise InputError if a tensor is missing.
     """
     index, single = folder / INDEX, folder / "model.safetensors"
     if not index.exists():
@@ -173,12 +172,8 @@ def find_tensors(folder, needed):
         if any(folder.glob("*.bin")):
             hint = f" (its .bin weights are pickled: python -m hf.weights convert {folder} NEW_FOLDER)"
         raise InputError(f"{folder}: no model.safetensors and no {INDEX}{hint}; is the copy complete?")
-    named = read_index(index)
-    if single.exists() and single not in named:
-        reason = f"holds model.safetensors and {INDEX}, which names other files"
-        raise InputError(f"{folder}: {reason}; remove the one that is not this model's, with its files")
     files = {}
-    for path, names in named.items():
+    for path, names in read_index(index).items():
         shapes = read_shapes(path)
         absent = set(names) & needed.keys() - shapes.keys()
         if absent:
@@ -191,7 +186,8 @@ def find_tensors(folder, needed):
 def read_index(index):
     """Return {file: names of its weights} of an index file.
 
-    Raise InputError if it names a file outside its own folder.
+    Raise InputError if it names a file outside its own folder, or leaves out a single file beside it that has
+    its name: loaders disagree on which of the two counts.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -202,6 +198,10 @@ def read_index(index):
             reason = f"{name} points to {file!r}, outside the folder"
             raise InputError(f"{index}: {reason}; do not use this checkpoint")
         files.setdefault(index.parent / file, []).append(name)
+    single = index.with_name(index.name.removesuffix(".index.json"))
+    if single.exists() and single not in files:
+        reason = f"holds {single.name} and {index.name}, which names other files"
+        raise InputError(f"{index.parent}: {reason}; remove what is not this model's")
     return files
 
 
@@ -244,11 +244,11 @@ def check_dtype(path, name, dtype):
 
 
 def check_finite(path, name, weight):
-    """Raise InputError if a weight of a file is NaN or infinite somewhere.
+    """Raise LocalError if a weight of a file is NaN or infinite somewhere.
 
     weight: its values, in the dtype in which they are used.
     """
     # The sum needs no second tensor of this size. It may overflow where no weight does.
     if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
         reason = f"weight {name} is NaN or infinite somewhere, as {str(weight.dtype).removeprefix('torch.')}"
-        raise InputError(f"{path}: {reason}; the file is damaged, or its training diverged")
+        raise LocalError(f"{path}: {reason}; the file is damaged, or its training diverged")

@@ -13,7 +13,7 @@ import torch
 from hf.families import (
     FAMILIES,
     LARGEST_SIZES,
-    check,
+    check_config,
     half_split,
     hf_config,
     is_query_or_key,
@@ -112,12 +112,11 @@ class GGUFFile:
         self._check_kind()
         try:
             self.config = self._read_config()
-            check(self.config)
+            check_config(self.config)
         except InputError:
             raise
         except ValueError as error:
-            reason = f"{self.architecture}.{error}"
-            raise InputError(f"{self.path}: {reason}; convert the model to GGUF again") from None
+            raise InputError(f"{self.path}: {error}; convert the model to GGUF again") from None
         self.tensors = self._match_tensors()
 
     def _check_places(self, reader):
@@ -136,7 +135,7 @@ class GGUFFile:
             reason = f"architecture {self.architecture!r} is not known"
             raise InputError(f"{self.path}: {reason}; this code reads {' and '.join(ARCHITECTURES)}")
         parts = self.metadata.get("split.count", 1)
-        if parts != 1:
+        if parts not in (0, 1):  # 0: they were joined
             remedy = "join them first (llama.cpp: llama-gguf-split --merge)"
             raise InputError(f"{self.path}: one of {parts} parts of a model; {remedy}")
         known_keys = {f"{self.architecture}.{key}" for key in KNOWN_KEYS}
@@ -188,10 +187,10 @@ class GGUFFile:
 
         size: the field of Config that it is, a whole number; without one it is a float.
         """
-        values = {key: self._get(key)}
+        key = f"{self.architecture}.{key}"
         if size is None:
-            return positive(values, key, default=default)
-        return positive(values, key, int, LARGEST_SIZES[size], default)
+            return positive(self.metadata, key, default=default)
+        return positive(self.metadata, key, int, LARGEST_SIZES[size], default)
 
     def _read_scaling(self, window):
         """Return the rope_scaling of the model, or None. Raise InputError for a kind that is not known.

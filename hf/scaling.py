@@ -215,13 +215,13 @@ def stretched_window(scaling, window):
     """Return the window, in tokens, of a model with a rope_scaling (or None) whose file says `window`.
 
     Qwen's own instructions add YaRN to a config.json and leave max_position_embeddings at the window before
-    it. transformers computes the scaled angles then and does not look at the window; vLLM takes the factor
-    times the original window. So does this code where the recorded original window is the one that
-    config.json says; every other file means what it says. linear scaling that does not record the original
-    window stays unclear: vLLM multiplies there too, though most files say the stretched window already.
+    it. transformers scales the angles then and does not look at the window; vLLM takes the factor times the
+    original window. So does this code where the original window is the one that the file says. In every other
+    case the file means what it says: YaRN's factor may be larger than the windows' ratio, and with linear
+    scaling most files say the stretched window and record no other.
     """
     scaling = scaling or {}
     is_unstretched = scaling.get("original_max_position_embeddings") == window
-    if scaling.get("rope_type") not in ("linear", *rope.RAMPED) or not is_unstretched:
+    if scaling.get("rope_type") not in rope.RAMPED or not is_unstretched:
         return window
     return max(window, round(scaling.get("factor", 1) * window))

@@ -20,6 +20,10 @@ class InputError(ValueError):
     """Something from outside cannot be used. The message says in one line what, where, and what to do."""
 
 
+class LocalError(InputError):
+    """An InputError that the other processes of a run need not meet, so that each says its own."""
+
+
 def cache_dir():
     """Return the folder for converted models and tokenised texts.
 

@@ -137,7 +137,7 @@ def find_files(folder):
     known = {*BENCHMARKS, *(benchmark.examples for benchmark in BENCHMARKS.values())}
     files = {}
     for path in sorted(Path(folder).iterdir()):
-        if not path.name.endswith(JSON_LINES):
+        if not (path.is_file() and path.name.endswith(JSON_LINES)):
             continue
         name = path.name.removesuffix(".gz").removesuffix(".jsonl")
         if name not in known:

@@ -493,6 +493,19 @@ def test_weights_that_are_no_numbers_leave_no_folder(refused, model):
     refused("train", "--model", model, *TRAIN, says=[UP, "NaN or infinite"])
 
 
+def test_a_weight_that_one_of_two_processes_reads(run, model):
+    """The second one has the last rows. It says so, and the first one writes nothing meanwhile."""
+
+    def spoil(tensors):
+        tensors[UP][-1] = float("nan")
+
+    change_tensors(spoil)(model)
+    before = snapshot(Path())
+    done = run("train.py", "--model", model, *TRAIN, processes=2)
+    assert done.returncode != 0 and snapshot(Path()) == before
+    assert done.stderr.count("error: ") == done.stderr.count(f"weight {UP} is NaN or infinite") == 1
+
+
 def test_a_run_without_any_update_writes_no_model(call, model):
     """Weights so large that no loss is finite: a step is left out, and it was the only one."""
     change_tensors(lambda tensors: tensors.update({UP: tensors[UP] * 1e38}))(model)

@@ -101,6 +101,8 @@ def spoil(folder, how, tmp_path):
         torch.save(dict(list(torch.load(first).items())[1:]), first)
     elif how == "a shape":
         torch.save({name: tensor[:1] for name, tensor in torch.load(first).items()}, first)
+    elif how == "a file beside the index":
+        shutil.copy(first, folder / "pytorch_model.bin")
     elif how == "a short record":
         cut_record(first)
     elif how in OTHER_TENSORS:
@@ -141,6 +143,7 @@ OTHER_TENSORS = {
 
 
 SPOILT = {
+    "a file beside the index": "holds pytorch_model.bin and pytorch_model.bin.index.json",
     "a short record": "larger than its record",
     "a key that is a number": "tensors by their names",
     "a sparse weight": f"{NORM} is sparse",

@@ -167,6 +167,27 @@ def test_rope_scaling(make_llama, make_gguf, convert_it, bpe, mode, family):
     assert (stock(unscaled) - stock(model)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize(
+    "scaling, window",
+    [
+        ({"rope.scaling.type": "yarn", "rope.scaling.original_context_length": 64}, 256),
+        ({"rope.scaling.type": "yarn", "rope.scaling.original_context_length": 16}, 64),
+        ({"rope.scaling.type": "linear"}, 64),
+    ],
+    ids=str,
+)
+def test_the_window_of_a_scaled_model(make_gguf, convert_it, scaling, window):
+    """llama.cpp's converter writes the 64 of a config.json whose YaRN by 4 begins there."""
+    make_gguf(metadata=scaling | {"rope.scaling.factor": 4.0})
+    assert weights.load(convert_it()).config.max_position_embeddings == window
+
+
+def test_a_file_that_was_joined(make_gguf, convert_it):
+    """llama-gguf-split --merge leaves a count of 0 parts."""
+    make_gguf(metadata={"split.count": 0})
+    assert convert_it().is_dir()
+
+
 # ---------------------------------------------------------------- what is refused
 
 YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
@@ -195,13 +216,17 @@ SPOILT = {  # the metadata to change, the tensors to change, what the refusal na
     "a tokenizer": ({"tokenizer.ggml.pre": "tekken"}, {}, "model.gguf: .*'tekken'"),
     "a part of several": ({"split.count": 3}, {"blk.1.ffn_up.weight": None}, "one of 3 parts"),
     "half a layer": ({"block_count": 2.5}, {}, "block_count is 2.5"),
-    "a factor of text": ({"rope.scaling.type": "linear", "rope.scaling.factor": "4"}, {}, "factor is '4'"),
+    "a factor of text": (
+        {"rope.scaling.type": "linear", "rope.scaling.factor": "4"},
+        {},
+        "llama.rope.scaling.factor is '4'",
+    ),
     "an eps of text": ({"attention.layer_norm_rms_epsilon": "1e-5"}, {}, "epsilon is '1e-5'"),
     "a base of nothing": ({"rope.freq_base": float("nan")}, {}, "freq_base is nan"),
     "parts of text": ({"split.count": "3"}, {}, "one of 3 parts"),
     "a BOS of text": ({"tokenizer.ggml.bos_token_id": "1"}, {}, "'1' is no id of a token"),
     "layers without end": ({"block_count": 2**31}, {}, "block_count is 2147483648, more than"),
-    "kv heads": ({"attention.head_count_kv": 3}, {}, "3 key/value heads do not divide 4"),
+    "kv heads": ({"attention.head_count_kv": 3}, {}, "model.gguf: 3 key/value heads do not divide 4"),
     "a weight that is no number": ({}, {"output_norm.weight": NANS}, "model.norm.weight is NaN"),
     "factors that are no numbers": ({}, {"rope_freqs.weight": NANS[:8]}, "long_factor|no frequencies"),
     "tokens that are a number": ({"tokenizer.ggml.tokens": 5}, {}, "not usable .damaged"),

@@ -235,6 +235,7 @@ def test_scaled_queries_on_top_of_linear_scaling(make_llama, tiny_tokenizer, tmp
         ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192}, 32768, 32768),
         ({"type": "yarn", "factor": 4.0}, 8192, 32768),  # stock loaders take 8192 for the original window
         ({"rope_type": "linear", "factor": 4.0}, 8192, 8192),
+        ({"rope_type": "linear", "factor": 4.0, "original_max_position_embeddings": 8192}, 8192, 8192),
         ({"rope_type": "dynamic", "factor": 4.0}, 8192, 8192),
         (LLAMA31 | {"original_max_position_embeddings": 8192}, 8192, 8192),  # its factor is not the window's
     ],
@@ -245,6 +246,9 @@ def test_the_window_of_a_scaled_model(tmp_path, scaling_terms, says, window):
     (tmp_path / "config.json").write_text(json.dumps(written | {"rope_parameters": None}))
     config = families.read_config(tmp_path)
     assert config.max_position_embeddings == window
+    again = families.hf_config(config)
+    (tmp_path / "config.json").write_text(json.dumps(again))
+    assert families.read_config(tmp_path).max_position_embeddings == window
     if window == 32768:  # stretched once more, the angles are those of the whole factor
         twice = scaling.extend(config, "yarn", 65536)
         assert twice.rope_scaling["factor"] == 2 * scaling_terms["factor"]
