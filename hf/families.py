@@ -212,17 +212,16 @@ def _config(c):
         if (c.get(key) or value) != value:  # null and false mean the default
             raise ValueError(f"{key} {c[key]!r} is not known for {model_type}")
     sizes = _sizes(c, family)
-    window = sizes["max_position_embeddings"]
+    theta, scaling, partial = read_rope(c, sizes["max_position_embeddings"], family.partial_rotary or 1)
+    window = stretched_window(scaling, sizes["max_position_embeddings"])
+    sizes["max_position_embeddings"] = window
     _refuse_sliding_window(c, family, sizes["n_layers"], window)
-
-    theta, scaling, partial = read_rope(c, window, family.partial_rotary or 1)
     if partial != 1 and family.partial_rotary is None:
         raise ValueError(f"partial_rotary_factor {partial} is not known for {model_type}")
     if rope.has_query_scale(scaling) != (family.scaled_queries_as == model_type):
         beta = (scaling or {}).get("llama_4_scaling_beta")
         raise ValueError(f"llama_4_scaling_beta {beta!r} is not known for {model_type}")
     sizes.setdefault("rotary_dim", int(sizes["head_dim"] * partial))
-    sizes["max_position_embeddings"] = stretched_window(scaling, window)
 
     dtype = c.get("dtype") or c.get("torch_dtype") or "float32"
     if dtype not in ("float32", "bfloat16", "float16"):

@@ -180,13 +180,21 @@ def as_model(config, tokenizer, log_likelihoods):
 
     config: the model's Config. log_likelihoods: a function from pairs (context, continuation) of lists of
     token ids to pairs (the continuation's summed log-likelihood in nats, whether greedy decoding gives it).
+    Raise InputError if the model has no token that a text begins with.
     """
     from lm_eval.api.model import TemplateLM
 
+    first = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
+    first = first[0] if isinstance(first, list) and first else first
+    if type(first) is not int or first >= config.vocab_size:
+        what = f"no token for the start of a text (bos_token_id or eos_token_id is {first})"
+        raise InputError(
+            f"config.json names {what} in its vocabulary of {config.vocab_size}; correct it there"
+        )
+
     class Model(TemplateLM):
         eot_token_id = config.eos_token_id
-        # What stands before a text without context:
-        prefix_token_id = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
+        prefix_token_id = first  # what stands before a text without context
 
         def tok_encode(self, string, add_special_tokens=None, **_):
             ids = tokenizer.encode(string)

@@ -104,8 +104,11 @@ def damage_bytes(content, rng, within=None):
             del content[place:]
         elif how < 0.3:
             del content[place : place + rng.choice([1, 4, 100])]
-        elif how < 0.6:
+        elif how < 0.5:
             content[place:place] = rng.choice(STRANGE_TEXT)
+        elif how < 0.7:  # a number of a binary format
+            number = rng.choice([b"\0" * 8, b"\xff" * 8, b"\0\0\0\x80\0\0\0\0", b"\0\0\xc0\x7f"])
+            content[place : place + len(number)] = number
         elif place < len(content):
             content[place] = rng.randrange(256)
     return bytes(content)

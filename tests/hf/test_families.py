@@ -517,6 +517,8 @@ USED_BY_NO_LAYER = {"use_sliding_window": True, "sliding_window": 32}
         ({"layer_types": ["full_attention"] * 2, "max_window_layers": 0}, None),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window 32 in use"),
         ({"sliding_window": 64, "max_window_layers": 0}, None),
+        # The window is 256 then: YaRN by 4, as Qwen's instructions have it.
+        ({"rope_parameters": YARN, "sliding_window": 64, "max_window_layers": 0}, "sliding_window 64 in use"),
         ({"sliding_window": "32", "max_window_layers": 0}, "sliding_window is '32'"),
         ({"use_sliding_window": False, "max_window_layers": 0}, None),
     ],
@@ -529,7 +531,8 @@ def test_a_sliding_window_counts_where_a_layer_uses_it(config_of, changes, says)
     )
     if says != "sliding_window is '32'":
         theirs = transformers.AutoConfig.from_pretrained(folder)
-        slides = "sliding_attention" in theirs.layer_types and (theirs.sliding_window or 64) < 64
+        window = 256 if "rope_parameters" in changes else 64
+        slides = "sliding_attention" in theirs.layer_types and (theirs.sliding_window or 64) < window
         assert slides == (says is not None)
     if says is None:
         assert families.read_config(folder).n_layers == 2

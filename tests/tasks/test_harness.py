@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 
 import eval as evaluation
 from hf import builtin, weights
+from model import Config
 from storage.files import InputError
 from tasks import harness, prompts, report
 
@@ -289,6 +290,13 @@ def test_files_that_are_no_lines_of_items(tmp_path):
     # Blank lines count for nothing.
     (tmp_path / "piqa.jsonl.gz").write_bytes(gzip.compress(f"{good}\n\n{good}\n\n".encode()))
     assert harness.evaluate("piqa", harness.find_files(tmp_path)["piqa"], Recorder())["items"] == 2
+
+
+@pytest.mark.parametrize("bos, eos", [(320, 2), (None, None), (None, 320), (None, [320]), (None, [])])
+def test_a_model_without_a_first_token(bos, eos):
+    config = Config(320, 64, 96, 1, 4, 2, 16, 64, bos_token_id=bos, eos_token_id=eos)
+    with pytest.raises(InputError, match="no token for the start of a text .* vocabulary of 320"):
+        harness.as_model(config, None, None)
 
 
 def test_without_the_harness(tmp_path, monkeypatch):
