@@ -8,10 +8,13 @@ resuming is exact, and the loss curve does not depend on how many processes shar
 import gzip
 import hashlib
 import json
+import math
 import sysconfig
 import tempfile
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 
@@ -205,20 +208,34 @@ def tokenise(files, tokenizer, folder):
 # ---------------------------------------------------------------- token files -> batches
 
 
+@dataclass
+class Episodes:
+    """Which examples of a batch are retrieval episodes (retrieval.py).
+
+    share: of the examples of a global batch. length: tokens of an episode, a divisor of the tokens of an
+    example, which holds as many episodes as fit. make(rng, document): returns the window of one episode
+    about a document of more than `length` tokens, or None where there is no room for one."""
+
+    share: float
+    length: int
+    make: Callable
+
+
 class Batches:
     """The batches of a run: calling it with a step gives that step's examples.
 
-    Documents too short for one window are left out: `n_too_short` counts them, and `usable_tokens`
-    the tokens of the others.
+    An example has train_len tokens. It is one window, or several episodes. Documents too short for one
+    window are left out: `n_too_short` counts them, and `usable_tokens` the tokens of the others.
     """
 
-    def __init__(self, documents, seed, bos_id=None, **sampling):
+    def __init__(self, documents, seed, bos_id=None, episodes=None, **sampling):
         """Find where windows can begin. Raise InputError if no document is long enough.
 
-        bos_id: replaces the first token of each window, if the model has one. sampling: the arguments of
-        pose.sample after text_len.
+        bos_id: replaces the first token of each window, if the model has one. episodes: an Episodes, or None
+        for plain windows alone. sampling: the arguments of pose.sample after text_len.
         """
         self.documents, self.seed, self.bos_id, self.sampling = documents, seed, bos_id, sampling
+        self.episodes = episodes
         train_len = sampling["train_len"]
         reach = SPAN_IN_WINDOWS * train_len
         if sampling.get("offset") == "skip":  # the text stands where its positions say
@@ -238,39 +255,82 @@ class Batches:
             )
 
     def __call__(self, step, indices):
-        """Return tokens, positions and targets of the examples `indices` of a step's global batch.
+        """Return the examples `indices` of a step's global batch, a list.
 
-        Each is int64 (len(indices), train_len).
+        Each is tokens, positions and targets, int64, and token weights, float32, all of shape
+        (windows, tokens of a window). A token weight is what a target counts in the loss.
         """
-        examples = [self.example(np.random.default_rng((self.seed, step, i))) for i in indices]
-        tokens, positions, targets = zip(*examples)
-        return np.stack(tokens), np.stack(positions), np.stack(targets)
+        return [self.example(step, i) for i in indices]
 
-    def example(self, rng):
-        """Return tokens, positions and targets of one example drawn with a numpy Generator.
+    def example(self, step, i):
+        """Return example i of a step, drawn with a generator of its own."""
+        rng = np.random.default_rng((self.seed, step, i))
+        if self.is_episode(i):
+            n = self.sampling["train_len"] // self.episodes.length
+            windows = [self.episode(rng) for _ in range(n)]
+        else:
+            windows = [self.window(rng, self.sampling)]
+        return tuple(np.stack(column) for column in zip(*windows))
 
-        Each is int64 (train_len,).
-        """
+    def is_episode(self, i):
+        """Return whether example i of every global batch is made of episodes: they are spread evenly."""
+        if self.episodes is None:
+            return False
+        return math.floor((i + 1) * self.episodes.share) > math.floor(i * self.episodes.share)
+
+    def draw_text(self, rng):
+        """Return a stretch of a document, int64 (at most span,), with more than train_len tokens."""
         place = rng.integers(self.window_counts[-1])
         i = np.searchsorted(self.window_counts, place, side="right")
         start = place - (self.window_counts[i - 1] if i else 0)
-        text = self.documents[i][start : start + self.span].astype(np.int64)
-        index, positions = pose.sample(rng=rng, text_len=len(text), **self.sampling)
-        tokens = text[index]
+        return self.documents[i][start : start + self.span].astype(np.int64)
+
+    def window(self, rng, sampling):
+        """Return tokens, positions, targets and token weights, (train_len,), of one window."""
+        text = self.draw_text(rng)
+        index, positions = pose.sample(rng=rng, text_len=len(text), **sampling)
+        # The target is the token that really follows in the document, at the seam of two chunks too.
+        targets = text[index + 1]
+        return self.begun(text[index]), positions, targets, np.ones(len(index), dtype=np.float32)
+
+    def episode(self, rng):
+        """Return tokens, positions, targets and token weights, (episodes.length,), of one episode; of a plain
+        window where there is no room for one."""
+        made = self.episodes.make(rng, self.draw_text(rng))
+        if made is None:
+            return self.window(rng, self.sampling | {"train_len": self.episodes.length})
+        tokens, *others = made
+        return self.begun(tokens), *others
+
+    def begun(self, tokens):
+        """Put the token that begins a text, if the model has one, in the place of the first token."""
         if self.bos_id is not None:
             tokens[0] = self.bos_id
-        # The target is the token that really follows in the document, at the seam of two chunks too.
-        return tokens, positions, text[index + 1]
+        return tokens
 
 
-def prefetched(batches, first_step, indices, device):
-    """Yield batches(step, indices) as tensors on `device`, for first_step and all steps after it.
+def micro_batches(examples, size):
+    """Yield `size` examples of Batches at a time as one tuple of arrays.
 
-    A thread makes the next batch while the device works on this one.
+    They are tokens, positions, targets and token weights, each (windows of all of them, tokens of a window).
     """
+    for i in range(0, len(examples), size):
+        yield tuple(np.concatenate(column) for column in zip(*examples[i : i + size]))
+
+
+def prefetched(batches, first_step, indices, micro_batch_size, device):
+    """Yield the micro-batches of batches(step, indices), for first_step and all steps after it.
+
+    A step's are a list of tuples of tensors on `device`. A thread makes the next step's while the device
+    works on these.
+    """
+
+    def make(step):
+        return list(micro_batches(batches(step, indices), micro_batch_size))
+
     with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(batches, first_step, indices)
+        following = thread.submit(make, first_step)
         for step in count(first_step + 1):
             batch = following.result()
-            following = thread.submit(batches, step, indices)
-            yield tuple(torch.from_numpy(x).to(device) for x in batch)
+            following = thread.submit(make, step)
+            yield [tuple(torch.from_numpy(x).to(device) for x in micro_batch) for micro_batch in batch]
