@@ -141,8 +141,10 @@ class RandomDocument:
 
 
 def random_batches(config, args, sampling, device):
-    """Yield the micro-batches of each step as in train.py, but of random tokens. sampling: the arguments of
-    pose.sample."""
+    """Yield the micro-batches of each step as in train.py, but of random tokens.
+
+    sampling: the arguments of pose.sample.
+    """
     document = RandomDocument(config.vocab_size, max(4 * sampling["train_len"], 2**20))
     batches = data.Batches(document, seed=0, **sampling)
     first = dist.get_rank() * args.share
@@ -205,9 +207,9 @@ def transformers_step(config, args, sampling, device):
     def step():
         micro_batches = next(batches)
         total = torch.zeros((), device=device)
-        for micro_batch, _, _, _ in micro_batches:
+        for tokens, *_ in micro_batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-                loss = compiled(input_ids=micro_batch, labels=micro_batch).loss / len(micro_batches)
+                loss = compiled(input_ids=tokens, labels=tokens).loss / len(micro_batches)
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

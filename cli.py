@@ -351,7 +351,7 @@ def training_parser():
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=whole_number(0),
         help="optimizer steps; 0 writes the untrained model with its interpolation (default: 1000; 150 "
-        "with tiny, 200 with smollm2-135m)")
+        "with tiny, 300 with smollm2-135m)")
     g.add_argument("--batch_size", type=whole_number(1),
         help="examples in a step, over all processes (default: 64, 32 with tiny, 16 with smollm2-135m, and "
         "fewer where an example is longer than the model's window)")
@@ -508,11 +508,15 @@ def complete_lengths(args, window, recipe):
 
 
 def complete_episodes(args, window, recipe):
-    """Fill in retrieval and episode_len. window: the model's, in tokens."""
+    """Fill in retrieval, and episode_len where there are episodes. window: the model's, in tokens."""
     if args.retrieval is None:
         args.retrieval = recipe.retrieval if args.method == "pose" else 0.0
     if args.retrieval and args.method not in ("pose", "pi"):
         raise InputError(f"--retrieval belongs to --method pose and pi; leave it out with {args.method}")
+    if not args.retrieval:
+        if args.episode_len is not None:
+            raise InputError("--episode_len belongs to --retrieval; leave it out or give a share above 0")
+        return
     if args.episode_len is None:
         args.episode_len = args.train_len if args.train_len % window else window
     if args.train_len % args.episode_len:
@@ -536,8 +540,8 @@ def complete_batch(args, window, recipe):
     if 0 < args.retrieval < 1 and args.episode_len < args.train_len:
         if args.micro_batch_size not in (None, 1):
             raise InputError(
-                f"--micro_batch_size {args.micro_batch_size}: episodes shorter than the other examples go one "
-                f"example at a time; leave it out, or give --episode_len {args.train_len} or --retrieval 0"
+                f"--micro_batch_size {args.micro_batch_size}: examples go one at a time where episodes are "
+                f"shorter than plain windows; leave it out, or give --episode_len {args.train_len}"
             )
         args.micro_batch_size = 1
     _, args.micro_batch_size = split_batch(args.batch_size, args.micro_batch_size, args.train_len)

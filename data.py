@@ -210,15 +210,22 @@ def tokenise(files, tokenizer, folder):
 
 @dataclass
 class Episodes:
-    """Which examples of a batch are retrieval episodes (retrieval.py).
+    """Which examples of a run are retrieval episodes, and how they are made (retrieval.py).
 
-    share: of the examples of a global batch. length: tokens of an episode, a divisor of the tokens of an
-    example, which holds as many episodes as fit. make(rng, document): returns the window of one episode
-    about a document of more than `length` tokens, or None where there is no room for one."""
+    share: of all examples. batch_size: examples in a global batch. length: tokens of an episode, a divisor of
+    the tokens of an example, which holds as many episodes as fit. make(rng, document): returns the window of
+    one episode, as retrieval.episode does, in a text of more than `length` tokens.
+    """
 
     share: float
+    batch_size: int
     length: int
     make: Callable
+
+    def includes(self, step, i):
+        """Return whether example i of a step's global batch is made of episodes: they are spread evenly."""
+        earlier = step * self.batch_size + i  # examples of the run before this one
+        return math.floor((earlier + 1) * self.share) > math.floor(earlier * self.share)
 
 
 class Batches:
@@ -257,7 +264,7 @@ class Batches:
     def __call__(self, step, indices):
         """Return the examples `indices` of a step's global batch, a list.
 
-        Each is tokens, positions and targets, int64, and token weights, float32, all of shape
+        Each is a tuple of tokens, positions and targets, int64, and token weights, float32, all of shape
         (windows, tokens of a window). A token weight is what a target counts in the loss.
         """
         return [self.example(step, i) for i in indices]
@@ -265,18 +272,12 @@ class Batches:
     def example(self, step, i):
         """Return example i of a step, drawn with a generator of its own."""
         rng = np.random.default_rng((self.seed, step, i))
-        if self.is_episode(i):
+        if self.episodes is not None and self.episodes.includes(step, i):
             n = self.sampling["train_len"] // self.episodes.length
             windows = [self.episode(rng) for _ in range(n)]
         else:
             windows = [self.window(rng, self.sampling)]
         return tuple(np.stack(column) for column in zip(*windows))
-
-    def is_episode(self, i):
-        """Return whether example i of every global batch is made of episodes: they are spread evenly."""
-        if self.episodes is None:
-            return False
-        return math.floor((i + 1) * self.episodes.share) > math.floor(i * self.episodes.share)
 
     def draw_text(self, rng):
         """Return a stretch of a document, int64 (at most span,), with more than train_len tokens."""
@@ -286,34 +287,33 @@ class Batches:
         return self.documents[i][start : start + self.span].astype(np.int64)
 
     def window(self, rng, sampling):
-        """Return tokens, positions, targets and token weights, (train_len,), of one window."""
+        """Return tokens, positions, targets and token weights, (train_len,) each, of one plain window."""
         text = self.draw_text(rng)
         index, positions = pose.sample(rng=rng, text_len=len(text), **sampling)
         # The target is the token that really follows in the document, at the seam of two chunks too.
         targets = text[index + 1]
-        return self.begun(text[index]), positions, targets, np.ones(len(index), dtype=np.float32)
+        return self.with_bos(text[index]), positions, targets, np.ones(len(index), dtype=np.float32)
 
     def episode(self, rng):
-        """Return tokens, positions, targets and token weights, (episodes.length,), of one episode; of a plain
-        window where there is no room for one."""
+        """Return tokens, positions, targets and token weights, (episodes.length,) each, of one episode.
+
+        Where a window has no room for one, they are those of a plain window as long.
+        """
         made = self.episodes.make(rng, self.draw_text(rng))
         if made is None:
             return self.window(rng, self.sampling | {"train_len": self.episodes.length})
         tokens, *others = made
-        return self.begun(tokens), *others
+        return self.with_bos(tokens), *others
 
-    def begun(self, tokens):
-        """Put the token that begins a text, if the model has one, in the place of the first token."""
+    def with_bos(self, tokens):
+        """Overwrite the first of the tokens with bos_id, if the model has one, and return them."""
         if self.bos_id is not None:
             tokens[0] = self.bos_id
         return tokens
 
 
 def micro_batches(examples, size):
-    """Yield `size` examples of Batches at a time as one tuple of arrays.
-
-    They are tokens, positions, targets and token weights, each (windows of all of them, tokens of a window).
-    """
+    """Yield the examples of Batches, `size` of them together as one: a tuple of arrays as theirs."""
     for i in range(0, len(examples), size):
         yield tuple(np.concatenate(column) for column in zip(*examples[i : i + size]))
 
@@ -321,8 +321,9 @@ def micro_batches(examples, size):
 def prefetched(batches, first_step, indices, micro_batch_size, device):
     """Yield the micro-batches of batches(step, indices), for first_step and all steps after it.
 
-    A step's are a list of tuples of tensors on `device`. A thread makes the next step's while the device
-    works on these.
+    Those of a step are a list. Each is tokens, positions, targets and token weights of micro_batch_size
+    examples, tensors on `device` of shape (windows, tokens of a window). A thread makes the next step's while
+    the device works on these.
     """
 
     def make(step):

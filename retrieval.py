@@ -92,10 +92,10 @@ def draw_lines(rng, tokenizer, room_for_facts, room_for_questions, dense):
     the order in which they are to stand. A fact is asked for once at most.
     """
     free = room_for_facts * (0.93 if dense else 0.5)
-    wanted = room_for_facts if dense else room_for_facts / log_uniform(rng, *TOKENS_A_FACT)
+    most_facts = room_for_facts if dense else room_for_facts / log_uniform(rng, *TOKENS_A_FACT)
     kinds = kinds_of_facts(rng, dense)
-    ranked, asked, misfits = [], [], 0
-    while len(ranked) < wanted and misfits < 10:
+    ranked, drawn, misfits = [], [], 0  # facts with their places, and the questions about them
+    while len(ranked) < most_facts and misfits < 10:
         facts, question = next(kinds)
         encoded = [encode_line(tokenizer, [(fact, "")]) for fact in facts]
         needed = sum(line.shape[1] for line in encoded)
@@ -104,14 +104,14 @@ def draw_lines(rng, tokenizer, room_for_facts, room_for_questions, dense):
             continue
         free -= needed
         ranked += zip(np.sort(rng.random(len(facts))), encoded)  # facts of one question keep their order
-        asked.append(question)
+        drawn.append(question)
     ranked.sort(key=lambda pair: pair[0])
 
     gap = log_uniform(rng, *TOKENS_BETWEEN_QUESTIONS)
     free = 0.97 * room_for_questions + gap  # the first question needs no text before it
     questions = []
-    for i in rng.permutation(len(asked)):
-        question = encode_line(tokenizer, asked[i])
+    for i in rng.permutation(len(drawn)):
+        question = encode_line(tokenizer, drawn[i])
         needed = question.shape[1] + gap
         if needed <= free:
             free -= needed

@@ -148,7 +148,11 @@ def speed_and_memory(model, args, seconds, device):
     """
     tokens_per_second = args.batch_size * args.train_len / seconds
     peak = fsdp.peak_flops(device)
-    flops = tokens_per_second / dist.get_world_size() * model.config.flops_per_token(args.train_len)
+    # The operations of a token grow linearly with its window, so that the mean window gives their mean.
+    window = args.train_len
+    if args.retrieval:
+        window = args.retrieval * args.episode_len + (1 - args.retrieval) * args.train_len
+    flops = tokens_per_second / dist.get_world_size() * model.config.flops_per_token(window)
     return {
         "tokens_per_second": tokens_per_second,
         "mfu": flops / peak if peak else None,
@@ -284,7 +288,7 @@ def retrieval_episodes(args, tokenizer):
     def make(rng, document):
         return retrieval.episode(rng, document, args.episode_len, reach, tokenizer)
 
-    return data.Episodes(args.retrieval, args.episode_len, make)
+    return data.Episodes(args.retrieval, args.batch_size, args.episode_len, make)
 
 
 def check_same_model_and_texts(out, record):
