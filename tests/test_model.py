@@ -255,11 +255,13 @@ def test_chunked_loss_equals_plain_and_never_holds_all_logits(with_bias, weights
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert max(logits_held) <= max_logits and (len(logits_held) > 5 or max_logits > 900)
     with torch.no_grad():  # in evaluation
-        torch.testing.assert_close(decoder.chunked_cross_entropy(*arguments).double(), plain, rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            decoder.chunked_cross_entropy(*arguments).double(), plain, rtol=1e-6, atol=0
+        )
 
 
 def test_weights_of_the_model_belong_to_their_tokens(make_llama):
-    """Rows and columns keep their order; without weights each target counts 1, with zeros there is nothing."""
+    """Without weights each target counts 1. If all are 0, so are the loss and every gradient, and not NaN."""
     ours = weights.load(make_llama()[0], dtype=torch.float32)
     tokens, targets, token_weights = random_tokens(2, 30), random_tokens(2, 10), torch.rand(2, 10)
     log_p = ours(tokens)[:, -10:].log_softmax(-1).gather(-1, targets[..., None])[..., 0]

@@ -1,7 +1,7 @@
-"""Episodes keep their promises with tokenizers of two kinds, and are read here as a reader would: from the
-text of the window, without what the module knows about it.
+"""Episodes keep their promises, with tokenizers of three kinds.
 
-The words of the test documents occur in no sentence of an episode.
+They are read as a reader would: from the text of the window, without what the module knows about it. The
+words of the test documents occur in no sentence of an episode.
 """
 
 import itertools
@@ -10,9 +10,8 @@ import time
 
 import numpy as np
 import pytest
-import tokenizers
+from conftest import LLAMA3
 
-import hf.tokenizer
 import retrieval
 from hf.builtin import open_model
 from retrieval import ANSWER_WEIGHT, episode
@@ -39,29 +38,14 @@ def make_text():
 TEXT = make_text()
 
 
-@pytest.fixture(scope="module")
-def byte_level(tmp_path_factory):
-    """A byte-level BPE tokenizer without BOS, which cuts newlines, spaces and digits as GPT-2's."""
-    folder = tmp_path_factory.mktemp("byte_level")
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
-    learned = [TEXT[:5000], *map(str, range(100, 999, 7)), *retrieval.STATEMENTS, *retrieval.NOUNS]
-    bpe.train_from_iterator(learned, trainer)
-    bpe.save(str(folder / "tokenizer.json"))
-    return hf.tokenizer.load(folder)
-
-
-@pytest.fixture(scope="module")
-def sentencepiece():
-    return open_model("tiny").load_tokenizer()
-
-
-@pytest.fixture(params=["sentencepiece", "byte_level"])
-def tokenizer(request):
-    return request.getfixturevalue(request.param)
+@pytest.fixture(scope="module", params=["sentencepiece", "gpt-2", "llama3"])
+def tokenizer(request, make_byte_level):
+    """A tokenizer that cuts texts as a family's does. Llama 3's joins a full stop with a line break."""
+    if request.param == "sentencepiece":
+        return open_model("tiny").load_tokenizer()
+    lines = [f"{sentence}\n" for sentence in retrieval.STATEMENTS]
+    texts = [TEXT[:5000], *map(str, range(100, 999, 7)), *lines, *retrieval.NOUNS]
+    return make_byte_level(texts, 900, LLAMA3 if request.param == "llama3" else None)
 
 
 def document_of(tokenizer):
@@ -249,8 +233,10 @@ def items(text):
 
 
 def read_window(tokenizer, window):
-    """Return the values that the facts of a window tell, {(what, key): [value, ...]}, in their order, and
-    the lines of the last chunk."""
+    """Return what the facts of a window tell, and the lines of its last chunk.
+
+    The former is {(what, key): [value, ...]}, in the order of the facts.
+    """
     first_question = answer_runs(window[3])[0][0]
     lines = middle(tokenizer, window[2]).split("\n")
     n_before = middle(tokenizer, window[2][:first_question]).count("\n")
@@ -416,7 +402,8 @@ def runs_of_four(text):
 def sentences_of(text, **names):
     """Return the sentences, of three words at least, of a text that is filled with names, else with 12345.
 
-    A value at the end is left out, as a prompt leaves it out."""
+    A value at the end is left out, as a prompt leaves it out.
+    """
     filled = re.sub(r"\{\w*\}", lambda match: names.get(match[0][1:-1], "12345"), text).lower()
     sentences = [re.sub(r"\W*(12345)?\W*$", "", sentence) for sentence in re.split(r"(?<=[.?!])\s", filled)]
     return {sentence for sentence in sentences if sentence.count(" ") > 1}
