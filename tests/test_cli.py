@@ -101,6 +101,7 @@ def test_smollm2_trains_in_windows_longer_than_its_own_where_there_are_texts(
         ("smollm2-135m", 0.5, 8192, 4),
         ("smollm2-135m --train_len 4096", 0.5, 4096, 8),
         ("smollm2-135m --train_len 12288 --batch_size 2", 0.5, 12288, 2),
+        ("smollm2-135m --train_len 16384 --batch_size 2", 0.5, 8192, 1),
         ("smollm2-135m --train_len 16384 --batch_size 2 --retrieval 1", 1, 8192, 2),
         ("smollm2-135m --method pi", 0, None, 4),
         ("smollm2-135m --method pi --retrieval 1", 1, 8192, 4),
