@@ -53,9 +53,9 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
     disable = None if rank == 0 else True  # None: tqdm draws a bar only where there is a terminal
     progress = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=disable)
     began = time.perf_counter()
-    micro_batches = data.prefetched(batches, first_step, own_examples(args), args.micro_batch_size, device)
+    prefetched = data.prefetched(batches, first_step, own_examples(args), args.micro_batch_size, device)
     # zip asks progress first: after the last step no batch is asked for.
-    for step, batch in zip(progress, micro_batches):
+    for step, batch in zip(progress, prefetched):
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr

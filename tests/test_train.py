@@ -239,7 +239,8 @@ def three_steps_with_episodes(train_into, tmp_path_factory):
 
 def test_the_first_losses_with_episodes_equal_a_plain_loop(three_steps_with_episodes, train, texts):
     """Each is the mean by the weights of the tokens over a whole step, also where all windows are as long."""
-    alike = train("alike", "--steps", 3, "--retrieval", 0.5, "--train_len", 256, "--micro_batch_size", 2)
+    as_long = ("--retrieval", 0.5, "--train_len", 256, "--micro_batch_size", 2)
+    alike = train("alike", "--steps", 3, *as_long, processes=2)
     for lines, train_len in ((three_steps_with_episodes, 512), (alike, 256)):
         expected = plain_loop(texts, [0.5e-3, 1e-3, 1e-3], train_len=train_len, share=0.5)
         for line, (loss, norm) in zip(lines, expected, strict=True):
