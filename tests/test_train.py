@@ -258,12 +258,10 @@ def test_the_curve_with_episodes_does_not_depend_on_processes(three_steps_with_e
 
 
 def test_windows_too_short_for_an_episode_are_plain_ones(train):
-    """The same windows twice would have the same loss, so it is only near that of other plain windows."""
-    short, plain = (
-        losses(train(str(share), "--steps", 1, "--retrieval", share, "--train_len", 16, "--batch_size", 64))
-        for share in (1, 0)
-    )
-    torch.testing.assert_close(short, plain, rtol=0.05, atol=0)
+    """None of 16 tokens has room. They are windows of other texts, so that the losses are only near."""
+    first = ("--steps", 1, "--train_len", 16, "--batch_size", 64)
+    without_room = losses(train("without_room", *first, "--retrieval", 1))
+    torch.testing.assert_close(without_room, losses(train("plain", *first)), rtol=0.05, atol=0)
 
 
 def test_mfu_counts_the_windows_of_episodes(train, monkeypatch):
