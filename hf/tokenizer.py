@@ -139,7 +139,13 @@ def _json_object(files, name):
 
 def ids_of_line(tokenizer, line):
     """Return the token ids of a newline and a line behind it, as they are in the middle of a text."""
-    return tokenizer.encode("x\n" + line)[len(tokenizer.encode("x")) :]
+    return tokenizer.encode("x\n" + line)[len(ids_of_x(tokenizer)) :]
+
+
+@functools.cache
+def ids_of_x(tokenizer):
+    """Return the token ids of the letter that ids_of_line and token_texts put before a text."""
+    return tokenizer.encode("x")
 
 
 def line_ends(tokenizer, text):
@@ -166,5 +172,4 @@ def token_kinds(tokenizer):
 @functools.cache
 def token_texts(tokenizer):
     """Return, for each token id, the text that it adds in the middle of a text."""
-    before = tokenizer.encode("x")
-    return [tokenizer.decode([*before, i])[1:] for i in range(tokenizer.vocab_size)]
+    return [tokenizer.decode([*ids_of_x(tokenizer), i])[1:] for i in range(tokenizer.vocab_size)]
