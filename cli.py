@@ -277,7 +277,7 @@ RECIPES = {
     "smollm2-135m": Recipe(
         steps=300,
         batch_size=16,
-        lr=1e-4,
+        lr=4e-4,
         train_windows=4,
         retrieval=0.5,
         rope="ntk",
@@ -356,7 +356,7 @@ def training_parser():
         help="examples in a step, over all processes (default: 64, 32 with tiny, 16 with smollm2-135m, and "
         "fewer where an example is longer than the model's window)")
     g.add_argument("--lr", type=number(0),
-        help="peak learning rate of AdamW (default: 2e-5; 2e-4 with tiny, 1e-4 with smollm2-135m)")
+        help="peak learning rate of AdamW (default: 2e-5; 2e-4 with tiny, 4e-4 with smollm2-135m)")
     g.add_argument("--warmup_steps", type=whole_number(0),
         help="steps of linear warm-up, before linear decay to 0 (default: 10)")
     g.add_argument("--seed", type=whole_number(0), default=0,
