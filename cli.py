@@ -332,7 +332,8 @@ def training_parser():
         "stretch is met rarely (default: 1; 1.25 with smollm2-135m and ntk)")
     g.add_argument("--retrieval", type=number(0, 1), metavar="SHARE",
         help="pose, pi: share of the examples that are episodes: texts with facts and, behind a skip, "
-        "questions about them, in which the answers count most (default: 0; 0.5 with smollm2-135m and pose)")
+        "questions about them, in which the answers count most; they have chunks and skips of their own "
+        "(default: 0; 0.5 with smollm2-135m and pose)")
     g.add_argument("--episode_len", type=whole_number(1),
         help="tokens in an episode; an example holds as many as fit (default: the model's window)")
     g.add_argument("--rope", choices=rope.EXTENSIONS,
