@@ -141,11 +141,15 @@ class RandomDocument:
 
 
 def random_batches(config, args, sampling, device):
-    """Yield batches as train.py's, but of random tokens. sampling: the arguments of pose.sample."""
+    """Yield the micro-batches of each step as in train.py, but of random tokens.
+
+    sampling: the arguments of pose.sample.
+    """
     document = RandomDocument(config.vocab_size, max(4 * sampling["train_len"], 2**20))
     batches = data.Batches(document, seed=0, **sampling)
     first = dist.get_rank() * args.share
-    return data.prefetched(batches, 0, range(first, first + args.share), device)
+    own_examples = range(first, first + args.share)
+    return data.prefetched(batches, 0, own_examples, args.micro_batch_size, device)
 
 
 def our_step(config, args, sampling, device):
@@ -163,16 +167,16 @@ def our_step(config, args, sampling, device):
     randomise(model, device)
     optimizer = fsdp.adamw(model, 1e-5)
     batches = random_batches(config, args, sampling, device)
-    tokens_per_step = args.batch_size * sampling["train_len"]
 
     def step():
         began = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - began
         loss = torch.zeros((), device=device)
-        micro_batches = zip(*(x.split(args.micro_batch_size) for x in batch))
-        for tokens, positions, targets in micro_batches:
-            part = model(tokens, positions, targets) / tokens_per_step
+        total_weight = sum(token_weights.sum() for *_, token_weights in batch)
+        dist.all_reduce(total_weight)
+        for micro_batch in batch:
+            part = model(*micro_batch) / total_weight
             (part * dist.get_world_size()).backward()  # gradients are averaged over processes
             loss += part.detach()
         dist.all_reduce(loss)
@@ -201,12 +205,11 @@ def transformers_step(config, args, sampling, device):
     batches = random_batches(config, args, sampling, device)
 
     def step():
-        tokens, _, _ = next(batches)
-        micro_batches = tokens.split(args.micro_batch_size)
+        micro_batches = next(batches)
         total = torch.zeros((), device=device)
-        for micro_batch in micro_batches:
+        for tokens, *_ in micro_batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-                loss = compiled(input_ids=micro_batch, labels=micro_batch).loss / len(micro_batches)
+                loss = compiled(input_ids=tokens, labels=tokens).loss / len(micro_batches)
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -284,6 +284,7 @@ class Recipe:
     beta_fast: float | None = None  # None: rope.py's
     overshoot: float = 1.0  # positions are drawn from a window of so many times the target
     llama_4_scaling_beta: float = 0.0
+    retrieval: float = 0.0  # share of the examples that are retrieval episodes
 
 
 # The built-in models' own: tiny for a laptop, smollm2-135m for a few minutes on one GPU.
@@ -297,10 +298,11 @@ RECIPES = {
         beta_fast=8,
     ),
     "smollm2-135m": Recipe(
-        steps=200,
+        steps=300,
         batch_size=16,
-        lr=1e-4,
+        lr=4e-4,
         train_windows=4,
+        retrieval=0.5,
         rope="ntk",
         headroom=1.188,
         overshoot=1.25,
@@ -351,6 +353,12 @@ def training_parser():
     g.add_argument("--overshoot", type=number(1, LARGEST), metavar="X",
         help="pose, randpos: draw positions from a window of X times target_len; otherwise its last "
         "stretch is met rarely (default: 1; 1.25 with smollm2-135m and ntk)")
+    g.add_argument("--retrieval", type=number(0, 1), metavar="SHARE",
+        help="pose, pi: share of the examples that are episodes: texts with facts and, behind a skip, "
+        "questions about them, in which the answers count most; they have chunks and skips of their own "
+        "(default: 0; 0.5 with smollm2-135m and pose)")
+    g.add_argument("--episode_len", type=whole_number(1),
+        help="tokens in an episode; an example holds as many as fit (default: the model's window)")
     g.add_argument("--rope", choices=rope.EXTENSIONS,
         help="interpolation (default: yarn; ntk with smollm2-135m)")
     g.add_argument("--factor", type=number(1, LARGEST),
@@ -367,12 +375,12 @@ def training_parser():
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=whole_number(0),
         help="optimizer steps; 0 writes the untrained model with its interpolation (default: 1000; 150 "
-        "with tiny, 200 with smollm2-135m)")
+        "with tiny, 300 with smollm2-135m)")
     g.add_argument("--batch_size", type=whole_number(1),
         help="examples in a step, over all processes (default: 64, 32 with tiny, 16 with smollm2-135m, and "
         "fewer where an example is longer than the model's window)")
     g.add_argument("--lr", type=number(0, LARGEST_LR),
-        help="peak learning rate of AdamW (default: 2e-5; 2e-4 with tiny, 1e-4 with smollm2-135m)")
+        help="peak learning rate of AdamW (default: 2e-5; 2e-4 with tiny, 4e-4 with smollm2-135m)")
     g.add_argument("--warmup_steps", type=whole_number(0),
         help="steps of linear warm-up, before linear decay to 0 (default: 10)")
     g.add_argument("--seed", type=whole_number(0, LARGEST_SEED), default=0,
@@ -493,6 +501,7 @@ def complete_training(args, config):
         if getattr(args, option) is None:
             setattr(args, option, getattr(recipe, option))
     complete_lengths(args, window, recipe)
+    complete_episodes(args, window, recipe)
     complete_batch(args, window, recipe)
     # The factor, the overshoot and the scale of the queries were found for one interpolation and need not
     # suit another: with another one they are the paper's.
@@ -533,6 +542,25 @@ def complete_lengths(args, window, recipe):
         )
 
 
+def complete_episodes(args, window, recipe):
+    """Fill in retrieval, and episode_len where there are episodes. window: the model's, in tokens."""
+    if args.retrieval is None:
+        args.retrieval = recipe.retrieval if args.method == "pose" else 0.0
+    if args.retrieval and args.method not in ("pose", "pi"):
+        raise InputError(f"--retrieval belongs to --method pose and pi; leave it out with {args.method}")
+    if not args.retrieval:
+        if args.episode_len is not None:
+            raise InputError("--episode_len belongs to --retrieval; leave it out or give a share above 0")
+        return
+    if args.episode_len is None:
+        args.episode_len = args.train_len if args.train_len % window else window
+    if args.train_len % args.episode_len:
+        raise InputError(
+            f"--episode_len {args.episode_len} does not divide the {args.train_len} tokens of an example; "
+            "choose a divisor"
+        )
+
+
 def complete_batch(args, window, recipe):
     """Fill in batch_size and micro_batch_size. window: the model's, in tokens."""
     if args.batch_size is None:
@@ -542,6 +570,15 @@ def complete_batch(args, window, recipe):
         world = process_count()
         share = max(1, round(recipe.batch_size / windows_per_example / world))
         args.batch_size = world * share
+    # Plain windows and shorter episodes do not go through the model together, and all processes must make
+    # the same number of forward passes. So examples go one at a time.
+    if 0 < args.retrieval < 1 and args.episode_len < args.train_len:
+        if args.micro_batch_size not in (None, 1):
+            raise InputError(
+                f"--micro_batch_size {args.micro_batch_size}: examples go one at a time where episodes are "
+                f"shorter than plain windows; leave it out, or give --episode_len {args.train_len}"
+            )
+        args.micro_batch_size = 1
     _, args.micro_batch_size = split_batch(args.batch_size, args.micro_batch_size, args.train_len)
 
 

@@ -7,13 +7,16 @@ resuming is exact, and the loss curve does not depend on how many processes shar
 
 import gzip
 import hashlib
+import math
 import os
 import shutil
 import sysconfig
 import tempfile
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 
@@ -24,18 +27,8 @@ from tqdm import tqdm
 import pose
 from storage.files import InputError, check_characters, only_one_process, parse_json, warn
 
-SUFFIXES = (
-    ".txt",
-    ".jsonl",
-    ".jsonl.gz",
-    ".ndjson",
-    ".ndjson.gz",
-)  # of the files that a folder is searched for
-JSON_LINES = (
-    ".jsonl",
-    ".ndjson",
-    ".json",
-)  # of the files that hold a document a line, and may be .gz besides
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")  # what a folder is searched for
+JSON_LINES = (".jsonl", ".ndjson", ".json")  # a document a line; .gz may follow
 SPAN_IN_WINDOWS = 5  # an example's text lies within so many train_len, as in the official code
 CACHE_LAYOUT = b"3"  # version of the folders in the cache
 DOCUMENTS_AT_ONCE = 32  # that are tokenised together, by several threads
@@ -296,20 +289,41 @@ def tokenise(files, tokenizer, folder):
 # ---------------------------------------------------------------- token files -> batches
 
 
+@dataclass
+class Episodes:
+    """Which examples of a run are retrieval episodes, and how they are made (retrieval.py).
+
+    share: of all examples. batch_size: examples in a global batch. length: tokens of an episode, a divisor of
+    the tokens of an example, which holds as many episodes as fit. make(rng, document): returns the window of
+    one episode, as retrieval.episode does, in a text of more than `length` tokens.
+    """
+
+    share: float
+    batch_size: int
+    length: int
+    make: Callable
+
+    def includes(self, step, i):
+        """Return whether example i of a step's global batch is made of episodes: they are spread evenly."""
+        earlier = step * self.batch_size + i  # examples of the run before this one
+        return math.floor((earlier + 1) * self.share) > math.floor(earlier * self.share)
+
+
 class Batches:
     """The batches of a run: calling it with a step gives that step's examples.
 
-    Documents too short for one window are left out: `n_too_short` counts them, and `usable_tokens`
-    the tokens of the others.
+    An example has train_len tokens. It is one window, or several episodes. Documents too short for one
+    window are left out: `n_too_short` counts them, and `usable_tokens` the tokens of the others.
     """
 
-    def __init__(self, documents, seed, bos_id=None, **sampling):
+    def __init__(self, documents, seed, bos_id=None, episodes=None, **sampling):
         """Find where windows can begin. Raise InputError if no document is long enough.
 
-        bos_id: replaces the first token of each window, if the model has one. sampling: the arguments of
-        pose.sample after text_len.
+        bos_id: replaces the first token of each window, if the model has one. episodes: an Episodes, or None
+        for plain windows alone. sampling: the arguments of pose.sample after text_len.
         """
         self.documents, self.seed, self.bos_id, self.sampling = documents, seed, bos_id, sampling
+        self.episodes = episodes
         train_len = sampling["train_len"]
         reach = SPAN_IN_WINDOWS * train_len
         if sampling.get("offset") == "skip":  # the text stands where its positions say
@@ -329,39 +343,76 @@ class Batches:
             )
 
     def __call__(self, step, indices):
-        """Return tokens, positions and targets of the examples `indices` of a step's global batch.
+        """Return the examples `indices` of a step's global batch, a list.
 
-        Each is int64 (len(indices), train_len).
+        Each is a tuple of tokens, positions and targets, int64, and token weights, float32, all of shape
+        (windows, tokens of a window). A token weight is what a target counts in the loss.
         """
-        examples = [self.example(np.random.default_rng((self.seed, step, i))) for i in indices]
-        tokens, positions, targets = zip(*examples)
-        return np.stack(tokens), np.stack(positions), np.stack(targets)
+        return [self.example(step, i) for i in indices]
 
-    def example(self, rng):
-        """Return tokens, positions and targets of one example drawn with a numpy Generator.
+    def example(self, step, i):
+        """Return example i of a step, drawn with a generator of its own."""
+        rng = np.random.default_rng((self.seed, step, i))
+        if self.episodes is not None and self.episodes.includes(step, i):
+            n = self.sampling["train_len"] // self.episodes.length
+            windows = [self.episode(rng) for _ in range(n)]
+        else:
+            windows = [self.window(rng, self.sampling)]
+        return tuple(np.stack(column) for column in zip(*windows))
 
-        Each is int64 (train_len,).
-        """
+    def draw_text(self, rng):
+        """Return a stretch of a document, int64 (at most span,), with more than train_len tokens."""
         place = rng.integers(self.window_counts[-1])
         i = np.searchsorted(self.window_counts, place, side="right")
         start = place - (self.window_counts[i - 1] if i else 0)
-        text = self.documents[i][start : start + self.span].astype(np.int64)
-        index, positions = pose.sample(rng=rng, text_len=len(text), **self.sampling)
-        tokens = text[index]
+        return self.documents[i][start : start + self.span].astype(np.int64)
+
+    def window(self, rng, sampling):
+        """Return tokens, positions, targets and token weights, (train_len,) each, of one plain window."""
+        text = self.draw_text(rng)
+        index, positions = pose.sample(rng=rng, text_len=len(text), **sampling)
+        # The target is the token that really follows in the document, at the seam of two chunks too.
+        targets = text[index + 1]
+        return self.with_bos(text[index]), positions, targets, np.ones(len(index), dtype=np.float32)
+
+    def episode(self, rng):
+        """Return tokens, positions, targets and token weights, (episodes.length,) each, of one episode.
+
+        Where a window has no room for one, they are those of a plain window as long.
+        """
+        made = self.episodes.make(rng, self.draw_text(rng))
+        if made is None:
+            return self.window(rng, self.sampling | {"train_len": self.episodes.length})
+        tokens, *others = made
+        return self.with_bos(tokens), *others
+
+    def with_bos(self, tokens):
+        """Overwrite the first of the tokens with bos_id, if the model has one, and return them."""
         if self.bos_id is not None:
             tokens[0] = self.bos_id
-        # The target is the token that really follows in the document, at the seam of two chunks too.
-        return tokens, positions, text[index + 1]
+        return tokens
 
 
-def prefetched(batches, first_step, indices, device):
-    """Yield batches(step, indices) as tensors on `device`, for first_step and all steps after it.
+def micro_batches(examples, size):
+    """Yield the examples of Batches, `size` of them together as one: a tuple of arrays as theirs."""
+    for i in range(0, len(examples), size):
+        yield tuple(np.concatenate(column) for column in zip(*examples[i : i + size]))
 
-    A thread makes the next batch while the device works on this one.
+
+def prefetched(batches, first_step, indices, micro_batch_size, device):
+    """Yield the micro-batches of batches(step, indices), for first_step and all steps after it.
+
+    Those of a step are a list. Each is tokens, positions, targets and token weights of micro_batch_size
+    examples, tensors on `device` of shape (windows, tokens of a window). A thread makes the next step's while
+    the device works on these.
     """
+
+    def make(step):
+        return list(micro_batches(batches(step, indices), micro_batch_size))
+
     with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(batches, first_step, indices)
+        following = thread.submit(make, first_step)
         for step in count(first_step + 1):
             batch = following.result()
-            following = thread.submit(batches, step, indices)
-            yield tuple(torch.from_numpy(x).to(device) for x in batch)
+            following = thread.submit(make, step)
+            yield [tuple(torch.from_numpy(x).to(device) for x in micro_batch) for micro_batch in batch]

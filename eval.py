@@ -66,12 +66,26 @@ def last_hidden(model, rows):
     return model.hidden(tokens.to(device), positions.to(device))
 
 
-def batched(items, size, model):
-    """Yield lists of consecutive items, each list as many as one forward pass takes.
+def tokens_a_pass(model):
+    """Return how many tokens, with padding, one forward pass takes."""
+    return 65536 if model.embed.weight.is_cuda else 8192
+
+
+def tokens_a_cache(model):
+    """Return for how many tokens, at least one pass of them, half of the GPU's free memory holds a cache."""
+    if not model.embed.weight.is_cuda:
+        return tokens_a_pass(model)
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    config = model.config
+    numbers_a_token = 2 * config.n_layers * config.n_kv_heads * config.head_dim  # keys and values
+    return max(tokens_a_pass(model), free // 2 // (numbers_a_token * model.hidden_dtype.itemsize))
+
+
+def batched(items, size, most_tokens):
+    """Yield lists of consecutive items, as many in each as have most_tokens together, with padding.
 
     size(item): the tokens of an item.
     """
-    most_tokens = 65536 if model.embed.weight.is_cuda else 8192  # with padding
     batch, longest = [], 0
     for item in items:
         longest = max(longest, size(item))
@@ -111,7 +125,7 @@ def retrieval(model, tokenizer, length, trials, seed, make_prompt, generate, tas
     by_trial = []
     with tqdm(total=trials, desc=f"{task} {length:,}", leave=False, disable=None) as bar:
         all_trials = map(draw, range(trials))  # each is drawn when its batch takes it
-        for batch in batched(all_trials, lambda trial: length, model):
+        for batch in batched(all_trials, lambda trial: length, tokens_a_pass(model)):
             for trial, correct in zip(batch, greedy_verdicts(model, batch, digits)):
                 entry = {"depth": trial.depth, "correct": correct}
                 if generate:
@@ -190,7 +204,7 @@ def measure_ruler(model, tokenizer, corpus, length, samples, seed):
         for task in ruler.TASKS:
             draw = functools.partial(ruler.make_prompt, task, tokenizer, length, seed=seed, corpus=corpus)
             scores = []
-            for batch in batched(map(draw, range(samples)), lambda prompt: length, model):
+            for batch in batched(map(draw, range(samples)), lambda prompt: length, tokens_a_cache(model)):
                 for prompt, said in zip(batch, continuations(model, tokenizer, batch)):
                     scores.append(ruler.score(said, prompt.references))
                 bar.update(len(batch))
@@ -216,7 +230,9 @@ def continuations(model, tokenizer, prompts):
     eos = model.config.eos_token_id
     stop_ids = [] if eos is None else np.atleast_1d(eos).tolist()  # Llama 3 has several
     lengths = [len(row) for row in rows]
-    new_tokens = model.generate(tokens, prompts[0].tokens_to_generate, lengths, stop_ids)
+    prefill_tokens = max(256, tokens_a_pass(model) // len(rows))
+    n_new = prompts[0].tokens_to_generate
+    new_tokens = model.generate(tokens, n_new, lengths, stop_ids, prefill_tokens)
     said = []
     for ids in new_tokens.tolist():
         before_stop = itertools.takewhile(lambda token: token not in stop_ids, ids)
@@ -259,7 +275,7 @@ def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, 
     count = np.zeros_like(nats)  # of scored tokens
     in_tokens = {"unit": " tokens", "unit_scale": True}
     with tqdm(total=total, desc=f"ppl {length:,}", leave=False, disable=None, **in_tokens) as bar:
-        for batch in batched(windows, lambda window: len(window.ids), model):
+        for batch in batched(windows, lambda window: len(window.ids), tokens_a_pass(model)):
             for window, losses in zip(batch, losses_by_position(model, batch, edges)):
                 nats[window.document] += losses
                 count[window.document] += scored_by_position(window, edges)
@@ -371,7 +387,7 @@ def log_likelihoods(model, pairs):
     result = [None] * len(pairs)
     longest_first = sorted(pairs_of_row, key=len, reverse=True)
     with tqdm(total=len(longest_first), leave=False, disable=None) as bar:
-        for batch in batched(longest_first, len, model):
+        for batch in batched(longest_first, len, tokens_a_pass(model)):
             for row, hidden in zip(batch, last_hidden(model, batch)):
                 for i in pairs_of_row[row]:
                     _, continuation = pairs[i]

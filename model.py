@@ -305,23 +305,29 @@ class Transformer(nn.Module):
         """The dtype of the hidden states."""
         return self.compute_dtype or self.embed.weight.dtype
 
-    def forward(self, tokens, positions=None, targets=None):
+    def forward(self, tokens, positions=None, targets=None, token_weights=None):
         """Return the logits (B, T, V) of tokens int64 (B, T).
 
         positions: int64 (B, T), by default 0 ... T-1. targets: int64 (B, N), those of the last N
         tokens; with them, return their summed cross-entropy in nats instead, a float32 scalar, without
-        ever holding all logits.
+        ever holding all logits. token_weights: float32 (B, N), what each target counts in that sum, by
+        default 1.
         """
         h = self.hidden(tokens, positions)
         if targets is None:
             return self.head(h)
-        scored = h[:, -targets.shape[1] :]
-        return self.loss(scored.flatten(0, 1), targets.flatten())
+        scored = h[:, -targets.shape[1] :].flatten(0, 1)
+        if token_weights is not None:
+            token_weights = token_weights.flatten()
+        return self.loss(scored, targets.flatten(), token_weights)
 
-    def loss(self, hidden, targets):
-        """Return the summed cross-entropy in nats of normed hidden states (N, C), targets int64 (N,)."""
+    def loss(self, hidden, targets, token_weights=None):
+        """Return the summed cross-entropy in nats of normed hidden states (N, C), targets int64 (N,).
+
+        token_weights: float32 (N,), what each target counts in that sum, by default 1.
+        """
         weight, bias = self.head.weight_and_bias(hidden.dtype)
-        return chunked_cross_entropy(hidden, weight, bias, targets, self.cross_entropy)
+        return chunked_cross_entropy(hidden, weight, bias, targets, token_weights, self.cross_entropy)
 
     def hidden(self, tokens, positions=None, cache=None, start=0, seq_lens=None):
         """Return the normed last hidden states (B, T, C); `head` turns those that are needed into logits.
@@ -405,36 +411,36 @@ def empty_transformer(config):
 # ---------------------------------------------------------------- the loss
 
 
-def cross_entropy_and_gradient(logits, targets):
-    """Return the summed cross-entropy of logits (N, V) and its gradient with respect to them.
+def cross_entropy_and_gradient(logits, targets, token_weights):
+    """Return the weighted sum of the cross-entropy of logits (N, V) and its gradient with respect to them.
 
-    The loss is a float32 scalar. The gradient, softmax minus one-hot, has the logits' dtype.
+    The sum is a float32 scalar. The gradient, the weight (N,) of each token times softmax minus one-hot, has
+    the logits' dtype.
     """
     z = logits.float()
     log_sum = z.logsumexp(-1, keepdim=True)
     is_target = torch.arange(z.shape[1], device=z.device) == targets[:, None]
-    loss = (log_sum[:, 0] - torch.where(is_target, z, 0.0).sum(-1)).sum()
-    gradient = (z - log_sum).exp() - is_target.float()
-    return loss, gradient.to(logits.dtype)
+    nats = log_sum[:, 0] - torch.where(is_target, z, 0.0).sum(-1)
+    gradient = ((z - log_sum).exp() - is_target.float()) * token_weights[:, None]
+    return (nats * token_weights).sum(), gradient.to(logits.dtype)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The summed cross-entropy of hidden (N, C) against targets (N,), some tokens at a time.
+    """The weighted sum of the cross-entropy of hidden (N, C) against targets (N,), some tokens at a time.
 
-    The logits are hidden @ weight.T + bias, with weight (V, C) and bias (V,) or None. The gradients are
-    computed in the forward pass, where a chunk's logits are at hand. So the backward pass neither keeps
-    them nor computes them again.
+    The logits are hidden @ weight.T + bias, with weight (V, C) and bias (V,) or None. token_weights: (N,).
+    The gradients are computed in the forward pass, where a chunk's logits are at hand. So the backward pass
+    neither keeps them nor computes them again.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk_size, cross_entropy):
+    def forward(ctx, hidden, weight, bias, targets, token_weights, chunk_size, cross_entropy):
         total = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        chunks = zip(hidden.split(chunk_size), d_hidden.split(chunk_size), targets.split(chunk_size))
-        for h, d_h, t in chunks:
-            loss, d_logits = cross_entropy(F.linear(h, weight, bias), t)
+        for h, d_h, t, w in zip(*(x.split(chunk_size) for x in (hidden, d_hidden, targets, token_weights))):
+            loss, d_logits = cross_entropy(F.linear(h, weight, bias), t, w)
             total += loss
             torch.mm(d_logits, weight, out=d_h)
             d_weight += d_logits.T @ h
@@ -448,22 +454,32 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         d_bias = None if d_bias is None else d_bias * grad
-        return d_hidden * grad, d_weight * grad, d_bias, None, None, None
+        return d_hidden * grad, d_weight * grad, d_bias, None, None, None, None
 
 
 def chunked_cross_entropy(
-    hidden, weight, bias, targets, cross_entropy=cross_entropy_and_gradient, max_logits=MAX_LOGITS
+    hidden,
+    weight,
+    bias,
+    targets,
+    token_weights=None,
+    cross_entropy=cross_entropy_and_gradient,
+    max_logits=MAX_LOGITS,
 ):
-    """Return the summed cross-entropy in nats, a float32 scalar.
+    """Return the weighted sum of the cross-entropy in nats, a float32 scalar.
 
-    At most max_logits logits are in memory. Shapes as in ChunkedCrossEntropy.
+    At most max_logits logits are in memory. Shapes as in ChunkedCrossEntropy. token_weights: by default 1.
     """
     fitting_tokens = max(1, max_logits // len(weight))
     # A power of two, so that all chunks are equal for the usual N.
     chunk_size = 2 ** (fitting_tokens.bit_length() - 1)
+    if token_weights is None:
+        token_weights = torch.ones(len(targets), device=hidden.device)
     if torch.is_grad_enabled():
-        return ChunkedCrossEntropy.apply(hidden, weight, bias, targets, chunk_size, cross_entropy)
+        tensors = (hidden, weight, bias, targets, token_weights)
+        return ChunkedCrossEntropy.apply(*tensors, chunk_size, cross_entropy)
     total = 0.0
-    for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size)):
-        total += F.cross_entropy(F.linear(h, weight, bias).float(), t, reduction="sum")
+    for h, t, w in zip(*(x.split(chunk_size) for x in (hidden, targets, token_weights))):
+        nats = F.cross_entropy(F.linear(h, weight, bias).float(), t, reduction="none")
+        total += (nats * w).sum()
     return total

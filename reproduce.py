@@ -116,6 +116,7 @@ def training_options(arm, window, tokens):
         options["train_len"] = window  # whatever the model's recipe says
         options["batch_size"] = WINDOWS
     options["steps"] = steps(window, tokens)
+    options["retrieval"] = 0  # the paper has none
     return options
 
 

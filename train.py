@@ -24,6 +24,7 @@ from tqdm import tqdm
 import cli
 import data
 import fsdp
+import retrieval
 from hf import builtin, families, scaling, weights
 from model import empty_transformer
 from storage.checkpoint import Checkpoints
@@ -48,22 +49,23 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
     row that were not finite.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    tokens_per_step = args.batch_size * args.train_len
     log = Log(args.out, first_step, args.tensorboard) if rank == 0 else None
     skipped_in_a_row = 0
     disable = None if rank == 0 else True  # None: tqdm draws a bar only where there is a terminal
     progress = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=disable)
     began = time.perf_counter()
+    prefetched = data.prefetched(batches, first_step, own_examples(args), args.micro_batch_size, device)
     # zip asks progress first: after the last step no batch is asked for.
-    for step, batch in zip(progress, data.prefetched(batches, first_step, own_examples(args), device)):
+    for step, batch in zip(progress, prefetched):
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        loss = torch.zeros((), device=device)  # nats a token, the mean over the global batch
-        micro_batches = zip(*(x.split(args.micro_batch_size) for x in batch))
-        for tokens, positions, targets in micro_batches:
-            part = model(tokens, positions, targets) / tokens_per_step
+        loss = torch.zeros((), device=device)  # nats a token, the weighted mean over the global batch
+        total_weight = sum(token_weights.sum() for *_, token_weights in batch)
+        dist.all_reduce(total_weight)
+        for micro_batch in batch:  # tokens, positions, targets, token weights
+            part = model(*micro_batch) / total_weight
             (part * world).backward()  # FSDP averages over processes, and the loss is a sum over them
             loss += part.detach()
         dist.all_reduce(loss)
@@ -147,7 +149,11 @@ def speed_and_memory(model, args, seconds, device):
     """
     tokens_per_second = args.batch_size * args.train_len / seconds
     peak = fsdp.peak_flops(device)
-    flops = tokens_per_second / dist.get_world_size() * model.config.flops_per_token(args.train_len)
+    # The operations of a token grow linearly with its window, so that the mean window gives their mean.
+    window = args.train_len
+    if args.retrieval:
+        window = args.retrieval * args.episode_len + (1 - args.retrieval) * args.train_len
+    flops = tokens_per_second / dist.get_world_size() * model.config.flops_per_token(window)
     return {
         "tokens_per_second": tokens_per_second,
         "mfu": flops / peak if peak else None,
@@ -234,6 +240,7 @@ def read_texts(args, tokenizer):
         documents,
         args.seed,
         tokenizer.bos_id,
+        retrieval_episodes(args, tokenizer),
         method=args.method,
         train_len=args.train_len,
         target_len=round(args.overshoot * args.target_len),
@@ -271,6 +278,19 @@ def extended_config(config, args):
     extended = scaling.extend(config, args.rope, args.target_len, args.llama_4_scaling_beta, **settings)
     families.as_written(extended)  # only checked, so that a run does not fail when it saves
     return extended
+
+
+def retrieval_episodes(args, tokenizer):
+    """Return the data.Episodes that the options ask for, None if there are none."""
+    if not args.retrieval:
+        return None
+    # Without skips an episode is a plain window with facts and questions.
+    reach = round(args.overshoot * args.target_len) if args.method == "pose" else args.episode_len
+
+    def make(rng, document):
+        return retrieval.episode(rng, document, args.episode_len, reach, tokenizer)
+
+    return data.Episodes(args.retrieval, args.batch_size, args.episode_len, make)
 
 
 def check_same_model_and_texts(out, record):

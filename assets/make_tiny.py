@@ -174,7 +174,7 @@ def train(model, pool, batches, args, device):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min((step + 1) / 100, (args.steps - step) / args.steps)
         windows = pool[rng.integers(len(pool), size=half)].astype(np.int64)
-        tokens, _, targets = batches(step, range(half))
+        tokens, _, targets, _ = next(data.micro_batches(batches(step, range(half)), half))
         tokens = torch.from_numpy(np.concatenate([windows[:, :-1], tokens])).to(device)
         targets = torch.from_numpy(np.concatenate([windows[:, 1:], targets])).to(device)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):

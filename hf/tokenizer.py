@@ -16,11 +16,13 @@ Notable choices:
 """
 
 import contextlib
+import functools
 import os
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import tokenizers
 
@@ -159,3 +161,44 @@ def reason_of(error):
     """
     is_said = type(error) in (Exception, RuntimeError) and str(error).strip()
     return str(error).strip().splitlines()[0] if is_said else "damaged"
+
+
+# ---------------------------------------------------------------- lines and tokens in the middle of a text
+
+
+def ids_of_line(tokenizer, line):
+    """Return the token ids of a newline and a line behind it, as they are in the middle of a text."""
+    return tokenizer.encode("x\n" + line)[len(ids_of_x(tokenizer)) :]
+
+
+@functools.cache
+def ids_of_x(tokenizer):
+    """Return the token ids of the letter that ids_of_line and token_texts put before a text."""
+    return tokenizer.encode("x")
+
+
+def line_ends(tokenizer, text):
+    """Return the places in a text, a 1-d array of ids, where a line or a sentence ends, 0 among them."""
+    newline, stop, space = token_kinds(tokenizer)
+    this, following = text[:-1], text[1:]
+    ends_here = newline[this] | (stop[this] & space[following])
+    return np.concatenate([[0], 1 + np.flatnonzero(ends_here)])
+
+
+@functools.cache
+def token_kinds(tokenizer):
+    """Return whether each token ends a line, may end a sentence, begins with a space.
+
+    Three boolean arrays (vocab_size,).
+    """
+    texts = token_texts(tokenizer)
+    ends_line = [text.endswith("\n") for text in texts]
+    may_end_sentence = [text.rstrip("\"')”’").endswith((".", "!", "?")) for text in texts]
+    begins_with_space = [text[:1].isspace() for text in texts]
+    return np.array(ends_line), np.array(may_end_sentence), np.array(begins_with_space)
+
+
+@functools.cache
+def token_texts(tokenizer):
+    """Return, for each token id, the text that it adds in the middle of a text."""
+    return [tokenizer.decode([*ids_of_x(tokenizer), i])[1:] for i in range(tokenizer.vocab_size)]

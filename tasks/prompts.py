@@ -13,6 +13,7 @@ import functools
 
 import numpy as np
 
+from hf.tokenizer import ids_of_line, line_ends, token_texts
 from storage.files import InputError
 
 # The passkey prompt of Mohtashami & Jaggi (2023), used in section 4.2 of the paper.
@@ -157,15 +158,15 @@ def needle_prompt(tokenizer, corpus, length, depth, rng, keys):
     """
     cities = rng.choice(CITIES, keys, replace=False).tolist()
     codes = rng.choice(np.arange(10000, 100000), keys, replace=False).tolist()
-    newline = _ids_of_line(tokenizer, "")
+    newline = ids_of_line(tokenizer, "")
     opening = tokenizer.encode(NEEDLE_TASK.format(keys=keys)) + newline
     if tokenizer.bos_id is not None:
         opening = [tokenizer.bos_id, *opening]
     needles = []
     for city, code in zip(cities, codes):
-        needles.append(_ids_of_line(tokenizer, NEEDLE.format(city=city, key=code)) + newline)
+        needles.append(ids_of_line(tokenizer, NEEDLE.format(city=city, key=code)) + newline)
     question = NEEDLE_QUESTION.format(city=cities[0])
-    question_and_answer = _ids_of_line(tokenizer, f"{question} {codes[0]}")
+    question_and_answer = ids_of_line(tokenizer, f"{question} {codes[0]}")
 
     fixed = len(opening) + sum(len(needle) for needle in needles) + len(question_and_answer)
     room = room_for_text(length, fixed, len(corpus), keys)
@@ -176,7 +177,7 @@ def needle_prompt(tokenizer, corpus, length, depth, rng, keys):
     nearest_to_depth = ends[np.abs(ends - depth * room).argmin()]
     places = [nearest_to_depth, *rng.choice(ends, keys - 1)]
     tokens = opening + _insert_at(text, places, needles) + question_and_answer
-    answer_len = len(question_and_answer) - len(_ids_of_line(tokenizer, question))
+    answer_len = len(question_and_answer) - len(ids_of_line(tokenizer, question))
     return tokens[:-answer_len], tokens[-answer_len:]
 
 
@@ -196,11 +197,6 @@ def room_for_text(length, fixed, available, keys):
     return room
 
 
-def _ids_of_line(tokenizer, line):
-    """Return the token ids of a newline and a line behind it, as they are in the middle of a text."""
-    return tokenizer.encode("x\n" + line)[len(tokenizer.encode("x")) :]
-
-
 def _insert_at(text, places, pieces):
     """Return the ids of `text`, a 1-d array, as a list, with each piece (a list) inserted at its place."""
     tokens = []
@@ -211,35 +207,7 @@ def _insert_at(text, places, pieces):
     return tokens + text[done:].tolist()
 
 
-def line_ends(tokenizer, text):
-    """Return the places in a text, a 1-d array of ids, where a line or a sentence ends, 0 among them."""
-    newline, stop, space = token_kinds(tokenizer)
-    this, following = text[:-1], text[1:]
-    ends_here = newline[this] | (stop[this] & space[following])
-    return np.concatenate([[0], 1 + np.flatnonzero(ends_here)])
-
-
-# ---------------------------------------------------------------- what a token adds to a text
-
-
-@functools.cache
-def token_kinds(tokenizer):
-    """Return whether each token ends a line, may end a sentence, begins with a space.
-
-    Three boolean arrays (vocab_size,).
-    """
-    texts = token_texts(tokenizer)
-    ends_line = [text.endswith("\n") for text in texts]
-    may_end_sentence = [text.rstrip("\"')”’").endswith((".", "!", "?")) for text in texts]
-    begins_with_space = [text[:1].isspace() for text in texts]
-    return np.array(ends_line), np.array(may_end_sentence), np.array(begins_with_space)
-
-
-@functools.cache
-def token_texts(tokenizer):
-    """Return, for each token id, the text that it adds in the middle of a text."""
-    before = tokenizer.encode("x")
-    return [tokenizer.decode([*before, i])[1:] for i in range(tokenizer.vocab_size)]
+# ---------------------------------------------------------------- answers
 
 
 @functools.cache

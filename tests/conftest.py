@@ -13,11 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.distributed as dist
 import transformers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import cli
+import hf.tokenizer
 import pose
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +84,37 @@ def make_llama(tmp_path):
         folder = tmp_path / name
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         return folder, model
+
+    return make
+
+
+# How Llama 3 cuts text, as its tokenizer.json has it. Unlike GPT-2's, it may join a full stop with a line
+# break. (For GPT-2 and Qwen2 transformers has classes.)
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.fixture(scope="session")
+def make_byte_level(tmp_path_factory):
+    """make_byte_level(texts, vocab_size, pattern) -> a byte-level BPE tokenizer without BOS, trained on
+    texts, which it cuts by a pattern, by default as GPT-2's."""
+
+    def make(texts, vocab_size, pattern=None):
+        bpe = tokenizers.Tokenizer(models.BPE())
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+        bpe.pre_tokenizer = to_bytes
+        if pattern is not None:
+            split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+            bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+        bpe.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+        bpe.train_from_iterator(texts, trainer)
+        folder = tmp_path_factory.mktemp("byte_level")
+        bpe.save(str(folder / "tokenizer.json"))
+        return hf.tokenizer.load(folder)
 
     return make
 

@@ -406,6 +406,15 @@ def test_no_tokenizer(refused, model):
         (["--method", "pi", "--chunks", 3], ["--chunks", "pi"]),
         (["--method", "randpos", "--offset", "zero"], ["--offset", "randpos"]),
         (["--eval_lengths", 64], ["--eval_lengths", "--eval_every"]),
+        (["--retrieval", 1.5], ["--retrieval", "from 0 to 1, not 1.5"]),
+        (["--retrieval", 0.5, "--method", "full"], ["--retrieval", "with full"]),
+        (["--retrieval", 0.5, "--method", "randpos"], ["--retrieval", "with randpos"]),
+        (["--episode_len", 64], ["--episode_len", "--retrieval"]),
+        (["--retrieval", 1, "--episode_len", 48], ["--episode_len 48", "the 64 tokens"]),
+        (
+            ["--retrieval", 0.5, "--train_len", 128, "--micro_batch_size", 2],
+            ["--micro_batch_size 2", "--episode_len 128"],
+        ),
     ],
     ids=lambda v: " ".join(map(str, v)),
 )

@@ -86,7 +86,7 @@ def test_a_step_is_that_of_train(tmp_path):
         config = dataclasses.replace(builtin.open_model("tiny").config, n_layers=2)
         sampling = {"method": "pose", "train_len": 32, "target_len": 128}
         args = Namespace(batch_size=4, share=4, micro_batch_size=2, train_len=32, param_dtype="float32")
-        args.activation_checkpointing, args.cpu_offload = "none", False
+        args.activation_checkpointing, args.cpu_offload, args.retrieval = "none", False, 0
         step = bench_module.our_step(config, args, sampling, device)
         expected = [step()[0] for _ in range(2)]
 

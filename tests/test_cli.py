@@ -93,6 +93,36 @@ def test_smollm2_trains_in_windows_longer_than_its_own_where_there_are_texts(
     assert (args.train_len, args.batch_size) == (train_len, batch_size)
 
 
+@pytest.mark.parametrize(
+    "arguments, share, episode_len, micro_batch_size",
+    [
+        ("smollm2-135m --data texts", 0.5, 8192, 1),
+        ("smollm2-135m --data texts --episode_len 32768", 0.5, 32768, 1),
+        ("smollm2-135m", 0.5, 8192, 4),
+        ("smollm2-135m --train_len 4096", 0.5, 4096, 8),
+        ("smollm2-135m --train_len 12288 --batch_size 2", 0.5, 12288, 2),
+        ("smollm2-135m --train_len 16384 --batch_size 2", 0.5, 8192, 1),
+        ("smollm2-135m --train_len 16384 --batch_size 2 --retrieval 1", 1, 8192, 2),
+        ("smollm2-135m --method pi", 0, None, 4),
+        ("smollm2-135m --method pi --retrieval 1", 1, 8192, 4),
+        ("smollm2-135m --method full", 0, None, 1),
+        ("smollm2-135m --retrieval 0", 0, None, 4),
+        ("tiny", 0, None, 4),
+        ("folder", 0, None, 4),
+    ],
+)
+def test_episodes_have_the_models_window_and_fill_an_example(
+    parse_and_complete, arguments, share, episode_len, micro_batch_size
+):
+    """Windows of two lengths do not go through the model together."""
+    args = parse_and_complete("--model", *arguments.split())
+    assert (args.retrieval, args.episode_len) == (share, episode_len)
+    assert args.micro_batch_size == micro_batch_size
+    recorded = copy.deepcopy(args)
+    complete(args)  # as --resume does with what the run recorded
+    assert args == recorded
+
+
 def test_ntks_factor_is_not_rounded_away(parse_and_complete):
     """A quarter more than SmolLM2's window slows the critical pair, 20 of 31, by a quarter."""
     args = parse_and_complete("--model", "folder", "--rope", "ntk", "--target_len", 10240)

@@ -5,6 +5,7 @@ A batch is a pure function of (seed, step, index).
 
 import argparse
 import gzip
+import itertools
 import json
 import os
 import time
@@ -406,20 +407,30 @@ POSE = {"method": "pose", "train_len": 8, "target_len": 64, "chunks": 2, "offset
 
 
 def same(one, other):
-    return all(np.array_equal(a, b) for a, b in zip(one, other))
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_batch_is_a_pure_function_of_seed_step_and_index(make_documents):
+def together(batches, step, indices):
+    """Return tokens, positions, targets and token weights of a step's examples, (windows, tokens) each."""
+    (micro_batch,) = data.micro_batches(batches(step, indices), len(indices))
+    return micro_batch
+
+
+@pytest.mark.parametrize("share", [0, 0.3])
+def test_batch_is_a_pure_function_of_seed_step_and_index(make_documents, share):
     documents = make_documents(200, 300, 90)
-    batches = data.Batches(documents, seed=7, **POSE)
+    episodes = data.Episodes(share, 12, 4, fake_episode)
+    batches = data.Batches(documents, 7, episodes=episodes, **POSE)
     whole = batches(3, range(12))
-    assert all(column.shape == (12, 8) and column.dtype == np.int64 for column in whole)
+    for tokens, positions, targets, weights in whole:
+        assert tokens.shape == positions.shape == targets.shape == weights.shape in ((1, 8), (2, 4))
+        assert tokens.dtype == positions.dtype == targets.dtype == np.int64 and weights.dtype == np.float32
     batches(4, range(5))  # leaves nothing behind
     by_processes = {1: [range(12)], 2: [range(6), range(6, 12)], 12: [[i] for i in range(12)]}
     for groups in by_processes.values():
-        parts = [data.Batches(documents, seed=7, **POSE)(3, group) for group in groups]
-        assert same(whole, [np.concatenate(columns) for columns in zip(*parts)])
-    assert same([column[[8, 2, 2]] for column in whole], batches(3, [8, 2, 2]))
+        others = [data.Batches(documents, 7, episodes=episodes, **POSE)(3, group) for group in groups]
+        assert all(map(same, whole, itertools.chain(*others)))
+    assert all(map(same, [whole[8], whole[2], whole[2]], batches(3, [8, 2, 2])))
 
 
 def test_steps_indices_and_seeds_all_make_other_examples(make_documents):
@@ -432,7 +443,7 @@ def test_steps_indices_and_seeds_all_make_other_examples(make_documents):
     for seed in range(6):
         batches = data.Batches(documents, seed, **POSE | {"target_len": 10**6})
         for step in range(6):
-            tokens, positions, _ = batches(step, range(6))
+            tokens, positions, _, _ = together(batches, step, range(6))
             examples += [(t.tobytes(), p.tobytes()) for t, p in zip(tokens, positions)]
     assert len(examples) == len(set(examples)) == 216
 
@@ -458,13 +469,14 @@ def test_target_is_the_token_that_follows_in_the_document(make_documents, sampli
     """
     train_len = sampling["train_len"]
     batches = data.Batches(make_documents(9, 10, 500), seed=0, bos_id=bos_id, **sampling)
-    tokens, positions, targets = batches(0, range(300))
+    tokens, positions, targets, weights = together(batches, 0, range(300))
+    assert (weights == 1).all()
     if bos_id is None:
         assert (targets == tokens + 1).all()
     else:
         assert (tokens[:, 0] == bos_id).all() and (targets[:, 1:] == tokens[:, 1:] + 1).all()
-        without_bos = data.Batches(make_documents(9, 10, 500), seed=0, **sampling)(0, range(300))
-        assert same(without_bos[1:], (positions, targets))
+        without_bos = data.Batches(make_documents(9, 10, 500), seed=0, **sampling)
+        assert same(together(without_bos, 0, range(300))[1:], (positions, targets, weights))
     documents, places = np.divmod(targets, 1000)
     assert (documents == documents[:, :1]).all()  # no example crosses from one document into the next
     assert (places < np.array([0, 9, 10, 500])[documents]).all() and (places >= 1).all()
@@ -479,10 +491,12 @@ def test_batches_made_ahead_are_those_of_their_steps(make_documents, first, step
     They may be taken at once, or with time in between for the thread.
     """
     batches = data.Batches(make_documents(200, 300, 90), seed=7, bos_id=1, **POSE)
-    ahead = data.prefetched(batches, first, range(2, 6), torch.device("cpu"))
-    for step, batch in zip(range(first, first + steps), ahead):
-        assert all(column.dtype == torch.int64 for column in batch)
-        assert same(batch, batches(step, range(2, 6)))
+    ahead = data.prefetched(batches, first, range(2, 8), 2, torch.device("cpu"))
+    for step, micro_batches in zip(range(first, first + steps), ahead):
+        assert [tokens.shape for tokens, *_ in micro_batches] == 3 * [(2, 8)]
+        for i, (*ids, weights) in zip((2, 4, 6), micro_batches):
+            assert {column.dtype for column in ids} == {torch.int64} and weights.dtype == torch.float32
+            assert same((*ids, weights), together(batches, step, (i, i + 1)))
         time.sleep(0.02 * (step % 2))
 
 
@@ -490,7 +504,7 @@ def test_an_error_in_a_batch_made_ahead_comes_out(make_documents):
     def batches(step, indices):
         return data.Batches(make_documents(200), seed=7, **POSE)(step, indices) if step < 2 else 1 / 0
 
-    ahead = data.prefetched(batches, 0, range(2), torch.device("cpu"))
+    ahead = data.prefetched(batches, 0, range(2), 2, torch.device("cpu"))
     assert len([next(ahead), next(ahead)]) == 2
     with pytest.raises(ZeroDivisionError):
         next(ahead)
@@ -504,7 +518,7 @@ def test_every_place_where_a_window_can_begin_is_equally_likely(make_documents):
     lengths, n = [8, 9, 12, 30, 3, 20], 8000
     batches = data.Batches(make_documents(*lengths), seed=1, **POSE | {"method": "pi"})
     assert batches.n_too_short == 2  # of 8 and 3 tokens
-    first = Counter(batches(0, range(n))[0][:, 0].tolist())
+    first = Counter(together(batches, 0, range(n))[0][:, 0].tolist())
     places = [1000 * i + start for i, length in enumerate(lengths, 1) for start in range(length - 8)]
     assert set(first) <= set(places) and len(places) == 1 + 4 + 22 + 12
     expected = n / len(places)
@@ -517,7 +531,7 @@ def test_every_place_where_a_window_can_begin_is_equally_likely(make_documents):
 def test_short_documents_are_counted_and_never_drawn(make_documents, lengths, skipped):
     batches = data.Batches(make_documents(*lengths), seed=0, **POSE)
     assert batches.n_too_short == skipped
-    drawn = set((batches(0, range(100))[0] // 1000).ravel().tolist())
+    drawn = set((together(batches, 0, range(100))[0] // 1000).ravel().tolist())
     assert drawn == {i for i, length in enumerate(lengths, 1) if length > 8}
 
 
@@ -529,7 +543,7 @@ def test_only_short_documents(make_documents):
 
 
 def test_text_of_an_example_spans_at_most_five_windows(make_documents):
-    tokens, _, _ = data.Batches(make_documents(900), seed=0, **POSE)(0, range(4000))
+    tokens, _, _, _ = together(data.Batches(make_documents(900), seed=0, **POSE), 0, range(4000))
     spans = tokens[:, -1] - tokens[:, 0] + 1
     assert spans.max() == 5 * 8 and spans.min() == 8  # both ends are reached
 
@@ -540,7 +554,50 @@ def test_text_offset_skip_reaches_as_far_as_the_positions(make_documents):
     That is up to target_len tokens away.
     """
     batches = data.Batches(make_documents(900), seed=0, **POSE | {"offset": "skip"})
-    tokens, positions, _ = batches(0, range(1000))
+    tokens, positions, _, _ = together(batches, 0, range(1000))
     enough = tokens[:, 0] - 1000 + 64 < 900
     assert enough.sum() > 500 and positions[enough].max() == 63
     assert np.array_equal((tokens - tokens[:, :1])[enough], positions[enough])
+
+
+# ---------------------------------------------------------------- episodes among the examples
+
+
+def fake_episode(rng, text):
+    """Return a window of 4 that begins somewhere in a text, of weight 5, or None as often."""
+    start = rng.integers(len(text) - 4)
+    if rng.random() < 0.5:
+        return None
+    window = text[start : start + 5]
+    return window[:-1], 7 * np.arange(4), window[1:], np.full(4, 5, dtype=np.float32)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.3, 0.5, 1])
+@pytest.mark.parametrize("batch_size", [1, 4, 6])
+def test_episodes_have_their_share_of_the_run_and_are_spread_evenly(share, batch_size):
+    """It holds for small batches too, in which a share has no whole number of examples."""
+    episodes = data.Episodes(share, batch_size, 4, fake_episode)
+    flags = np.array([episodes.includes(step, i) for step in range(60) for i in range(batch_size)])
+    for end in range(1, len(flags)):
+        for start in {0, max(0, end - 10), max(0, end - 2 * batch_size)}:
+            assert abs(flags[start:end].sum() - share * (end - start)) < 1 + 1e-9
+
+
+def test_an_example_of_episodes_holds_as_many_as_fit_and_plain_windows_for_want_of_one(make_documents):
+    """They have the length of an episode and its positions reach as far as those of any other window.
+
+    A BOS token begins each of them.
+    """
+    episodes = data.Episodes(0.5, 100, 4, fake_episode)
+    batches = data.Batches(make_documents(200, 300, 90), 7, bos_id=1, episodes=episodes, **POSE)
+    examples = batches(0, range(100))
+    assert {column.shape for example in examples[::2] for column in example} == {(1, 8)}
+    plain = data.Batches(make_documents(200, 300, 90), 7, bos_id=1, **POSE)(0, range(100))
+    assert all(map(same, examples[::2], plain[::2]))  # episodes leave the other examples as they are
+    tokens, positions, targets, weights = map(np.concatenate, zip(*examples[1::2]))
+    assert tokens.shape == positions.shape == targets.shape == weights.shape == (100, 4)
+    assert (tokens[:, 0] == 1).all() and (targets[:, 1:] == tokens[:, 1:] + 1).all()
+    made = weights[:, 0] == 5
+    assert 30 < made.sum() < 70 and set(np.unique(weights[~made])) == {1}
+    assert (positions[made] == 7 * np.arange(4)).all()
+    assert positions[~made].max() > 50 and (np.diff(positions[~made]) > 0).all()

@@ -181,7 +181,7 @@ class Oracle:
         self.config = types.SimpleNamespace(eos_token_id=[2, 5])
         self.embed = types.SimpleNamespace(weight=torch.zeros(1))
 
-    def generate(self, tokens, max_new_tokens, lengths, stop_ids):
+    def generate(self, tokens, max_new_tokens, lengths, stop_ids, prefill_tokens):
         assert stop_ids == [2, 5]
         said = [self.answer(row[:n].tolist())[:max_new_tokens] for row, n in zip(tokens, lengths)]
         return torch.tensor([ids + [2] * (max_new_tokens - len(ids)) for ids in said])

@@ -95,42 +95,44 @@ ROWS_ARE_FILES = [
     (
         "README.md", "tokens",
         {
-            "keys found, untouched": "{passkey_base,smollm2/figure4_passkey} smollm2-135m",
-            "keys found, extended": "passkey",
-            "novels, untouched": "{tail_base_books,smollm2/table2_books_tail} smollm2-135m",
-            "novels, extended": "tail_books",
-            "LaTeX, extended": "tail_latex",
-            "reports, extended": "tail_gov",
+            "one of four codes in a novel, untouched": "needle_base",
+            "one of four codes, extended": "needle",
+            "passkey, untouched": "{passkey_base,smollm2/figure4_passkey} smollm2-135m",
+            "passkey, extended": "passkey",
+            "perplexity of novels, untouched": "{tail_base_books,smollm2/table2_books_tail} smollm2-135m",
+            "perplexity of novels, extended": "tail_books",
         },
     ),
     (
-        "RESULTS.md", "passkey at",
+        "RESULTS.md", "needles",
         {
-            "untouched": "{passkey_base,smollm2/figure4_passkey} smollm2-135m",
-            "extended": "{passkey,passkey_256k}",
-            "on the standard library, --lr 5e-5": "standard_library/passkey",
+            "untouched": "needle_base",
+            "extended": "needle",
+            "the same, --seed 1": "seed_1/needle",
+            "the same, --seed 2": "seed_2/needle",
+            "episodes without skips: --method pi --retrieval 0.5": "no_skips/needle",
+            "skips without episodes: --retrieval 0": "no_episodes/needle",
         },
     ),
+    ("RESULTS.md", "RULER, mean", {"extended": "{ruler,ruler_128k}"}),
     (
         "RESULTS.md", "perplexity in a window of",
         {
             "novels: untouched": "{tail_base_books,smollm2/table2_books_tail} smollm2-135m",
             "novels: extended": "tail_books",
-            "novels: on the standard library": "standard_library/tail_books",
             "LaTeX: untouched": "tail_base_latex",
             "LaTeX: extended": "tail_latex",
-            "LaTeX: on the standard library": "standard_library/tail_latex",
             "reports: untouched": "tail_base_gov",
             "reports: extended": "tail_gov",
-            "reports: on the standard library": "standard_library/tail_gov",
         },
     ),
     (
-        "RESULTS.md", "sliding perplexity",
-        {"novels": "sliding_books", "LaTeX": "sliding_latex", "reports": "sliding_gov"},
+        "RESULTS.md", "ordinary tasks",
+        {
+            "untouched": "benchmarks_base", "extended": "benchmarks",
+            "the same, --seed 1": "seed_1/benchmarks",
+        },
     ),
-    ("RESULTS.md", "needles", {"untouched (100 prompts)": "needle_base", "extended (40 prompts)": "needle"}),
-    ("RESULTS.md", "ordinary tasks", {"untouched": "benchmarks_base", "extended": "benchmarks"}),
     (
         "RESULTS.md", "run",
         {
@@ -138,7 +140,7 @@ ROWS_ARE_FILES = [
             "--overshoot 2": "factor_96_overshoot_2/{passkey,tail_books}",
             "--seed 1": "rate_5e-5_seed_1/{passkey,tail_books}",
             "--steps 300": "rate_5e-5_steps_300/{passkey,tail_books}",
-            "--lr 1e-4": "{passkey,tail_books}",
+            "--lr 1e-4": "rate_1e-4/{passkey,tail_books}",
             "NTK by 80": "factor_80_rate_5e-5/{passkey,tail_books}",
         },
     ),
@@ -151,7 +153,7 @@ ROWS_ARE_FILES = [
             "NTK by 64, windows of 8,192": "windows_8192/passkey",
             "NTK by 64, windows of 32,768": "factor_64/{passkey,passkey_256k}",
             "NTK by 96, 5e-5": "rate_5e-5/{passkey,passkey_256k}",
-            "NTK by 96, 1e-4: today's": "{passkey,passkey_256k}",
+            "NTK by 96, 1e-4: that day's": "rate_1e-4/{passkey,passkey_256k}",
         },
     ),
     (
@@ -163,16 +165,38 @@ ROWS_ARE_FILES = [
                 ("NTK by 64, windows of 8,192", "windows_8192"),
                 ("NTK by 64, windows of 32,768", "factor_64"),
                 ("NTK by 96, 5e-5", "rate_5e-5"),
+                ("NTK by 96, 1e-4", "rate_1e-4"),
             )
-        },
+        } | {"novels: on the standard library, 5e-5": "standard_library/tail_books"},
     ),
     (
         "results/LOG.md", "needles",
-        {"NTK by 64, windows of 32,768": "factor_64/needle", "NTK by 96, 5e-5": "rate_5e-5/needle"},
+        {
+            "NTK by 64, windows of 32,768": "factor_64/needle",
+            "NTK by 96, 5e-5": "rate_5e-5/needle",
+            "NTK by 96, 1e-4": "rate_1e-4/needle",
+        },
     ),
     (
         "results/LOG.md", "ordinary tasks",
-        {"NTK by 64, windows of 32,768": "factor_64/benchmarks", "NTK by 96, 5e-5": "rate_5e-5/benchmarks"},
+        {
+            "NTK by 64, windows of 32,768": "factor_64/benchmarks",
+            "NTK by 96, 5e-5": "rate_5e-5/benchmarks",
+            "NTK by 96, 1e-4": "rate_1e-4/benchmarks",
+        },
+    ),
+    (
+        "results/LOG.md", "run",
+        {
+            "2e-4": "rate_2e-4/{needle,tail_books,benchmarks}",
+            "4e-4": "{needle,tail_books,benchmarks}",
+            "4e-4, --seed 1": "seed_1/{needle,tail_books,benchmarks}",
+            "4e-4, --seed 2": "seed_2/needle",
+            "2e-4, denser episodes": "denser_episodes/{needle,tail_books}",
+            "4e-4, episodes without skips": "no_skips/needle",
+            "4e-4, skips without episodes": "no_episodes/needle",
+            "2e-4, --target_len 262144": "target_262144/{needle,tail_books,benchmarks}",
+        },
     ),
 ]  # fmt: skip
 BENCHMARKS = {
@@ -281,7 +305,7 @@ def check_cell(cell, entries):
     if " to " in cell:
         expected = [min(figures), max(figures)]
     elif "±" in cell:
-        expected = [entries[0]["standard_error"]]
+        expected = [entries[0]["standard_error"] * (100 if "%" in cell else 1)]
     elif "(of" in cell:
         expected = [entries[0]["trials"]]
     elif others:
@@ -308,14 +332,16 @@ def check_column(header, cell, entries):
         by_length = {entry["length"]: entry for entry in entries}
         return check_changes(cell, by_length[8192], by_length[131072])
     if header == "average":
-        return check_cell(cell, [{"score": statistics.fmean(entry["score"] for entry in entries)}])
+        scores = [entry["score"] for entry in entries if "benchmark" in entry]
+        return check_cell(cell, [{"score": statistics.fmean(scores)}])
     if header in BENCHMARKS:
         return check_cell(cell, [entry for entry in entries if entry["benchmark"] == BENCHMARKS[header]])
     lengths = lengths_in(header)
     parts = re.split(" / |, ", cell) if len(lengths) > 1 else [cell]
-    measure = "accuracy" if "%" in cell else "ppl"
+    measures = {"accuracy", "score"} if "%" in cell else {"ppl"}
     for length, part in zip(lengths, parts, strict=True):
-        check_cell(part, [entry for entry in entries if measure in entry and entry["length"] == length])
+        fitting = [entry for entry in entries if measures & entry.keys() and entry.get("length") == length]
+        check_cell(part, fitting)
 
 
 @pytest.mark.parametrize("document, table, row, files, model", all_rows())
@@ -329,6 +355,19 @@ def test_tables_show_what_the_files_say(document, table, row, files, model):
     assert compared > 0
     for name in expand_braces(files):
         assert f"results/{name}.json" in cited_paths()
+
+
+def test_scores_by_task_of_ruler():
+    columns = (
+        ("niah_single_1", "niah_single_2", "niah_single_3"),
+        ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
+        ("niah_multivalue",), ("niah_multiquery",), ("vt",), ("cwe",), ("fwe",),
+    )  # fmt: skip
+    for entry in load("ruler")["results"] + load("ruler_128k")["results"]:
+        _, cells = find_row("RESULTS.md", "RULER by task", f"{entry['length']:,}")
+        for cell, tasks in zip(cells[1:], columns, strict=True):
+            scores = [100 * entry["by_task"][task]["score"] for task in tasks]
+            assert cell == ", ".join(written_like(score, "1") for score in scores)
 
 
 # ---------------------------------------------------------------- speed and memory
@@ -386,18 +425,24 @@ def test_costs_of_a_step_by_target():
 def test_sentences_of_the_readme():
     steps = {r["method"]: r for r in load("efficiency")["results"] if r["target_len"] == 131072}
     pose, full = steps["pose"], steps["full"]
-    untouched = {r["length"]: written_like(figure(r), "59") for r in load("needle_base")["results"]}
-    beyond = load("passkey_256k")["results"][0]
-    needles = {r["length"]: written_like(figure(r), "53") for r in load("needle")["results"]}
     before, after = (
         statistics.fmean(map(figure, load(name)["results"])) for name in ("benchmarks_base", "benchmarks")
     )
+    near, far = load("ruler")["results"][0], load("ruler_128k")["results"][0]
+    chains, words = (100 * far["by_task"][task]["score"] for task in ("vt", "cwe"))
+    seeds = {n: figure(load(f"seed_{n}/needle")["results"][-1]) for n in (1, 2)}
+    no_skips, no_episodes = (load(f"{name}/needle")["results"][-1] for name in ("no_skips", "no_episodes"))
+    first_fifth = [trial["correct"] for trial in no_skips["by_trial"] if trial["depth"] < 0.2]
+    assert (len(first_fifth), sum(first_fifth)) == (20, 1)
     sentences = (
         f"takes {pose['step_seconds']:.2f} s and {pose['peak_memory_gib']:.1f} GiB",
         f"at full length it takes {full['step_seconds']:.1f} s and {full['peak_memory_gib']:.1f} GiB",
-        f"{needles[2048]}% at 2,048 (untouched {untouched[2048]}%) and {needles[131072]}% at 131,072",
-        f"fall from {before:.1f}% to {after:.1f}% on average",
-        f"({round(beyond['accuracy'] * beyond['trials'])} key of {beyond['trials']} at 262,144)",
+        f"eleven tasks of 131,072 tokens, it solves {figure(far):.0f}%, and {figure(near):.0f}% at 4,096",
+        f"rise from {before:.1f}% to {after:.1f}% on average",
+        f"chains of variables ({chains:.0f}% at 131,072) and counting words ({words:.0f}%)",
+        f"second seed finds {seeds[1]:.0f}% of the codes at 131,072, a third {seeds[2]:.0f}%",
+        f"finds {figure(no_skips):.0f}% of the codes at 131,072, and one of 20 in the first fifth",
+        f"Without episodes it finds {figure(no_episodes):.0f}%",
     )
     readme = " ".join(read("README.md").split())
     assert [sentence for sentence in sentences if sentence not in readme] == []

@@ -226,27 +226,51 @@ def test_cached_attention_lines_up_with_the_last_key():
 # ---------------------------------------------------------------- what saves memory changes nothing
 
 
+@pytest.mark.parametrize("weights", [None, (0, 1, 6, 0.3), (0,)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_chunked_loss_equals_plain_and_never_holds_all_logits(with_bias):
+@pytest.mark.parametrize("max_logits", [900, 10**6])
+def test_chunked_loss_equals_plain_and_never_holds_all_logits(with_bias, weights, max_logits):
+    """Loss and gradients are PyTorch's own in float64, with and without weights of the tokens."""
     torch.manual_seed(0)
     hidden = torch.randn(100, 16, requires_grad=True)
     weight = torch.randn(50, 16, requires_grad=True)
     bias = torch.randn(50, requires_grad=True) if with_bias else None
     targets = torch.randint(0, 50, (100,))
+    token_weights = None if weights is None else torch.tensor(weights, dtype=torch.float32).repeat(100)[:100]
     logits_held = []
 
-    def spy(logits, t):
+    def spy(logits, t, w):
         logits_held.append(logits.numel())
-        return decoder.cross_entropy_and_gradient(logits, t)
+        return decoder.cross_entropy_and_gradient(logits, t, w)
 
-    loss = decoder.chunked_cross_entropy(hidden, weight, bias, targets, spy, max_logits=900)
+    arguments = (hidden, weight, bias, targets, token_weights, spy, max_logits)
+    loss = decoder.chunked_cross_entropy(*arguments)
     inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
     grads = torch.autograd.grad(loss, inputs)
-    plain = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum")
-    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+    logits = F.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
+    nats = F.cross_entropy(logits, targets, reduction="none")
+    plain = (nats if weights is None else nats * token_weights).sum()
+    torch.testing.assert_close(loss.double(), plain, rtol=1e-6, atol=0)
     for got, expected in zip(grads, torch.autograd.grad(plain, inputs)):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert max(logits_held) <= 900 and len(logits_held) > 5
+    assert max(logits_held) <= max_logits and (len(logits_held) > 5 or max_logits > 900)
+    with torch.no_grad():  # in evaluation
+        torch.testing.assert_close(
+            decoder.chunked_cross_entropy(*arguments).double(), plain, rtol=1e-6, atol=0
+        )
+
+
+def test_weights_of_the_model_belong_to_their_tokens(make_llama):
+    """Without weights each target counts 1. If all are 0, so are the loss and every gradient, and not NaN."""
+    ours = weights.load(make_llama()[0], dtype=torch.float32)
+    tokens, targets, token_weights = random_tokens(2, 30), random_tokens(2, 10), torch.rand(2, 10)
+    log_p = ours(tokens)[:, -10:].log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    expected = -(log_p * token_weights).sum()
+    torch.testing.assert_close(ours(tokens, None, targets, token_weights), expected)
+    torch.testing.assert_close(ours(tokens, None, targets), -log_p.sum())
+    nothing = ours(tokens, None, targets, torch.zeros(2, 10))
+    nothing.backward()
+    assert nothing == 0 and all(not p.grad.any() for p in ours.parameters())  # NaN would be true
 
 
 def test_a_long_text_in_slices_holds_nothing_twice(make_llama, monkeypatch):

@@ -32,6 +32,7 @@ def test_every_arm_sees_the_same_number_of_tokens(table):
         assert given.get("method", "pose") in pose.METHODS
         assert given.get("offset", "uniform") in pose.OFFSETS
         assert given.get("rope", "ntk") in rope.EXTENSIONS
+        assert given["retrieval"] == 0  # the paper has no episodes
         targets.add(given["target_len"])
         window = given["target_len"] if given.get("method") == "full" else 8192
         tokens_per_step = window * given["batch_size"]

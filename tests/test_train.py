@@ -16,6 +16,8 @@ from conftest import ROOT, losses, metrics, needs_gpu
 from safetensors.torch import load_file
 
 import data
+import fsdp
+import retrieval
 from hf import families, scaling, tokenizer, weights
 from hf.builtin import open_model, resolve
 from storage.files import cache_dir
@@ -130,22 +132,32 @@ def three_steps(train_into, tmp_path_factory):
     return train_into(tmp_path_factory.mktemp("runs") / "three_steps", "--steps", 3)
 
 
-def plain_loop(texts, lrs, skipped=(), reach=2048):
+def plain_loop(texts, lrs, skipped=(), reach=2048, train_len=64, share=0):
     """Yield loss and gradient norm by step of the same examples with a plain torch model and optimizer.
 
-    There is no FSDP and there are no micro-batches.
+    There is no FSDP and there are no micro-batches. share: of the examples that are episodes of 256 tokens.
     """
     tiny = open_model("tiny")
     model = weights.load("tiny", dtype=torch.float32)
     model.config = scaling.extend(model.config, "yarn", 2048, beta_fast=8)
-    bos_id = tiny.load_tokenizer().bos_id
+    tokeniser = tiny.load_tokenizer()
     documents = data.tokenised([texts], tokenizer.load(tiny.path), cache_dir())
-    sampling = {"method": "pose", "train_len": 64, "target_len": reach, "chunks": 2, "offset": "uniform"}
-    batches = data.Batches(documents, 0, bos_id, **sampling)
+    sampling = {"method": "pose", "target_len": reach, "chunks": 2, "offset": "uniform"}
+
+    def make(rng, document):
+        return retrieval.episode(rng, document, 256, reach, tokeniser)
+
+    episodes = data.Episodes(share, 4, 256, make)
+    batches = data.Batches(documents, 0, tokeniser.bos_id, episodes, train_len=train_len, **sampling)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     for step, lr in enumerate(lrs):
-        tokens, positions, targets = map(torch.from_numpy, batches(step, range(4)))
-        loss = torch.nn.functional.cross_entropy(model(tokens, positions).flatten(0, 1), targets.flatten())
+        nats, counts = [], []
+        for example in batches(step, range(4)):
+            tokens, positions, targets, token_weights = map(torch.from_numpy, example)
+            logits = model(tokens, positions).flatten(0, 1)
+            nats.append(torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="none"))
+            counts.append(token_weights.flatten())
+        loss = (torch.cat(nats) * torch.cat(counts)).sum() / torch.cat(counts).sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -212,6 +224,52 @@ def test_a_gpu_gives_the_curve_of_the_cpu(three_steps, train):
             for line, expected in zip(lines, three_steps, strict=True):
                 assert line["loss"] == pytest.approx(expected["loss"], rel=loss_error), name
                 assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=norm_error), name
+
+
+# ---------------------------------------------------------------- retrieval episodes
+
+EPISODES = ("--retrieval", 0.5, "--train_len", 512)  # half the examples are two episodes in tiny's window
+
+
+@pytest.fixture(scope="module")
+def three_steps_with_episodes(train_into, tmp_path_factory):
+    """The metrics of a run of three steps with episodes shorter than the other examples."""
+    return train_into(tmp_path_factory.mktemp("runs") / "episodes", "--steps", 3, *EPISODES)
+
+
+def test_the_first_losses_with_episodes_equal_a_plain_loop(three_steps_with_episodes, train, texts):
+    """Each is the mean by the weights of the tokens over a whole step, also where all windows are as long."""
+    as_long = ("--retrieval", 0.5, "--train_len", 256, "--micro_batch_size", 2)
+    alike = train("alike", "--steps", 3, *as_long, processes=2)
+    for lines, train_len in ((three_steps_with_episodes, 512), (alike, 256)):
+        expected = plain_loop(texts, [0.5e-3, 1e-3, 1e-3], train_len=train_len, share=0.5)
+        for line, (loss, norm) in zip(lines, expected, strict=True):
+            assert line["loss"] == pytest.approx(loss, rel=1e-4)
+            assert line["grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_curve_with_episodes_does_not_depend_on_processes(three_steps_with_episodes, train, processes):
+    """Of four processes two have an example of episodes in each step, and two have none."""
+    lines = train("other", "--steps", 3, *EPISODES, processes=processes)
+    for line, expected in zip(lines, three_steps_with_episodes, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+def test_windows_too_short_for_an_episode_are_plain_ones(train):
+    """None of 16 tokens has room. They are windows of other texts, so that the losses are only near."""
+    first = ("--steps", 1, "--train_len", 16, "--batch_size", 64)
+    without_room = losses(train("without_room", *first, "--retrieval", 1))
+    torch.testing.assert_close(without_room, losses(train("plain", *first)), rtol=0.05, atol=0)
+
+
+def test_mfu_counts_the_windows_of_episodes(train, monkeypatch):
+    monkeypatch.setattr(fsdp, "peak_flops", lambda device: 1e12)
+    (line,) = train("run", "--steps", 1, *EPISODES)
+    config = open_model("tiny").config
+    flops = (config.flops_per_token(256) + config.flops_per_token(512)) / 2
+    assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / 1e12)
 
 
 # ---------------------------------------------------------------- updates that are not finite
@@ -308,6 +366,17 @@ def test_resume_needs_no_more_than_the_folder(train, call, run, texts, tmp_path)
         torch.testing.assert_close(losses(metrics(out)), whole, rtol=1e-5 if processes else 0, atol=0)
         assert list(metrics(out)[-1]["validation"]) == ["64"]
         assert (out / "checkpoints" / "step-4").exists() and (out / "model").exists()
+
+
+def test_a_resumed_run_with_episodes_has_the_same_weights(train, tmp_path):
+    train("run", "--steps", 4, "--save_every", 2, *EPISODES)
+    out = tmp_path / "run"
+    whole, weights_of_whole = metrics(out), (out / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "checkpoints" / "step-4")
+    resumed = train("run", "--resume", "--steps", 4, *EPISODES)
+    assert torch.equal(losses(resumed), losses(whole))
+    assert (out / "model" / "model.safetensors").read_bytes() == weights_of_whole
 
 
 # ---------------------------------------------------------------- the quick start

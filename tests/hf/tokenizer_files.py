@@ -3,7 +3,7 @@
 import json
 
 import tokenizers
-from conftest import ROOT
+from conftest import LLAMA3, ROOT
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -30,11 +30,6 @@ SPECIAL = {  # control tokens by the name that GGUF files have for the family
     "qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     "llama-bpe": ["<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>"],
 }
-# How Llama 3 cuts text, as its tokenizer.json has it. For GPT-2 and Qwen2 transformers has classes.
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def train(vocab_size, special):

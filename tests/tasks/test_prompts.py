@@ -5,9 +5,7 @@ import time
 
 import numpy as np
 import pytest
-import tokenizers
 
-import hf.tokenizer
 from hf.builtin import open_model
 from tasks import prompts
 
@@ -19,24 +17,12 @@ def tiny():
 
 
 @pytest.fixture(scope="module")
-def byte_level(tmp_path_factory):
+def byte_level(make_byte_level):
     """A byte-level BPE tokenizer without BOS, which cuts newlines, spaces and digits as GPT-2's."""
-    folder = tmp_path_factory.mktemp("byte_level")
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    texts = [
-        prompts.PASSKEY_TASK,
-        prompts.GARBAGE,
-        prompts.PASSKEY_QUESTION,
-        prompts.NEEDLE,
-        "the cat sat. It is a cat.",
-    ]
-    bpe.train_from_iterator(texts, trainer)
-    bpe.save(str(folder / "tokenizer.json"))
-    return hf.tokenizer.load(folder)
+    cat = "the cat sat. It is a cat."
+    return make_byte_level(
+        [prompts.PASSKEY_TASK, prompts.GARBAGE, prompts.PASSKEY_QUESTION, prompts.NEEDLE, cat], 500
+    )
 
 
 @pytest.mark.parametrize("which", ["sentencepiece", "byte_level"])

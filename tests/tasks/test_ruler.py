@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
+from conftest import LLAMA3
 
-import hf.tokenizer
 from hf.builtin import open_model
 from storage.files import InputError
 from tasks import ruler
@@ -20,11 +19,8 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 STORY = 'Chapter {i}. The cat sat on the mat {i} times! "Was it so?"\nIt was,  said the dog of house {i}\n'
 SOURCE = "".join(STORY.format(i=i) for i in range(150))
 LENGTHS = (2048, 9000)  # below and above 4,096, where the counts of common words change
-# Where Llama 3's tokenizer cuts a text. Unlike GPT-2's, it may join a full stop and a line break.
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
+TEXTS = [ruler.NIAH, ruler.VARIABLE_TRACKING, ruler.COMMON_WORDS, ruler.FREQUENT_WORDS, ruler.NEEDLE]
+TEXTS += ["a.\n\nThe", "a.\n\n", "a \nWhat", "a \n", "a  One", "... ..."] * 9
 
 
 @pytest.fixture(scope="module")
@@ -33,38 +29,16 @@ def tiny():
     return open_model("tiny").load_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def make_byte_level(tmp_path_factory):
-    """make_byte_level(pattern) -> a byte-level BPE tokenizer that cuts texts so, by default as GPT-2's."""
-
-    def make(pattern=None):
-        folder = tmp_path_factory.mktemp("byte_level")
-        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-        level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
-        if pattern is None:
-            bpe.pre_tokenizer = level
-        else:
-            split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-            bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, level])
-        bpe.decoder = tokenizers.decoders.ByteLevel()
-        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-        texts = [ruler.NIAH, ruler.VARIABLE_TRACKING, ruler.COMMON_WORDS, ruler.FREQUENT_WORDS, ruler.NEEDLE]
-        texts += ["a.\n\nThe", "a.\n\n", "a \nWhat", "a \n", "a  One", "... ..."] * 9
-        texts += [" ".join(words) for words in ruler.word_lists()]
-        options = {"initial_alphabet": alphabet, "show_progress": False}
-        trainer = tokenizers.trainers.BpeTrainer(vocab_size=3000, **options)
-        bpe.train_from_iterator([*texts, NOISE, SOURCE], trainer)
-        bpe.save(str(folder / "tokenizer.json"))
-        return hf.tokenizer.load(folder)
-
-    return make
+def known_texts():
+    """Return the texts that byte-level tokenizers learn from here."""
+    return [*TEXTS, *(" ".join(words) for words in ruler.word_lists()), NOISE, SOURCE]
 
 
 @pytest.fixture(scope="module", params=["sentencepiece", "gpt2", "llama3"])
 def tokenizer(request, tiny, make_byte_level):
     if request.param == "sentencepiece":
         return tiny
-    return make_byte_level(LLAMA_3 if request.param == "llama3" else None)
+    return make_byte_level(known_texts(), 3000, LLAMA3 if request.param == "llama3" else None)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +127,7 @@ def test_a_length_that_is_too_short_is_refused(make, task):
 
 
 def test_texts_without_spaces_are_refused(make_byte_level):
-    tokenizer = make_byte_level()
+    tokenizer = make_byte_level(known_texts(), 3000)
     corpus = np.array(tokenizer.encode("abc" * 900))
     with pytest.raises(InputError, match="too few words"):
         ruler.make_prompt("niah_single_2", tokenizer, 1024, 0, 0, corpus)
