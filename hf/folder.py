@@ -248,7 +248,7 @@ def check_finite(path, name, weight):
 
     weight: its values, in the dtype in which they are used.
     """
-    # The sum needs no second tensor of this size. It may overflow where no weight does.
-    if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+    # The extremes are NaN if any value is. They cost a tenth of isfinite, and no second tensor.
+    if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
         reason = f"weight {name} is NaN or infinite somewhere, as {str(weight.dtype).removeprefix('torch.')}"
         raise LocalError(f"{path}: {reason}; the file is damaged, or its training diverged")

@@ -142,7 +142,7 @@ def test_weights_that_are_no_numbers(make_llama, value, dtype):
 
 
 def test_weights_that_are_too_large_for_the_dtype_they_are_read_in(make_llama):
-    """Their sum may overflow: that alone is no reason."""
+    """That their sum overflows is no reason."""
     folder, _ = make_llama()
     tensors = load_file(folder / "model.safetensors")
     rewrite(folder / "model.safetensors", tensors | {UP: torch.full_like(tensors[UP], 1e37)})
