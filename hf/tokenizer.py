@@ -139,6 +139,9 @@ def hidden_panics():
 
     A panic is none of Python's Exceptions, and prints a trace of its own on stderr.
     """
+    if sys.stderr is None:  # closed when the program began
+        yield
+        return
     sys.stderr.flush()
     stderr = os.dup(2)
     with open(os.devnull, "w") as nowhere:
