@@ -34,7 +34,7 @@ FILES = (
 def load(folder):
     """Return the tokenizer of a Hugging Face folder. Raise InputError if there is none, or a broken one."""
     folder = Path(folder)
-    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    files = read_files(folder)
     if "tokenizer.model" in files:
         name, kind = "tokenizer.model", SentencePiece
     elif "tokenizer.json" in files:
@@ -56,6 +56,25 @@ def load(folder):
         return kind(files)
     except Exception as error:  # Both libraries raise a bare RuntimeError or Exception for a broken file.
         raise InputError(f"{folder / name}: not readable ({first_line(error)}); copy it again") from None
+
+
+def read_files(folder):
+    """Return {name: bytes} of the FILES in a folder. They go into every model that is made of this one.
+
+    Raise InputError for a link out of the folder, which could lead to anything on this machine. The blobs of
+    the Hugging Face cache are what its snapshots link to.
+    """
+    files = {}
+    for name in FILES:
+        path = folder / name
+        if not path.is_file():
+            continue
+        target = path.resolve()
+        is_blob = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
+        if target.parent != folder.resolve() and not is_blob:
+            raise InputError(f"{path}: a link out of the folder, to {target}; put the file itself there")
+        files[name] = path.read_bytes()
+    return files
 
 
 def check_size(tokenizer, vocab_size, path):

@@ -1,7 +1,7 @@
 """Write Hugging Face folders: safetensors files of limited size, their index, and the other files."""
 
-import errno
 import json
+import os
 import re
 
 from safetensors import SafetensorError
@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from hf.folder import INDEX, CheckpointFolder
-from storage.files import new_folder
+from storage.files import good_to_have, new_folder
 
 SHARD_BYTES = 5 * 2**30  # the largest safetensors file
 
@@ -36,16 +36,17 @@ def shard_name(i, count):
 
 
 def save_tensors(tensors, path):
-    """Write {name: tensor} as a safetensors file. Raise OSError if the disk is full."""
+    """Write {name: tensor} as a safetensors file. Raise OSError if the disk is full, or has another fault."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         # The library wraps the system's error. Its number is left in the message alone.
         number = re.search(r"os error (\d+)", str(error))
-        if number and int(number[1]) in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(errno.ENOSPC, "no space left", str(path)) from None
+        if number:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
         raise
-    path.chmod(0o644)  # the library makes it readable by its owner alone
+    with good_to_have("making files readable for others"):
+        path.chmod(0o644)  # the library makes it readable by its owner alone
 
 
 def write_index(folder, weight_map, total_size):
@@ -64,7 +65,7 @@ def write_folder(dest, shards, count, others):
     others: {file name: bytes} of the files beside them, config.json and the tokenizer's.
     Raise InputError if the result is not a model that this code reads. An error leaves nothing behind.
     """
-    with new_folder(dest) as aside:
+    with new_folder(dest, replace=False) as aside:
         weight_map = {}
         total_size = 0
         for i, tensors in enumerate(tqdm(shards, total=count, desc="converting", unit="file", disable=None)):

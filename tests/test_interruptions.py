@@ -193,7 +193,7 @@ def test_a_death_while_the_model_is_written(killed_inside, train, tmp_path):
     done = killed_inside(INSIDE_THE_MODEL, *arguments, "--out", out)
     assert done.returncode == -signal.SIGKILL and not (out / "model").exists()
     assert len(train("run", *arguments, "--resume")) == 4
-    assert weights.load(out / "model") and not (out / "model.tmp").exists()
+    assert weights.load(out / "model") and not list(out.glob("model.*"))
 
 
 def test_a_death_inside_the_writing_of_a_checkpoint(killed_inside, train, tmp_path):
@@ -202,7 +202,8 @@ def test_a_death_inside_the_writing_of_a_checkpoint(killed_inside, train, tmp_pa
     place = "if os.environ['RANK'] == '1': storage.checkpoint._checksum = die"
     done = killed_inside(place, *arguments, "--out", out, processes=2)
     assert done.returncode == 1
-    assert checkpoint_names(out) == {"step-3.tmp"} and not (out / "model").exists()
+    (name,) = checkpoint_names(out)
+    assert name.startswith("step-3.") and name.endswith(".tmp") and not (out / "model").exists()
     assert len(train("run", *arguments, "--resume")) == 9
 
 

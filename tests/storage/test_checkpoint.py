@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 import fsdp
 from storage.checkpoint import Checkpoints
-from storage.files import InputError
+from storage.files import InputError, temporary_folder
 
 
 @pytest.fixture(autouse=True)
@@ -75,10 +75,12 @@ def test_a_checkpoint_has_its_name_only_when_it_is_on_disk(tmp_path, monkeypatch
     save(checkpoints, 2)
     named = happened.index(("rename", str(folder / "step-2")))
     on_disk = {path for what, path in happened[:named] if what == "sync"}
-    aside = folder / "step-2.tmp"
-    assert on_disk >= {str(aside), *(str(aside / name) for name in names(folder / "step-2"))}
+    (aside,) = (path for path in on_disk if Path(path).name.startswith("step-2."))
+    assert on_disk >= {f"{aside}/{name}" for name in names(folder / "step-2")}
     after = happened[named:]
-    older_goes = after.index(("rename", str(folder / "step-1.old")))
+    (older_goes,) = (
+        i for i, (what, path) in enumerate(after) if what == "rename" and path.endswith("/step-1")
+    )
     assert after.index(("sync", str(folder))) < older_goes
     assert names(folder) == {"step-2"}
 
@@ -88,13 +90,17 @@ def test_a_damaged_checkpoint_never_pushes_out_a_good_one(tmp_path):
     save(checkpoints, 3)
     save(checkpoints, 6)
     (tmp_path / "step-6" / "__0_0.distcp").write_bytes(b"")
-    (tmp_path / "step-5.tmp").mkdir()  # what a kill leaves
+    left_over = temporary_folder(tmp_path / "step-5")  # what a kill leaves
+    (left_over / "__0_0.distcp").write_bytes(b"half")
+    of_a_user = {"step-4.backup", "step-5.tmp", "notes"}
+    for name in of_a_user:
+        (tmp_path / name).mkdir()
     checkpoints = Checkpoints(tmp_path, {}, 1)
     step, said = load(checkpoints)
     assert step == 3 and "step-6 is damaged (__0_0.distcp" in said[0]
-    assert names(tmp_path) == {"step-3", "step-6"}
+    assert names(tmp_path) == {"step-3", "step-6"} | of_a_user
     save(checkpoints, 4)
-    assert names(tmp_path) == {"step-4"}
+    assert names(tmp_path) == {"step-4"} | of_a_user
     assert load(checkpoints) == (4, [])
 
 
