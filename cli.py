@@ -526,7 +526,7 @@ def options_of_earlier_run(given, parser):
         if describe_changes(earlier, {"steps": args.steps}):
             hint = (
                 "; its learning rate has fallen to 0, so more steps cannot follow: train that model in a run "
-                f"of its own, with --model {out / 'model'} --rope default and another --out"
+                f"of its own (--model {out / 'model'} --rope default --target_len {args.target_len})"
             )
         raise InputError(f"--resume: the run in {out} is finished, its model is {out / 'model'}{hint}")
     not_compared = NOT_RECORDED + MAY_CHANGE
