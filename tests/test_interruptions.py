@@ -228,12 +228,12 @@ def test_a_finished_run_does_not_go_on(call, short, train, tmp_path, what):
         assert "is finished, its model is" in only_error(call(*resume).stderr)
         longer = call(*resume, "--steps", 6)
         assert f"--model {out / 'model'} --rope default" in only_error(longer.stderr)
-        return
-    (out / "finished.json").unlink()  # as in a run of an earlier version
+    else:
+        (out / "finished.json").unlink()  # as in a run of an earlier version
     if what == "the checkpoints":
         shutil.rmtree(out / "checkpoints")
         assert "no checkpoint to go on from" in only_error(call(*resume).stderr)
-    else:
+    elif what == "the mark":
         assert call(*resume).returncode == 0
         assert "is finished" in only_error(call(*resume).stderr)
     assert (out / "model" / "model.safetensors").read_bytes() == before
@@ -359,15 +359,13 @@ def test_a_model_and_texts_that_were_moved(call, short, texts, tmp_path):
 
     def start(name, *arguments):
         own = ("--model", tmp_path / name / "model", "--data", tmp_path / name / "texts.jsonl")
-        return call(
-            "train", *short[2:4], *short[6:], *own, *arguments, "--out", tmp_path / "run", "--save_every", 1
-        )
+        steps = ("--target_len", 2048, "--steps", 2, "--save_every", 1)
+        return call("train", *short[2:4], *short[6:], *own, *steps, "--out", tmp_path / "run", *arguments)
 
-    target = ("--target_len", 2048, "--steps", 2)
-    assert start("here", *target).returncode == 0
+    assert start("here").returncode == 0
     shutil.rmtree(tmp_path / "run" / "model")
     shutil.rmtree(tmp_path / "here")
-    done = start("there", *target, "--resume")
+    done = start("there", "--resume")
     assert done.returncode == 0 and "going on after step 2" in done.stderr
 
 
@@ -466,7 +464,7 @@ def test_torchrun_starts_a_run_again(six_steps, call, short, tmp_path, monkeypat
 def test_a_second_ctrl_c_ends_a_run_at_once(start, short, tmp_path):
     """The first one says what that costs."""
     process = start("train.py", *short, "--out", tmp_path / "run", "--steps", 10000, "--save_every", 4)
-    assert wait_for(lambda: len(saved_steps(tmp_path / "run")) > 0, process)
+    assert wait_for(lambda: steps_done(tmp_path / "run") > 8, process)
     process.kill(signal.SIGINT)
     assert wait_for(lambda: "stopping after this step" in (process.output / "stderr").read_text(), process)
     process.kill(signal.SIGINT)
@@ -474,9 +472,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once(start, short, tmp_path):
     if done.returncode == 130:
         pytest.skip("the run had stopped before the second one came")
     assert done.returncode == -signal.SIGINT
-    assert re.search(
-        r"a second time ends it at once, and loses what came after step (4|8|\d\d+)\n", done.stderr
-    )
+    assert re.search(r"a second time ends it at once, and loses what came after step [1-9]\d*\n", done.stderr)
     assert not (tmp_path / "run" / "model").exists() and saved_steps(tmp_path / "run")
 
 
@@ -485,14 +481,15 @@ def test_a_second_ctrl_c_ends_a_run_at_once(start, short, tmp_path):
 
 @pytest.fixture
 def torchrun(start, short, tmp_path):
-    """torchrun() -> Started of torchrun with two processes of a long run of `short` in tmp_path/run.
+    """torchrun(*options) -> Started of torchrun with two processes of a long run of `short` in tmp_path/run.
 
     The run has done three steps. The ids of these processes come back too.
     """
 
-    def start_and_wait():
-        launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py")
-        process = start(*launcher, *short, "--out", tmp_path / "run", "--steps", 10000)
+    def start_and_wait(*options, save_every=0):
+        launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", *options)
+        of_run = ("--out", tmp_path / "run", "--steps", 10000, "--save_every", save_every)
+        process = start(*launcher, ROOT / "train.py", *short, *of_run)
         assert wait_for(lambda: steps_done(tmp_path / "run") >= 3, process), process.wait().stderr
         (pid,) = process.pids
         children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
@@ -501,13 +498,22 @@ def torchrun(start, short, tmp_path):
     return start_and_wait
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_the_death_of_a_process_ends_all(torchrun, rank):
+def test_the_death_of_a_process_ends_all(torchrun):
     process, workers = torchrun()
-    os.kill(workers[rank], signal.SIGKILL)
+    os.kill(workers[1], signal.SIGKILL)
     assert wait_for(lambda: process.poll() is not None, seconds=60)
     assert process.poll() == 1
-    assert wait_for(lambda: not os.path.exists(f"/proc/{workers[1 - rank]}"), seconds=40)
+    assert wait_for(lambda: not os.path.exists(f"/proc/{workers[0]}"), seconds=40)
+
+
+def test_the_death_of_a_process_when_torchrun_may_start_them_again(torchrun, tmp_path):
+    process, workers = torchrun("--max_restarts=1", save_every=1)
+    os.kill(workers[0], signal.SIGKILL)
+    stderr = process.output / "stderr"
+    assert wait_for(lambda: "going on after step" in stderr.read_text(), process), stderr.read_text()
+    assert not os.path.exists(f"/proc/{workers[1]}")
+    process.kill(signal.SIGTERM)
+    assert "stopped after step" in process.wait().stderr
 
 
 def test_sigterm_to_torchrun_and_all_it_started(torchrun, tmp_path):
