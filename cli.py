@@ -126,7 +126,9 @@ plot_file = output_file(".png", ".pdf", ".svg")
 
 def refuse_one_file_for_two(args):
     """Raise InputError if --json and --plot name the same file."""
-    if args.json and args.plot and os.path.realpath(args.json) == os.path.realpath(args.plot):
+    if args.json is None or args.plot is None or is_stream(args.plot):
+        return
+    if os.path.realpath(args.json) == os.path.realpath(args.plot):
         raise InputError(f"--plot {args.plot}: --json is written there; name another file")
 
 

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import pickle
+import resource
 import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -269,11 +270,15 @@ class DataPlanner(dcp.DefaultLoadPlanner):
 def _system_error(error):
     """Return the number of the system's error behind an exception of dcp's writer, 0 if there is none.
 
-    PyTorch's zip writer hides it: its "unexpected pos" is a write that came out short, on a full disk.
+    PyTorch's zip writer hides it: its "unexpected pos" is a write that came out short, on a full disk or
+    where files may not be so large.
     """
     if isinstance(error, OSError):
         return error.errno
-    return errno.ENOSPC if "unexpected pos" in str(error) else 0
+    if "unexpected pos" not in str(error):
+        return 0
+    has_limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+    return errno.EFBIG if has_limit else errno.ENOSPC
 
 
 def _checksum(path):
