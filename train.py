@@ -33,13 +33,14 @@ from tasks.validation import Validation
 
 MAX_GRAD_NORM = 1.0
 MAX_SKIPPED = 10  # updates in a row that are not finite before a run gives up
+STEADY_STEP = 3  # the first step of a call whose time tells that of the others
 
 
 # ---------------------------------------------------------------- the loop
 
 
 def train(args, model, optimizer, batches, validation, checkpoints, first_step, device, signals):
-    """Train from first_step (steps count from 0) to args.steps. Return how many steps are done then.
+    """Train from first_step (steps count from 0) to args.steps, and return how many steps are done then.
 
     batches: data.Batches. validation: None, or a function of model and device that returns
     {length: nats a token}. signals: what catch_signals returns; once a process has caught one, all
@@ -87,6 +88,7 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
         if rank == 0:
             log.write(figures)
             show_progress(progress, figures)
+        say_if_nothing_is_saved(args, first_step, figures)
 
         checkpoints.raise_if_failed()
         raise_if_diverged(skipped_in_a_row, done)
@@ -123,6 +125,20 @@ def raise_if_diverged(skipped_in_a_row, done):
         raise InputError(
             f"step {done}: loss or gradient was not finite {MAX_SKIPPED} times in a row, these updates "
             "were left out; look at the texts, or start again with a lower --lr and another --out"
+        )
+
+
+def say_if_nothing_is_saved(args, first_step, figures):
+    """Say once what a crash would cost, if hours are left and no checkpoint will be written.
+
+    figures: of the step that was just done.
+    """
+    tokens_left = (args.steps - figures["step"]) * args.batch_size * args.train_len
+    hours = tokens_left / figures["tokens_per_second"] / 3600
+    if figures["step"] == first_step + STEADY_STEP and hours > 1 and not args.save_every:
+        say(
+            f"about {hours:.0f} hours to go, and a crash would lose all: no checkpoint is written before the "
+            "end; Ctrl-C saves, and --resume --save_every N goes on and saves every N steps"
         )
 
 

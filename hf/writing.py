@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from hf import tokenizer
 from hf.folder import INDEX, CheckpointFolder
 from storage.files import good_to_have, new_folder
 
@@ -58,6 +59,11 @@ def write_index(folder, weight_map, total_size):
     (folder / INDEX).write_text(json.dumps(index, indent=2))
 
 
+def is_model_file(name):
+    """Return whether a file of this name in a model's folder is one that this code writes."""
+    return name in ("config.json", INDEX, *tokenizer.FILES) or name.endswith(".safetensors")
+
+
 def write_folder(dest, shards, count, others):
     """Write a folder and check it as its reader would; it becomes `dest` when it is whole.
 
@@ -65,7 +71,7 @@ def write_folder(dest, shards, count, others):
     others: {file name: bytes} of the files beside them, config.json and the tokenizer's.
     Raise InputError if the result is not a model that this code reads. An error leaves nothing behind.
     """
-    with new_folder(dest, replace=False) as aside:
+    with new_folder(dest) as aside:
         weight_map = {}
         total_size = 0
         for i, tensors in enumerate(tqdm(shards, total=count, desc="converting", unit="file", disable=None)):

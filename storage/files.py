@@ -235,11 +235,10 @@ def _write_into(path, content):
 
 
 @contextlib.contextmanager
-def new_folder(path, replace=True):
+def new_folder(path, is_ours=None):
     """Yield an empty folder beside `path` to write into.
 
-    At the end it becomes `path`; after an error in the body it is removed. replace: whether a folder that is
-    there then makes way (see replace_folder), or is an OSError.
+    At the end it becomes `path`, see replace_folder; after an error in the body it is removed.
     """
     remove_left_overs(path.parent, glob.escape(path.name))
     aside = temporary_folder(path)
@@ -253,7 +252,7 @@ def new_folder(path, replace=True):
             if isinstance(error, InputError):  # it may name the folder that is gone
                 raise InputError(str(error).replace(str(aside), str(path))) from None
             raise
-        replace_folder(aside, path, replace)
+        replace_folder(aside, path, is_ours)
 
 
 def temporary_folder(path):
@@ -296,39 +295,34 @@ def _is_in_use(mark):
             return True
 
 
-def replace_folder(new, old, replace=True):
+def replace_folder(new, old, is_ours=None):
     """Rename the complete folder `new` to `old` once its files are on disk.
 
-    What was there stays whole until the last moment and is removed then, unless it holds files that the new
-    one has no counterpart of: they are somebody's, and it stays under another name, which is said. With
-    replace=False, a folder that is there is an OSError. After an error `new` stays where it is.
+    is_ours: None, or a function that tells from a name whether this code writes such a file. Without it, a
+    folder that is there is an OSError. With it, that one stays whole until the last moment, and is removed
+    then; one with other files stays under another name, which is said. After an error `new` stays.
     """
+    before = _new_name(old)
     with keeping(new), naming(old, new):
         for path in (*new.rglob("*"), new):
             _wait_until_on_disk(path)
         (new / MARK).unlink(missing_ok=True)
-        names = {path.name for path in new.iterdir()}
-        strangers = []
-        before = None
-        if replace and old.exists():
-            strangers = sorted(path.name for path in old.iterdir() if path.name not in names)
-            before = temporary_folder(old)
-            if strangers:
-                (before / MARK).unlink()
-            old.rename(before / old.name)
+        has_earlier = is_ours is not None and old.exists()
+        if has_earlier:
+            old.rename(before)
         try:
             new.rename(old)
-        except OSError:
-            if before:
-                (before / old.name).rename(old)
-                shutil.rmtree(before, ignore_errors=True)
+        except BaseException:
+            if has_earlier:
+                before.rename(old)
             raise
     _wait_until_on_disk(old.parent)
-    if strangers:
-        warn(f"{old} was replaced; the earlier one, with {strangers[0]}, lies in {before / old.name}")
-    elif before:
-        with good_to_have("removing an earlier folder"):
-            _remove_temporary(before)
+    if has_earlier:
+        others = sorted(path.name for path in before.iterdir() if not is_ours(path.name))
+        if others:
+            warn(f"{old} was replaced; the earlier one lies in {before}, for it holds {others[0]}")
+        else:
+            remove_folder(before)
 
 
 def remove_folder(path):

@@ -110,13 +110,17 @@ def test_an_open_file_is_added_to_and_not_replaced(tmp_path):
 # ---------------------------------------------------------------- folders
 
 
-def make(path, content, **how):
+def is_ours(name):
+    return name == "weights"
+
+
+def make(path, content, is_ours=is_ours):
     """Write a folder that holds the one file `weights`."""
-    with new_folder(path, **how) as aside:
+    with new_folder(path, is_ours) as aside:
         (aside / "weights").write_text(content)
 
 
-@pytest.mark.parametrize("replace", [True, False])
+@pytest.mark.parametrize("replace", [is_ours, None])
 def test_a_folder_is_there_when_it_is_whole(tmp_path, replace):
     path = tmp_path / "model"
     with pytest.raises(InputError, match=rf"^{path}/weights: no$"):  # and not the name of what is gone
@@ -125,14 +129,14 @@ def test_a_folder_is_there_when_it_is_whole(tmp_path, replace):
             assert not path.exists()
             raise InputError(f"{aside / 'weights'}: no")
     assert contents(tmp_path) == {}
-    make(path, "whole", replace=replace)
+    make(path, "whole", is_ours=replace)
     assert contents(tmp_path) == {"model": {"weights": "whole"}}
     if replace:
-        make(path, "new", replace=True)
+        make(path, "new", is_ours)
         assert contents(tmp_path) == {"model": {"weights": "new"}}
     else:
         with pytest.raises(OSError, match="stays in "):
-            make(path, "new", replace=False)
+            make(path, "new", None)
         assert contents(path) == {"weights": "whole"}
 
 
@@ -166,7 +170,8 @@ def test_a_name_that_cannot_be_given_costs_neither_folder(tmp_path, monkeypatch)
     rename = Path.rename
 
     def rename_all_but_the_new_one(path, to):
-        return failing(errno.EBUSY)() if path.suffix == ".tmp" else rename(path, to)
+        is_new = (path / "weights").read_text() == "second"
+        return failing(errno.EBUSY)() if is_new else rename(path, to)
 
     monkeypatch.setattr(Path, "rename", rename_all_but_the_new_one)
     with pytest.raises(OSError, match="stays in ") as told:
@@ -183,7 +188,7 @@ def test_an_earlier_folder_that_cannot_be_removed_is_no_failure(tmp_path, monkey
         patch.setattr(files.shutil, "rmtree", failing(errno.ENOTEMPTY))
         make(tmp_path / "model", "second")
     assert contents(tmp_path / "model") == {"weights": "second"} and len(warnings) == 1
-    make(tmp_path / "model", "third")  # later it can be
+    make(tmp_path / "model", "third")  # later it can be, and what stayed goes too
     assert contents(tmp_path) == {"model": {"weights": "third"}}
 
 
@@ -193,7 +198,7 @@ def test_what_somebody_put_into_a_folder_stays(tmp_path, warnings):
     make(tmp_path / "model", "second")
     assert contents(tmp_path / "model") == {"weights": "second"}
     (warning,) = warnings
-    earlier = Path(warning.split("lies in ")[1])
+    earlier = Path(warning.split("lies in ")[1].split(",")[0])
     assert contents(earlier) == {"weights": "first", "notes.txt": "mine"}
     make(tmp_path / "model", "third")
     assert contents(earlier) == {"weights": "first", "notes.txt": "mine"}
