@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from storage.files import (
+    MARK,
     InputError,
     describe_changes,
     naming,
@@ -128,11 +129,12 @@ class Checkpoints:
         try:
             with naming(self.folder):
                 future.result()
-        except dcp.api.CheckpointException as error:
-            for cause, _ in error.failures.values():
+        except (Exception, dcp.api.CheckpointException) as error:  # dcp's is no Exception
+            if (self.aside / MARK).exists():  # it is not complete
+                shutil.rmtree(self.aside, ignore_errors=True)
+            for cause, _ in getattr(error, "failures", {}).values():  # of each process
                 number = _system_error(cause)
                 if number:
-                    shutil.rmtree(self.aside, ignore_errors=True)
                     raise OSError(number, os.strerror(number), str(self.folder)) from None
             raise
 

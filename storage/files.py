@@ -72,7 +72,12 @@ def describe_changes(earlier, now):
 
 
 def printable(text):
-    """Return a text in which control characters are escaped: a name in a file must not steer a terminal."""
+    """Return a text in which control characters are escaped: a name in a file must not steer a terminal.
+
+    Of a long one the middle is left out.
+    """
+    if len(text) > 1000:
+        text = f"{text[:600]} ... {text[-300:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

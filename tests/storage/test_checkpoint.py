@@ -50,6 +50,15 @@ def load(checkpoints):
     return step, said
 
 
+def fail_with(number):
+    """Return a function that fails as a system call does, with this error number."""
+
+    def fail(*arguments, **others):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
 def names(folder):
     """Return the names of what is in a folder."""
     return {path.name for path in folder.iterdir()}
@@ -126,7 +135,7 @@ def test_every_file_of_a_checkpoint_is_checked(tmp_path):
 def test_a_checkpoint_that_cannot_be_removed_is_no_failure(tmp_path, monkeypatch, name):
     def fail(path, *arguments, **others):
         if "step-3" in str(path):
-            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+            fail_with(errno.ENOTEMPTY)()
         return real(path, *arguments, **others)
 
     checkpoints = Checkpoints(tmp_path, {}, 1)
@@ -138,6 +147,17 @@ def test_a_checkpoint_that_cannot_be_removed_is_no_failure(tmp_path, monkeypatch
     assert load(checkpoints) == (6, [])
 
 
+def test_half_a_checkpoint_does_not_stay_on_a_full_disk(tmp_path, monkeypatch):
+    """Full at its last file, checkpoint.json, which is small."""
+    checkpoints = Checkpoints(tmp_path, {}, 2)
+    save(checkpoints, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fail_with(errno.ENOSPC))
+        with pytest.raises(OSError) as told:
+            save(checkpoints, 6)
+    assert told.value.errno == errno.ENOSPC and names(tmp_path) == {"step-3"}
+
+
 def test_the_newest_checkpoint_stays_when_a_later_one_cannot_be_written(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, {}, 2)
     save(checkpoints, 3)
@@ -145,7 +165,7 @@ def test_the_newest_checkpoint_stays_when_a_later_one_cannot_be_written(tmp_path
 
     def fail_for_the_new_one(path, to):
         if path.name.startswith("step-6."):
-            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+            fail_with(errno.EBUSY)()
         return rename(path, to)
 
     with monkeypatch.context() as patch:
