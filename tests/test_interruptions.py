@@ -508,8 +508,9 @@ def test_the_death_of_a_process_ends_all(torchrun):
 def test_the_death_of_a_process_when_torchrun_may_start_them_again(torchrun, tmp_path):
     process, workers = torchrun("--max_restarts=1", save_every=1)
     os.kill(workers[0], signal.SIGKILL)
-    stderr = process.output / "stderr"
+    stderr, done = process.output / "stderr", steps_done(tmp_path / "run")
     assert wait_for(lambda: "going on after step" in stderr.read_text(), process), stderr.read_text()
+    assert wait_for(lambda: steps_done(tmp_path / "run") > done + 3, process)
     assert not os.path.exists(f"/proc/{workers[1]}")
     process.kill(signal.SIGTERM)
     assert "stopped after step" in process.wait().stderr
