@@ -336,6 +336,7 @@ RECIPES = {
     ),
 }
 
+NEWER = {"retrieval": 0.0}  # options that records of earlier versions lack, and what those did
 NOT_RECORDED = ("out", "resume")  # options that belong to one call
 BY_CONTENT = ("model", "data")  # paths: a resumed run may have others, with the same model and texts there
 # Options that a resumed run may change: speed, and what is shown or kept.
@@ -508,7 +509,7 @@ def options_of_earlier_run(given, parser):
     if not record.exists():
         raise InputError(f"--resume: {out} holds no run; leave --resume out to start one")
     try:
-        earlier = read_json(record)
+        earlier = NEWER | read_json(record)
     except InputError:
         raise InputError(f"--resume: {record} is not readable; start again with another --out") from None
     # An option that is given replaces its default. But argparse would add to a list there.

@@ -158,7 +158,9 @@ class Checkpoints:
                     "the one before"
                 )
                 continue
-            if changed := describe_changes(manifest["run"], self.record):
+            # A checkpoint of an earlier version lacks what is newer: args.json was compared with that.
+            comparable = {key: value for key, value in self.record.items() if key in manifest["run"]}
+            if changed := describe_changes(manifest["run"], comparable):
                 raise InputError(f"{folder} is of another run: {changed}; start again with another folder")
             weights, moments = get_state_dict(model, optimizer)
             read_as_data({"model": weights, "optimizer": moments}, folder, manifest["crc32"])

@@ -350,6 +350,22 @@ def test_any_number_of_processes_goes_on(six_steps, train, tmp_path, before, aft
     torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=0)
 
 
+def test_a_run_of_an_earlier_version_goes_on(six_steps, call, short, tmp_path):
+    """Without what was recorded later: neither does it take up the newer options' defaults."""
+    out = tmp_path / "run"
+    spare, whole = six_steps()
+    shutil.copytree(spare, out)
+    shutil.rmtree(out / "checkpoints" / "step-6")
+    (out / "finished.json").unlink()
+    for path in out / "args.json", out / "checkpoints" / "step-3" / "checkpoint.json":
+        record = json.loads(path.read_text())
+        del record.get("run", record)["retrieval"]
+        path.write_text(json.dumps(record))
+    done = call("train", *short, "--steps", 6, "--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(losses(metrics(out)), whole)
+
+
 def test_a_model_and_texts_that_were_moved(call, short, texts, tmp_path):
     """What they hold counts, not where they are."""
     for name in ("here", "there"):
