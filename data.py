@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import pose
-from storage.files import InputError, only_one_process
+from storage.files import InputError, naming, only_one_process
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 JSON_LINES = (".jsonl", ".jsonl.gz")
@@ -68,7 +68,7 @@ def fingerprint(files):
     """Return 16 hexadecimal digits of the SHA-256 of what the files hold."""
     digest = hashlib.sha256()
     for path in files:
-        with open(path, "rb") as f:
+        with naming(path), open(path, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:16]
 
@@ -84,7 +84,8 @@ def read_documents(path):
                 yield text
         return
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with naming(path):
+            text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert it or leave it out") from None
     if text.strip():
@@ -108,7 +109,7 @@ def read_json_lines(path, convert, expected):
     """
     number = 0
     open_file = gzip.open if path.suffix == ".gz" else open
-    with open_file(path, "rb") as f:
+    with naming(path), open_file(path, "rb") as f:
         try:
             for number, line in enumerate(f, 1):
                 if line.strip():
@@ -135,9 +136,10 @@ class Documents:
     """
 
     def __init__(self, folder):
-        self.starts = np.load(folder / "starts.npy")
-        self.tokens = np.memmap(folder / "tokens.bin", dtype=(folder / "dtype").read_text(), mode="r")
-        self.sha256 = (folder / "sha256").read_text()
+        with naming(folder):
+            self.starts = np.load(folder / "starts.npy")
+            self.tokens = np.memmap(folder / "tokens.bin", dtype=(folder / "dtype").read_text(), mode="r")
+            self.sha256 = (folder / "sha256").read_text()
 
     def __len__(self):
         return len(self.starts) - 1
@@ -164,7 +166,7 @@ def tokenised(paths, tokenizer, cache):
     lock = Path(cache) / f"tokens-{folder.name}.lock"
     with only_one_process(lock):  # under torchrun the other processes wait here and find the folder
         if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+            with naming(folder), tempfile.TemporaryDirectory(dir=folder.parent) as aside:
                 new = Path(aside) / "tokens"
                 tokenise(files, tokenizer, new)
                 try:

@@ -4,8 +4,8 @@
     python train.py --model my-llama --data texts/    # one GPU
     torchrun --nproc_per_node=8 train.py --model my-llama --target_len 131072
 
-OUT/metrics.jsonl gets a line a step, OUT/model is a Hugging Face folder at the end, and
-OUT/checkpoints lets --resume go on.
+OUT/metrics.jsonl gets a line a step, OUT/model is a Hugging Face folder at the end, OUT/checkpoints lets
+--resume go on, and OUT/finished.json says that nothing is left to do.
 """
 
 import copy

@@ -22,7 +22,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from storage.files import InputError
+from storage.files import InputError, naming
 
 # The files that travel with a model, where it has them.
 FILES = (
@@ -73,7 +73,8 @@ def read_files(folder):
         is_blob = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
         if target.parent != folder.resolve() and not is_blob:
             raise InputError(f"{path}: a link out of the folder, to {target}; put the file itself there")
-        files[name] = path.read_bytes()
+        with naming(path):
+            files[name] = path.read_bytes()
     return files
 
 

@@ -203,8 +203,8 @@ def write_file(path, content):
     if is_stream(path):
         _write_into(path, content)
         return
-    path = Path(os.path.realpath(path))
-    aside = _new_name(path)
+    target = Path(os.path.realpath(path))
+    aside = _new_name(target)
     try:
         with naming(path, aside):
             aside.write_bytes(content)
@@ -213,7 +213,7 @@ def write_file(path, content):
         aside.unlink(missing_ok=True)
         raise
     with keeping(aside), naming(path, aside):
-        aside.replace(path)
+        aside.replace(target)
 
 
 def is_stream(path):
@@ -248,7 +248,7 @@ def new_folder(path, is_ours=None):
     remove_left_overs(path.parent, glob.escape(path.name))
     aside = temporary_folder(path)
     with open(aside / MARK, "ab") as mark:
-        _lock(mark.fileno(), aside / MARK, wait=False)  # so that nobody takes it for a left-over
+        _lock(mark.fileno(), path, wait=False)  # so that nobody takes it for a left-over
         try:
             with naming(path, aside):
                 yield aside
@@ -276,7 +276,7 @@ def _new_name(path):
 def remove_left_overs(parent, name):
     """Remove the temporary folders that a kill has left. name: of what they would have become, a pattern."""
     for folder in parent.glob(f"{name}.*.tmp"):
-        if (folder / MARK).is_file() and not _is_in_use(folder / MARK):
+        if (folder / MARK).is_file() and not _is_in_use(folder):
             with good_to_have("removing a left-over"):
                 _remove_temporary(folder)
 
@@ -291,11 +291,11 @@ def _remove_temporary(folder):
     shutil.rmtree(folder)
 
 
-def _is_in_use(mark):
-    """Return whether a process holds a lock on a file, or might: without locks nobody can tell."""
-    with open(mark, "ab") as f:
+def _is_in_use(temporary):
+    """Return whether a process is writing a temporary folder, or might be: without locks nobody can tell."""
+    with open(temporary / MARK, "ab") as mark:
         try:
-            return not _lock(f.fileno(), mark, wait=False)
+            return not _lock(mark.fileno(), temporary, wait=False)
         except BlockingIOError:
             return True
 

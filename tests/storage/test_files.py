@@ -13,6 +13,7 @@ from storage import files
 from storage.files import (
     MARK,
     InputError,
+    naming,
     new_folder,
     only_one_process,
     printable,
@@ -267,6 +268,14 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys,
 
 
 # ---------------------------------------------------------------- messages
+
+
+@pytest.mark.parametrize("name", [None, "part.1a2b.tmp/weights", "elsewhere"])
+def test_an_error_of_the_system_names_the_path_of_the_user(name):
+    with pytest.raises(OSError) as told:
+        with naming("part", "part.1a2b.tmp"):
+            raise OSError(errno.EIO, "Input/output error", name)
+    assert told.value.filename == {None: "part", "elsewhere": "elsewhere"}.get(name, "part/weights")
 
 
 @pytest.mark.parametrize("text", ["\x1b[2Jname", "two\nlines", "\x07", "\u202etxt.exe", "\x9b31m", "\udcff"])
