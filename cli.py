@@ -141,9 +141,9 @@ def own_results(path):
     if path is None or is_stream(path):
         yield
         return
-    path = Path(os.path.realpath(path))
     busy = f"--json {path}: another process writes there; wait for its end, or name another file"
-    with only_one_process(path.with_name(f".{path.name}.lock"), busy):
+    target = Path(os.path.realpath(path))
+    with only_one_process(target.with_name(f".{target.name}.lock"), busy):
         yield
 
 
@@ -211,10 +211,11 @@ def run(main):
 
     Such are a user's mistake, a file that cannot be used, and full memory.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without ± shows \xb1, as stderr would
+    if sys.stdout:  # None where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without ± shows \xb1, as on stderr
     try:
         main()
-        sys.stdout.flush()  # here, where it can be told if its reader has gone
+        print(end="", flush=True)  # here, where it can be told if its reader has gone
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -284,8 +285,8 @@ def leave(code):
     if dist.is_initialized() and code == 0:
         dist.barrier()
         dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     os._exit(code)
 
 

@@ -699,11 +699,11 @@ def evaluate(args):
     for of_model in reports:  # a file may hold lengths that this call did not ask for
         of_model["results"] = [result for result in of_model["results"] if result[task.unit] in units]
     report.print_reports(reports, args.task, task.table)
-    if args.json and not keeps_results:
-        report.write(args.json, settings, reports)
     if args.plot:
         task.draw(reports, args.plot)
         print(f"wrote {args.plot}", file=sys.stderr)
+    if args.json and not keeps_results:
+        report.write(args.json, settings, reports)
 
 
 if __name__ == "__main__":

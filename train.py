@@ -49,8 +49,7 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     log = Log(args.out, first_step, args.tensorboard) if rank == 0 else None
-    skipped_in_a_row = 0
-    done = first_step
+    done, skipped_in_a_row = first_step, 0
     disable = None if rank == 0 else True  # None: tqdm draws a bar only where there is a terminal
     progress = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=disable)
     began = time.perf_counter()
@@ -236,13 +235,19 @@ def run(args):
         validate(validation, model, device, first_step)
 
     signals = catch_signals(checkpoints)
+    done = None
     try:
-        done = train(args, model, optimizer, batches, validation, checkpoints, first_step, device, signals)
-    finally:  # what goes wrong later does not undo a checkpoint that is still being written
-        checkpoints.finish()
-    weights.save(model, tokenizer, args.out / "model")
-    if dist.get_rank() == 0 and done == args.steps:
-        mark_finished(args.out, done)
+        try:
+            done = train(
+                args, model, optimizer, batches, validation, checkpoints, first_step, device, signals
+            )
+        finally:  # what goes wrong later does not undo a checkpoint that is still being written
+            checkpoints.finish()
+    finally:  # nor does a disk that is too full for the last checkpoint cost the model
+        if done is not None:
+            weights.save(model, tokenizer, args.out / "model")
+            if dist.get_rank() == 0 and done == args.steps:
+                mark_finished(args.out, done)
     # All decide together, and none before all have saved: torchrun ends every process soon after the first
     # one that leaves with another code than 0.
     if any_process([number for number in signals if number == signal.SIGINT], device):

@@ -84,27 +84,39 @@ class Checkpoints:
     def _complete(self, written, aside, step):
         """Once all processes have written their parts, give the folder its name.
 
-        The checkpoints that do not stay are removed then.
+        The checkpoints that do not stay are removed then. An error of process 0 is raised in all.
         """
         written.result()
         mine = {path.name: _checksum(path) for path in aside.glob(f"__{dist.get_rank()}_*.distcp")}
         from_all = [None] * dist.get_world_size()
         dist.all_gather_object(from_all, mine, group=self.group)
+        failure = [None]
         if dist.get_rank() == 0:
-            checksums = {}
-            for part in from_all:
-                checksums |= part
-            checksums[".metadata"] = _checksum(aside / ".metadata")
-            manifest = {"run": self.record, "crc32": checksums}
-            (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
-            folder = self.folder / f"step-{step}"
-            if folder.exists():  # it is damaged, else this run would have gone on from it
-                remove_folder(folder)
-            # The new checkpoint must be on disk before an older one is removed.
-            replace_folder(aside, folder)
-            self._remove_all_but_newest(step)
+            try:
+                self._give_name(aside, step, from_all)
+            except OSError as error:
+                failure = [error]
+        dist.broadcast_object_list(failure, group=self.group)
+        if failure[0]:
+            raise failure[0]
         self.newest = step
-        dist.barrier(self.group)
+
+    def _give_name(self, aside, step, parts):
+        """Write checkpoint.json into the folder `aside` and rename it.
+
+        parts: {name of a file: its checksum} from each process.
+        """
+        checksums = {".metadata": _checksum(aside / ".metadata")}
+        for part in parts:
+            checksums |= part
+        manifest = {"run": self.record, "crc32": checksums}
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        folder = self.folder / f"step-{step}"
+        if folder.exists():  # it is damaged, else this run would have gone on from it
+            remove_folder(folder)
+        # The new checkpoint must be on disk before an older one is removed.
+        replace_folder(aside, folder)
+        self._remove_all_but_newest(step)
 
     def _remove_all_but_newest(self, step):
         """Remove all checkpoints but the newest `keep` up to this step.

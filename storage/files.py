@@ -97,7 +97,7 @@ def good_to_have(action):
     try:
         yield
     except OSError as error:
-        warn(f"{action} is not possible here ({error.strerror}); going on without")
+        warn(f"{action} is not possible here ({error.strerror or error}); going on without")
 
 
 @contextlib.contextmanager
@@ -276,8 +276,8 @@ def _new_name(path):
 def remove_left_overs(parent, name):
     """Remove the temporary folders that a kill has left. name: of what they would have become, a pattern."""
     for folder in parent.glob(f"{name}.*.tmp"):
-        if (folder / MARK).is_file() and not _is_in_use(folder):
-            with good_to_have("removing a left-over"):
+        with good_to_have("removing a left-over"):
+            if (folder / MARK).is_file() and not _is_in_use(folder):
                 _remove_temporary(folder)
 
 

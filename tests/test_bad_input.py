@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 import cli
 import data
 from hf import weights, writing
+from storage.checkpoint import Checkpoints
 from storage.files import InputError
+from storage.log import is_finished
 
 TINY = ROOT / "assets" / "tiny"
 
@@ -758,7 +760,8 @@ def test_a_limit_on_the_size_of_files(run, model):
     """`ulimit -f`, when a checkpoint and when the model is written."""
     script = Path("limited.py").resolve()
     script.write_text(LIMITED)
-    for more, place in (["--save_every", 1], "out/checkpoints"), ([], "out/model/model.safetensors"):
+    checkpoint = (["--steps", 2, "--save_every", 1], "out/checkpoints")
+    for more, place in checkpoint, ([], "out/model/model.safetensors"):
         done = run(script, ROOT, "--model", model, *TRAIN, "--out", "out", *more)
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert f"error: {place}: File too large" in done.stderr.splitlines()[-1]
@@ -828,6 +831,14 @@ def test_disk_full_when_a_checkpoint_is_written(call, model, monkeypatch, room):
     two_steps = (*TRAIN, "--steps", 2, "--save_every", 1)
     check_disk_full(call("train", "--model", model, *two_steps, "--out", "out"))
     assert Path("out/checkpoints/step-1/.metadata").is_file() and not Path("out/checkpoints/step-2").exists()
+
+
+def test_disk_full_at_the_last_checkpoint(call, model, monkeypatch):
+    """The model is smaller, and may find room."""
+    monkeypatch.setattr(Checkpoints, "_give_name", disk_full)
+    check_disk_full(call("train", "--model", model, *TRAIN, "--save_every", 1, "--out", "out"))
+    assert weights.load("out/model") and is_finished(Path("out"))
+    assert list(Path("out/checkpoints").iterdir()) == []
 
 
 def test_disk_full_when_texts_are_tokenised(call, model, tmp_path, monkeypatch):
