@@ -362,7 +362,7 @@ def draw_efficiency(results, path):
         axes.set_ylim(0)
         axes.grid(alpha=0.3)
     panels[0].legend()
-    figure.savefig(path, dpi=150)
+    plots.save(figure, path)
 
 
 # ---------------------------------------------------------------- task: prefill
@@ -518,6 +518,7 @@ def parse_arguments():
 def complete(args, config):
     """Refuse what cannot run, fill in the defaults that depend on the model and return the arguments."""
     cli.refuse_options_of_other_tasks(args, BELONGS)
+    cli.refuse_one_file_for_two(args)
     if args.compare and cli.process_count() > 1:
         raise InputError(f"--compare {args.compare}: it runs in one process alone; leave torchrun out")
     if args.compare and importlib.util.find_spec(args.compare) is None:

@@ -6,6 +6,7 @@ and what to do), 130 interrupted.
 """
 
 import argparse
+import contextlib
 import errno
 import importlib.util
 import math
@@ -20,7 +21,15 @@ import torch.distributed as dist
 
 import pose
 import rope
-from storage.files import InputError, LocalError, describe_changes, printable, read_json
+from storage.files import (
+    InputError,
+    LocalError,
+    describe_changes,
+    is_stream,
+    only_one_process,
+    printable,
+    read_json,
+)
 from storage.log import is_finished
 
 LARGEST = 2**31  # for lengths in tokens, and factors
@@ -113,15 +122,17 @@ def output_file(*suffixes):
 
     def parse(text):
         path = as_path(text)
-        folder = path.absolute().parent
+        target = Path(os.path.realpath(path))  # of a link, what it leads to is written
         if suffixes and path.suffix not in suffixes:
             expected = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
             raise argparse.ArgumentTypeError(f"must end in {expected}, not be {path}")
         if path.is_dir():
             raise argparse.ArgumentTypeError(f"{path} is a folder; name a file")
-        if not folder.is_dir():
+        if is_stream(path):
+            return path
+        if not target.parent.is_dir():
             raise argparse.ArgumentTypeError(f"the folder of {path} does not exist; make it first")
-        if not os.access(folder, os.W_OK):
+        if not os.access(target.parent, os.W_OK):
             raise argparse.ArgumentTypeError(f"the folder of {path} cannot be written to; name another")
         return path
 
@@ -129,6 +140,29 @@ def output_file(*suffixes):
 
 
 plot_file = output_file(".png", ".pdf", ".svg")
+
+
+def refuse_one_file_for_two(args):
+    """Raise InputError if --json and --plot name the same file."""
+    if args.json is None or args.plot is None or is_stream(args.plot):
+        return
+    if os.path.realpath(args.json) == os.path.realpath(args.plot):
+        raise InputError(f"--plot {args.plot}: --json is written there; name another file")
+
+
+@contextlib.contextmanager
+def own_results(path):
+    """Keep other processes from the file of --json (None: there is none) while the body runs.
+
+    Raise InputError if one has it.
+    """
+    if path is None or is_stream(path):
+        yield
+        return
+    busy = f"--json {path}: another process writes there; wait for its end, or name another file"
+    target = Path(os.path.realpath(path))
+    with only_one_process(target.with_name(f".{target.name}.lock"), busy):
+        yield
 
 
 def refuse_options_of_other_tasks(args, belongs):
@@ -200,8 +234,11 @@ def run(main):
 
     Such are a user's mistake, a file that cannot be used, and full memory.
     """
+    if sys.stdout:  # None where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without ± shows \xb1, as on stderr
     try:
         main()
+        print(end="", flush=True)  # here, where it can be told if its reader has gone
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -220,15 +257,29 @@ def run(main):
         sys.exit(2)
 
 
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+REMEDIES = {  # for errors of the system
+    errno.EFBIG: "files may not be so large here; raise the limit (ulimit -f) or take another disk",
+    errno.EIO: "the disk, or the way to it, has failed; take another one",
+    errno.EPIPE: "its reader has gone",
+}
+
+
 def one_line(error):
     """Return what to tell a user of an error that is no bug; None for a bug."""
     if isinstance(error, InputError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = error.filename or "while writing"
-        return f"the disk is full ({where}): free some space and run again; earlier files are whole"
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}; check the path and its permissions"
+    if isinstance(error, BrokenPipeError) and not error.filename:
+        # Else Python would try to write the rest when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        error.filename = "standard output"
+    if isinstance(error, OSError):
+        where = error.filename or "reading or writing"
+        reason = error.strerror or str(error)
+        if error.errno in DISK_IS_FULL:
+            where = f"{where}: {reason}"
+            return f"the disk is full ({where}): free some space and run again; earlier files are whole"
+        return f"{where}: {reason}; {REMEDIES.get(error.errno, 'check the path and its permissions')}"
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the GPU's memory is full: training, lower --micro_batch_size or --train_len, or add "
@@ -258,8 +309,8 @@ def leave(code):
     if dist.is_initialized() and code == 0:
         dist.barrier()
         dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     os._exit(code)
 
 
@@ -310,7 +361,9 @@ RECIPES = {
     ),
 }
 
+NEWER = {"retrieval": 0.0}  # options that records of earlier versions lack, and what those did
 NOT_RECORDED = ("out", "resume")  # options that belong to one call
+BY_CONTENT = ("model", "data")  # paths: a resumed run may have others, with the same model and texts there
 # Options that a resumed run may change: speed, and what is shown or kept.
 MAY_CHANGE = (
     "micro_batch_size", "device", "compile", "activation_checkpointing", "cpu_offload", "save_every", "keep",
@@ -427,6 +480,20 @@ def training_parser():
     return p
 
 
+@contextlib.contextmanager
+def own_out():
+    """Keep other runs from --out while the body runs: process 0 holds a lock there.
+
+    Raise InputError if another run has it, if it cannot be a folder, or if it is inside another run's.
+    """
+    out = training_parser().parse_args().out
+    check_out(out)
+    busy = f"--out {out}: another run is using it; wait for its end, or name another folder"
+    is_first = os.environ.get("RANK", "0") == "0"
+    with only_one_process(out / ".lock", busy) if is_first else contextlib.nullcontext():
+        yield
+
+
 def training_arguments():
     """Return the options of train.py as given; with --resume, the other ones as the run in --out had them.
 
@@ -434,16 +501,27 @@ def training_arguments():
     """
     parser = training_parser()
     args = parser.parse_args()
-    for path in (args.out, *args.out.parents):
-        if path.exists() and not path.is_dir():
-            raise InputError(f"--out {args.out}: {path} is a file; name a folder")
-    if args.resume:
+    # torchrun --max_restarts gives the same command again after a process has died: then the run goes on.
+    is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if args.resume or (is_restarted and (args.out / "args.json").exists()):
         return options_of_earlier_run(args, parser)
-    if any((args.out / name).exists() for name in ("args.json", "checkpoints", "model")):
+    has_metrics = (args.out / "metrics.jsonl").is_file()
+    if has_metrics or any((args.out / name).exists() for name in ("args.json", "checkpoints", "model")):
         raise InputError(
             f"--out {args.out} already holds a run; name another folder, remove it, or add --resume"
         )
     return args
+
+
+def check_out(out):
+    """Raise InputError if --out cannot be a folder, or lies inside what another run writes and removes."""
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise InputError(f"--out {out}: {path} is a file; name a folder")
+    resolved = out.resolve()
+    for path in (resolved, *resolved.parents):
+        if path.name in ("checkpoints", "model") and (path.parent / "args.json").exists():
+            raise InputError(f"--out {out}: {path.parent} is another run's; name a folder outside of it")
 
 
 def options_of_earlier_run(given, parser):
@@ -456,7 +534,7 @@ def options_of_earlier_run(given, parser):
     if not record.exists():
         raise InputError(f"--resume: {out} holds no run; leave --resume out to start one")
     try:
-        earlier = read_json(record)
+        earlier = NEWER | read_json(record)
     except InputError:
         raise InputError(f"--resume: {record} is not readable; start again with another --out") from None
     recorded = [word for option, value in earlier.items() for word in words_of(option, value, given)]
@@ -465,14 +543,26 @@ def options_of_earlier_run(given, parser):
     except InputError as error:
         raise InputError(f"--resume: {record} is not a run's ({error}); start with another --out") from None
     args = parser.parse_args([*recorded, *sys.argv[1:]])
+    args.resume = True
     if not args.eval_every:  # validation is switched off: the run's own texts and lengths go too
         args.eval_data, args.eval_lengths = given.eval_data, given.eval_lengths
+    if is_finished(out):
+        hint = ""
+        if describe_changes(earlier, {"steps": args.steps}):
+            hint = (
+                "; its learning rate has fallen to 0, so more steps cannot follow: train that model in a run "
+                f"of its own (--model {out / 'model'} --rope default --target_len {args.target_len})"
+            )
+        raise InputError(f"--resume: the run in {out} is finished, its model is {out / 'model'}{hint}")
     not_compared = NOT_RECORDED + MAY_CHANGE
-    must_match = {option: value for option, value in vars(args).items() if option not in not_compared}
-    if changed := describe_changes(earlier, must_match):
+    options = {option: value for option, value in vars(args).items() if option not in not_compared}
+    must_match = {option: value for option, value in options.items() if option not in BY_CONTENT}
+    if describe_changes(earlier, must_match):
+        changed = describe_changes(earlier, options)
         raise InputError(f"--resume: the run in {out} had other arguments: {changed}")
-    if is_finished(out, args.steps):
-        raise InputError(f"--resume: the run in {out} is finished; its model is {out / 'model'}")
+    if (out / "model").exists() and not any((out / "checkpoints").glob("step-*")):
+        reason = f"{out} has a model but no checkpoint to go on from; starting anew would replace the model"
+        raise InputError(f"--resume: {reason}; name another --out")
     return args
 
 

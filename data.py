@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 import pose
-from storage.files import InputError, check_characters, only_one_process, parse_json, warn
+from storage.files import InputError, check_characters, naming, only_one_process, parse_json, warn
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")  # what a folder is searched for
 JSON_LINES = (".jsonl", ".ndjson", ".json")  # a document a line; .gz may follow
@@ -94,7 +94,7 @@ def fingerprint(files):
     """Return 16 hexadecimal digits of the SHA-256 of what the files hold."""
     digest = hashlib.sha256()
     for path in files:
-        with open(path, "rb") as f:
+        with naming(path), open(path, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:16]
 
@@ -116,7 +116,8 @@ def read_documents(path):
                 yield text
         return
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with naming(path):
+            text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert it or leave it out") from None
     if "\0" in text:
@@ -159,7 +160,7 @@ def read_json_lines(path, convert, expected):
     """
     number = 0
     open_file = gzip.open if path.suffix.lower() == ".gz" else open
-    with open_file(path, "rb") as f:
+    with naming(path), open_file(path, "rb") as f:
         try:
             for number, line in enumerate(f, 1):
                 if line.strip():
@@ -190,9 +191,10 @@ class Documents:
     """
 
     def __init__(self, folder):
-        self.starts = np.fromfile(folder / "starts.bin", dtype=np.int64)
-        self.tokens = np.memmap(folder / "tokens.bin", dtype=(folder / "dtype").read_text(), mode="r")
-        self.sha256 = (folder / "sha256").read_text()
+        with naming(folder):
+            self.starts = np.fromfile(folder / "starts.bin", dtype=np.int64)
+            self.tokens = np.memmap(folder / "tokens.bin", dtype=(folder / "dtype").read_text(), mode="r")
+            self.sha256 = (folder / "sha256").read_text()
 
     def __len__(self):
         return len(self.starts) - 1
@@ -226,7 +228,7 @@ def tokenised(paths, tokenizer, cache):
         if folder.exists():
             warn(f"{folder}: damaged; the texts are tokenised again")
             shutil.rmtree(folder)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+        with naming(folder), tempfile.TemporaryDirectory(dir=folder.parent) as aside:
             new = Path(aside) / "tokens"
             tokenise(files, tokenizer, new)
             try:

@@ -42,7 +42,7 @@ import cli
 import data
 from hf import weights
 from hf.builtin import default_model, open_model
-from storage.files import InputError, cache_dir, read_json
+from storage.files import InputError, cache_dir, is_stream, read_json
 from tasks import harness, plots, report, ruler
 from tasks.prompts import CITIES, digit_tokens, needle_prompt, passkey_prompt
 
@@ -577,6 +577,7 @@ def complete(args):
         for option in task.options:
             tasks_of_option.setdefault(option, []).append(name)
     cli.refuse_options_of_other_tasks(args, tasks_of_option)
+    cli.refuse_one_file_for_two(args)
     for option, default in DEFAULTS.items():
         if getattr(args, option) is None:
             setattr(args, option, default)
@@ -665,12 +666,19 @@ def measure_model(args, name, folder, units, missing):
 
 def main():
     args = complete(parse_arguments())
+    with cli.own_results(args.json):
+        evaluate(args)
+
+
+def evaluate(args):
+    """Measure what the options say, and write, print and draw the results."""
     task = TASKS[args.task]
+    keeps_results = args.json and not is_stream(args.json)  # a pipe gets them at the end, once
     names = list(dict.fromkeys(args.model or default_models(args.device)))  # each once
     folders = [open_model(name) for name in names]  # all are checked before hours of work with the first
     units = units_to_measure(args, [folder.config for folder in folders])
     settings = result_settings(args, names, folders, units) if args.json else None
-    if args.json and args.json.exists():
+    if keeps_results and args.json.exists():
         reports = report.read(args.json, settings, task.table, task.unit)
     else:
         reports = [{"task": args.task, "model": name, "results": []} for name in names]
@@ -682,7 +690,7 @@ def main():
             of_model["results"].append(result)
             if task.unit == "length":  # it may be shorter than what an earlier call measured
                 of_model["results"].sort(key=itemgetter("length"))
-            if args.json:
+            if keeps_results:
                 report.write(args.json, settings, reports)
             headline = " ".join(task.table.headline(result))
             tqdm.write(f"{name}, {args.task} {result[task.unit]}: {headline}", file=sys.stderr)
@@ -693,6 +701,8 @@ def main():
     if args.plot:
         task.draw(reports, args.plot)
         print(f"wrote {args.plot}", file=sys.stderr)
+    if args.json and not keeps_results:
+        report.write(args.json, settings, reports)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from storage.files import InputError
+
 # Dense bfloat16 operations a second by the makers' data sheets. A card takes the first entry whose name
 # is part of its own, so longer names come first.
 PEAK_FLOPS = {
@@ -41,7 +43,7 @@ PEAK_FLOPS = {
 def start(device_type):
     """Join the process group that torchrun set up, or make one of a single process.
 
-    Return this process's device.
+    Return this process's device. Raise InputError if the environment tells only a part of what torchrun does.
     """
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -51,7 +53,13 @@ def start(device_type):
         device = torch.device(device_type)
         backend = "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise InputError(f"RANK is set and {name} is not; start with torchrun, or unset RANK")
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        # torchrun --max_restarts gives processes that it starts again the store of those that died.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device

@@ -19,7 +19,7 @@ from pathlib import Path
 import cli
 import data
 from hf.builtin import open_model
-from storage.files import InputError, cache_dir, describe_changes, read_json, write_json
+from storage.files import InputError, cache_dir, describe_changes, read_json, write_file, write_json
 from storage.log import is_finished
 from tasks import harness
 
@@ -130,7 +130,7 @@ def train(args, folder, window):
         for seed in range(args.seeds):
             out = folder / f"{arm.replace(' ', '-')}-{seed}"
             arm_of_model[str(out / "model")] = arm
-            if is_finished(out, steps(window, args.tokens)):
+            if is_finished(out):
                 continue
             options = training_options(settings, window, args.tokens)
             if args.lr is not None:
@@ -339,7 +339,7 @@ def main():
     arm_of_model = train(args, folder, window)
     tables = "\n".join(measure(args, folder, window, arm_of_model))
     print("\n" + tables)
-    (folder / "tables.md").write_text(tables)
+    write_file(folder / "tables.md", tables.encode())
 
 
 if __name__ == "__main__":

@@ -4,15 +4,14 @@
     python train.py --model my-llama --data texts/    # one GPU
     torchrun --nproc_per_node=8 train.py --model my-llama --target_len 131072
 
-OUT/metrics.jsonl gets a line a step, OUT/model is a Hugging Face folder at the end, and
-OUT/checkpoints lets --resume go on.
+OUT/metrics.jsonl gets a line a step, OUT/model is a Hugging Face folder at the end, OUT/checkpoints lets
+--resume go on, and OUT/finished.json says that nothing is left to do.
 """
 
 import copy
 import math
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -29,19 +28,20 @@ from hf import builtin, families, scaling, weights
 from model import empty_transformer
 from storage.checkpoint import Checkpoints
 from storage.files import InputError, cache_dir, describe_changes, read_json, write_json
-from storage.log import Log, show_progress
+from storage.log import Log, mark_finished, show_progress, unmark_finished
 from tasks.validation import Validation
 
 MAX_GRAD_NORM = 1.0
 MANY_PASSES = 10  # over the texts, of which a run warns
 MAX_SKIPPED = 10  # updates in a row that are not finite before a run gives up
+STEADY_STEP = 3  # the first step of a call whose time tells that of the others
 
 
 # ---------------------------------------------------------------- the loop
 
 
 def train(args, model, optimizer, batches, validation, checkpoints, first_step, device, signals):
-    """Train from first_step (steps count from 0) to args.steps.
+    """Train from first_step (steps count from 0) to args.steps, and return how many steps are done then.
 
     batches: data.Batches. validation: None, or a function of model and device that returns
     {length: nats a token}. signals: what catch_signals returns; once a process has caught one, all
@@ -50,7 +50,7 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     log = Log(args.out, first_step, args.tensorboard) if rank == 0 else None
-    skipped_in_a_row = 0
+    done, skipped_in_a_row = first_step, 0
     disable = None if rank == 0 else True  # None: tqdm draws a bar only where there is a terminal
     progress = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=disable)
     began = time.perf_counter()
@@ -88,6 +88,7 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
         if rank == 0:
             log.write(figures)
             show_progress(progress, figures)
+        say_if_nothing_is_saved(args, first_step, figures)
 
         checkpoints.raise_if_failed()
         raise_if_diverged(skipped_in_a_row, done, args.steps)
@@ -98,6 +99,7 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
             say(f"stopped after step {done} of {args.steps}; what is done is saved, add --resume to go on")
             break
         began = time.perf_counter()  # the wait for the next batch counts, validation and checkpoints do not
+    return done
 
 
 def own_examples(args):
@@ -123,6 +125,20 @@ def raise_if_diverged(skipped_in_a_row, done, steps):
         raise InputError(
             f"step {done}: loss or gradient was not finite {skipped_in_a_row} times in a row, these updates "
             "were left out; look at the texts, or start again with a lower --lr and another --out"
+        )
+
+
+def say_if_nothing_is_saved(args, first_step, figures):
+    """Say once what a crash would cost, if hours are left and no checkpoint will be written.
+
+    figures: of the step that was just done.
+    """
+    tokens_left = (args.steps - figures["step"]) * args.batch_size * args.train_len
+    hours = tokens_left / figures["tokens_per_second"] / 3600
+    if figures["step"] == first_step + STEADY_STEP and hours > 1 and not args.save_every:
+        say(
+            f"about {hours:.0f} hours to go, and a crash would lose all: no checkpoint is written before the "
+            "end; Ctrl-C saves, and --resume --save_every N goes on and saves every N steps"
         )
 
 
@@ -179,7 +195,12 @@ def say(line):
 
 
 def main():
-    args = cli.training_arguments()
+    with cli.own_out():
+        run(cli.training_arguments())
+
+
+def run(args):
+    """Do what the options say. The folder args.out is this run's alone."""
     as_given = copy.copy(args)
     args.device = cli.device(args.device)
     args.model = args.model or builtin.default_model(args.device)
@@ -205,22 +226,30 @@ def main():
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "args.json", record)
     optimizer = fsdp.adamw(model, args.lr)
-    must_match = {key: value for key, value in record.items() if key not in cli.MAY_CHANGE}
+    may_differ = cli.MAY_CHANGE + cli.BY_CONTENT
+    must_match = {key: value for key, value in record.items() if key not in may_differ}
     checkpoints = Checkpoints(args.out / "checkpoints", must_match, args.keep)
     first_step = checkpoints.load(model, optimizer, say) if args.resume else 0
     if args.resume and dist.get_rank() == 0:
-        # With all lines in metrics.jsonl, the interrupted run's model would pass for the finished one's.
-        shutil.rmtree(args.out / "model", ignore_errors=True)
+        unmark_finished(args.out)
     announce(args, base, config, batches, first_step)
     if validation:  # the loss before training; and too little memory for it shows here, not at the end
         validate(validation, model, device, first_step)
 
-    signals = catch_signals()
+    signals = catch_signals(checkpoints)
+    done = None
     try:
-        train(args, model, optimizer, batches, validation, checkpoints, first_step, device, signals)
-    finally:  # what goes wrong later does not undo a checkpoint that is still being written
-        checkpoints.finish()
-    weights.save(model, tokenizer, args.out / "model")
+        try:
+            done = train(
+                args, model, optimizer, batches, validation, checkpoints, first_step, device, signals
+            )
+        finally:  # what goes wrong later does not undo a checkpoint that is still being written
+            checkpoints.finish()
+    finally:  # nor does a disk that is too full for the last checkpoint cost the model
+        if done is not None:
+            weights.save(model, tokenizer, args.out / "model")
+            if dist.get_rank() == 0 and done == args.steps:
+                mark_finished(args.out, done)
     # All decide together, and none before all have saved: torchrun ends every process soon after the first
     # one that leaves with another code than 0.
     if any_process([number for number in signals if number == signal.SIGINT], device):
@@ -295,8 +324,11 @@ def retrieval_episodes(args, tokenizer):
 
 def check_same_model_and_texts(out, record):
     """Raise InputError if the run in `out` began with other weights or texts, whatever their paths."""
+    earlier = read_json(out / "args.json")
     hashes = {key: value for key, value in record.items() if key.endswith("_sha256")}
-    if changed := describe_changes(read_json(out / "args.json"), hashes):
+    if changed := describe_changes(earlier, hashes):
+        paths = describe_changes(earlier, {key: record[key] for key in cli.BY_CONTENT})
+        changed = "; ".join(filter(None, (changed, paths)))
         raise InputError(f"--resume: {out} is of another run: {changed}; start again with another --out")
 
 
@@ -342,22 +374,24 @@ def announce(args, base, config, batches, first_step):
             say("without --data it trains on the source of Python's standard library; name texts like yours")
 
 
-def catch_signals():
+def catch_signals(checkpoints):
     """Return a list to which every SIGINT or SIGTERM adds its number from here on.
 
-    They do not end the process any more.
+    The first one does not end the process. checkpoints: tell what a second one costs.
     """
     caught = []
     speaks = dist.get_rank() == 0
 
     def catch(number, frame):
         caught.append(number)
-        if speaks:
-            os.write(2, b"\nstopping after this step\n")  # print may be in the middle of something
+        line = "stopping after this step and saving"
         # A second signal ends the process at once. Not under torchrun: it passes signals on several times,
         # and kills after a while itself.
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             signal.signal(number, signal.SIG_DFL)
+            line += f"; a second time ends it at once, and loses what came after step {checkpoints.newest}"
+        if speaks:
+            os.write(2, f"\n{line}\n".encode())  # print may be in the middle of something
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, catch)

@@ -71,17 +71,15 @@ def convert_bin(source, dest):
     """
     # An architecture or a tokenizer that is not known is refused before a weight is read.
     config = read_config(source)
-    tokenizer.check_size(tokenizer.load(source), config.vocab_size, source)
+    loaded = tokenizer.load(source)
+    tokenizer.check_size(loaded, config.vocab_size, source)
     index = source / "pytorch_model.bin.index.json"
     paths = list(read_index(index)) if index.is_file() else [source / "pytorch_model.bin"]
     for path in paths:
         if not path.is_file():
             raise InputError(f"{path}: missing; copy the checkpoint again")
 
-    others = {}
-    for name in ("config.json", *tokenizer.FILES):
-        if (source / name).is_file():
-            others[name] = (source / name).read_bytes()
+    others = loaded.files | {"config.json": (source / "config.json").read_bytes()}
     write_folder(source, dest, (_weights_in(path) for path in paths), len(paths), others)
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from storage.files import InputError, parse_object
+from storage.files import InputError, naming, parse_object
 
 # The files that travel with a model, where it has them.
 FILES = (
@@ -39,7 +39,7 @@ TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # its first line: a token 
 def load(folder):
     """Return the tokenizer of a Hugging Face folder. Raise InputError if there is none, or a broken one."""
     folder = Path(folder)
-    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    files = read_files(folder)
     is_tiktoken = TIKTOKEN.match(files.get("tokenizer.model", b""))
     if "tokenizer.model" in files and not is_tiktoken:
         name, kind = "tokenizer.model", SentencePiece
@@ -68,6 +68,26 @@ def load(folder):
             return kind(files)
     except Exception as error:
         raise InputError(f"{folder / name}: not readable ({reason_of(error)}); copy it again") from None
+
+
+def read_files(folder):
+    """Return {name: bytes} of the FILES in a folder. They go into every model that is made of this one.
+
+    Raise InputError for a link out of the folder, which could lead to anything on this machine. The blobs of
+    the Hugging Face cache are what its snapshots link to.
+    """
+    files = {}
+    for name in FILES:
+        path = folder / name
+        if not path.is_file():
+            continue
+        target = path.resolve()
+        is_blob = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
+        if target.parent != folder.resolve() and not is_blob:
+            raise InputError(f"{path}: a link out of the folder, to {target}; put the file itself there")
+        with naming(path):
+            files[name] = path.read_bytes()
+    return files
 
 
 def check_size(tokenizer, vocab_size, path):

@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 from hf import families
 from hf.builtin import open_model
 from hf.convert import convert
-from hf.writing import save_tensors, shard_name, split_by_size, write_index
+from hf.writing import is_model_file, save_tensors, shard_name, split_by_size, write_index
 from model import empty_transformer
-from storage.files import new_folder
+from storage.files import new_folder, printable
 
 
 def load(name, device="cpu", dtype=None):
@@ -44,7 +44,7 @@ def save(model, tokenizer, path):
 
     It gets config.json, safetensors files of at most 5 GiB, and the tokenizer's files. Under
     torch.distributed every process calls this, since sharded weights are gathered one at a time; process 0
-    writes.
+    writes. A model that is there stays until this one is whole.
     """
     config = families.as_written(model.config)
     written = families.stored_parameters(config)
@@ -53,7 +53,7 @@ def save(model, tokenizer, path):
     parameters = model.state_dict()
 
     writes = not dist.is_initialized() or dist.get_rank() == 0
-    with new_folder(Path(path)) if writes else contextlib.nullcontext() as aside:
+    with new_folder(Path(path), is_model_file) if writes else contextlib.nullcontext() as aside:
         weight_map = {}  # {published name: file}
         for i, names in enumerate(shards):
             file = "model.safetensors" if len(shards) == 1 else shard_name(i, len(shards))
@@ -116,7 +116,7 @@ def show(name):
     print(f"{vocabulary} with {tokenizer.vocab_size:,}, begins with {tokenizer.bos_id}")
     print(f"window {config.max_position_embeddings:,} tokens, rope_theta {config.rope_theta:g}")
     scaling = [f"{k} {v}" for k, v in (config.rope_scaling or {}).items() if not isinstance(v, list)]
-    print("scaling " + (", ".join(scaling) or "none"))
+    print(printable("scaling " + (", ".join(scaling) or "none")))
 
 
 def main():

@@ -1,15 +1,16 @@
 """Write Hugging Face folders: safetensors files of limited size, their index, and the other files."""
 
-import errno
 import json
+import os
 import re
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from hf import tokenizer
 from hf.folder import INDEX, CheckpointFolder, check_finite
-from storage.files import new_folder
+from storage.files import good_to_have, new_folder
 
 SHARD_BYTES = 5 * 2**30  # the largest safetensors file
 
@@ -36,16 +37,17 @@ def shard_name(i, count):
 
 
 def save_tensors(tensors, path):
-    """Write {name: tensor} as a safetensors file. Raise OSError if the disk is full."""
+    """Write {name: tensor} as a safetensors file. Raise OSError if the disk is full, or has another fault."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         # The library wraps the system's error. Its number is left in the message alone.
         number = re.search(r"os error (\d+)", str(error))
-        if number and int(number[1]) in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(errno.ENOSPC, "no space left", str(path)) from None
+        if number:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
         raise
-    path.chmod(0o644)  # the library makes it readable by its owner alone
+    with good_to_have("making files readable for others"):
+        path.chmod(0o644)  # the library makes it readable by its owner alone
 
 
 def write_index(folder, weight_map, total_size):
@@ -55,6 +57,11 @@ def write_index(folder, weight_map, total_size):
     """
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def is_model_file(name):
+    """Return whether a file of this name in a model's folder is one that this code writes."""
+    return name in ("config.json", INDEX, *tokenizer.FILES) or name.endswith(".safetensors")
 
 
 def write_folder(source, dest, shards, count, others):

@@ -4,22 +4,49 @@ Notable choices:
 - A checkpoint is written aside by torch.distributed.checkpoint, and renamed when all of it is on disk. The
   newest folder is the pointer to it.
 - checkpoint.json beside its files records what the run was started with, and a checksum of each file.
+- A checkpoint is data. PyTorch reads its .metadata with pickle, which would run code that somebody put
+  there: here only the classes of METADATA_CLASSES are read, and only tensors and plain values besides.
 """
 
 import errno
 import json
+import os
+import pickle
+import resource
 import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from storage.files import InputError, describe_changes, read_json, replace_folder
+from storage.files import (
+    MARK,
+    InputError,
+    describe_changes,
+    naming,
+    read_json,
+    remove_folder,
+    remove_left_overs,
+    replace_folder,
+    temporary_folder,
+)
 
 MANIFEST = "checkpoint.json"
+
+METADATA_CLASSES = {  # module: what a .metadata names of it
+    "pathlib": ("PosixPath",),
+    "torch": ("Size", "bfloat16", "float32"),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    ),
+}  # fmt: skip
 
 
 class Checkpoints:
@@ -32,7 +59,9 @@ class Checkpoints:
         newest.
         """
         self.folder, self.record, self.keep = Path(folder), record, keep
-        self.writing = None  # the future of the checkpoint that is being written
+        self.newest = 0  # the step of the newest one that is complete
+        self.writing = None  # the future of the checkpoint that is being written, into the folder `aside`
+        self.aside = None
         self.background = ThreadPoolExecutor(1)
         # The background thread's collectives must not meet those of training, so they have a group of
         # their own.
@@ -43,36 +72,52 @@ class Checkpoints:
     def save(self, model, optimizer, step):
         """Copy the state and begin to write it. Training may go on at once."""
         self.finish()  # one at a time
-        aside = self.folder / f"step-{step}.tmp"
+        aside = [None]
         if dist.get_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        dist.barrier()
+            aside = [temporary_folder(self.folder / f"step-{step}")]
+        dist.broadcast_object_list(aside)
+        (self.aside,) = aside
         weights, moments = get_state_dict(model, optimizer)
         state = {"model": weights, "optimizer": moments}
-        written = dcp.async_save(state, checkpoint_id=aside, process_group=self.group)
-        self.writing = self.background.submit(self._complete, written, aside, step)
+        written = dcp.async_save(state, checkpoint_id=self.aside, process_group=self.group)
+        self.writing = self.background.submit(self._complete, written, self.aside, step)
 
     def _complete(self, written, aside, step):
         """Once all processes have written their parts, give the folder its name.
 
-        The checkpoints that do not stay are removed then.
+        The checkpoints that do not stay are removed then. An error of process 0 is raised in all.
         """
         written.result()
         mine = {path.name: _checksum(path) for path in aside.glob(f"__{dist.get_rank()}_*.distcp")}
         from_all = [None] * dist.get_world_size()
         dist.all_gather_object(from_all, mine, group=self.group)
+        failure = [None]
         if dist.get_rank() == 0:
-            checksums = {}
-            for part in from_all:
-                checksums |= part
-            checksums[".metadata"] = _checksum(aside / ".metadata")
-            manifest = {"run": self.record, "crc32": checksums}
-            (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
-            # The new checkpoint must be on disk before an older one is removed.
-            replace_folder(aside, self.folder / f"step-{step}")
-            self._remove_all_but_newest(step)
-        dist.barrier(self.group)
+            try:
+                self._give_name(aside, step, from_all)
+            except OSError as error:
+                failure = [error]
+        dist.broadcast_object_list(failure, group=self.group)
+        if failure[0]:
+            raise failure[0]
+        self.newest = step
+
+    def _give_name(self, aside, step, parts):
+        """Write checkpoint.json into the folder `aside` and rename it.
+
+        parts: {name of a file: its checksum} from each process.
+        """
+        checksums = {".metadata": _checksum(aside / ".metadata")}
+        for part in parts:
+            checksums |= part
+        manifest = {"run": self.record, "crc32": checksums}
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        folder = self.folder / f"step-{step}"
+        if folder.exists():  # it is damaged, else this run would have gone on from it
+            remove_folder(folder)
+        # The new checkpoint must be on disk before an older one is removed.
+        replace_folder(aside, folder)
+        self._remove_all_but_newest(step)
 
     def _remove_all_but_newest(self, step):
         """Remove all checkpoints but the newest `keep` up to this step.
@@ -82,10 +127,7 @@ class Checkpoints:
         steps = self._steps()
         staying = [other for other in steps if other <= step][: self.keep]
         for other in set(steps) - set(staying):
-            removed = self.folder / f"step-{other}.old"
-            # A kill must not leave half a checkpoint under the name of a whole one.
-            (self.folder / f"step-{other}").rename(removed)
-            shutil.rmtree(removed)
+            remove_folder(self.folder / f"step-{other}")
 
     def raise_if_failed(self):
         """Raise what `finish` raises if writing in the background has failed. Does not wait."""
@@ -93,17 +135,20 @@ class Checkpoints:
             self.finish()
 
     def finish(self):
-        """Wait until the checkpoint in the background is written. Raise OSError if the disk is full."""
+        """Wait until the checkpoint in the background is written. Raise OSError if that was not possible."""
         if self.writing is None:
             return
         future, self.writing = self.writing, None
         try:
-            future.result()
-        except dcp.api.CheckpointException as error:
-            if any(_is_full_disk(cause) for cause, _ in error.failures.values()):
-                for half_written in self.folder.glob("step-*.tmp"):
-                    shutil.rmtree(half_written, ignore_errors=True)
-                raise OSError(errno.ENOSPC, "no space left", str(self.folder)) from None
+            with naming(self.folder):
+                future.result()
+        except (Exception, dcp.api.CheckpointException) as error:  # dcp's is no Exception
+            if (self.aside / MARK).exists():  # it is not complete
+                shutil.rmtree(self.aside, ignore_errors=True)
+            for cause, _ in getattr(error, "failures", {}).values():  # of each process
+                number = _system_error(cause)
+                if number:
+                    raise OSError(number, os.strerror(number), str(self.folder)) from None
             raise
 
     # ------------------------------------------------------------ resuming
@@ -114,7 +159,8 @@ class Checkpoints:
         say(line) is called for each one that is passed over. Raise InputError if none can be used, or
         if it is of another run.
         """
-        self._remove_left_overs()
+        if dist.get_rank() == 0:
+            remove_left_overs(self.folder, "step-*")
         found = self._found()
         for step, manifest in found:
             folder = self.folder / f"step-{step}"
@@ -125,21 +171,18 @@ class Checkpoints:
                     "the one before"
                 )
                 continue
-            if changed := describe_changes(manifest["run"], self.record):
+            # A checkpoint of an earlier version lacks what is newer: args.json was compared with that.
+            comparable = {key: value for key, value in self.record.items() if key in manifest["run"]}
+            if changed := describe_changes(manifest["run"], comparable):
                 raise InputError(f"{folder} is of another run: {changed}; start again with another folder")
             weights, moments = get_state_dict(model, optimizer)
-            dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+            read_as_data({"model": weights, "optimizer": moments}, folder, manifest["crc32"])
             set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+            self.newest = step
             return step
         if found:
             raise InputError(f"{self.folder}: no checkpoint there is whole; start again with another folder")
         return 0
-
-    def _remove_left_overs(self):
-        """Remove the folders that a kill left half written or half removed."""
-        if dist.get_rank() == 0:
-            for left_over in self.folder.glob("step-*.*"):
-                shutil.rmtree(left_over)
 
     def _found(self):
         """Return (step, manifest or None) of each checkpoint, the newest first.
@@ -176,12 +219,83 @@ class Checkpoints:
     def _steps(self):
         """Return the steps of the checkpoints that are there, the newest first."""
         numbers = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
-        return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
+        return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
 
 
-def _is_full_disk(error):
-    """Return whether writing failed for want of space, which PyTorch's zip writer hides in its own error."""
-    return getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "unexpected pos" in str(error)
+# ---------------------------------------------------------------- a checkpoint is data
+
+
+def read_as_data(state, folder, names):
+    """Read a checkpoint into `state`, nested dicts of tensors and values. names: of its files.
+
+    Raise InputError if it holds anything but tensors and plain values, or leads to other files.
+    """
+    try:
+        dcp.load(state, storage_reader=DataReader(folder, names), planner=DataPlanner())
+    except dcp.api.CheckpointException as error:
+        # Its checksums are right, so this is no damage: somebody else wrote it, or other code did.
+        cause = next(cause for cause, _ in error.failures.values())
+        reason = f"{type(cause).__name__}: {str(cause).splitlines()[0]}" if str(cause) else repr(cause)
+        raise InputError(f"{folder} is no checkpoint of this run ({reason}); do not use it") from None
+
+
+class DataReader(dcp.FileSystemReader):
+    """dcp's reader of a folder, but for .metadata, which it reads with MetadataUnpickler."""
+
+    def __init__(self, folder, names):
+        """Read .metadata. Raise InputError if it holds anything else, or leads to files not in `names`."""
+        super().__init__(folder)
+        path = folder / ".metadata"
+        try:
+            with open(path, "rb") as f:
+                self.metadata = MetadataUnpickler(f).load()
+            strange = {part.relative_path for part in self.metadata.storage_data.values()} - set(names)
+        except OSError:
+            raise
+        except Exception as error:  # a pickle that was made by hand can raise anything
+            raise InputError(f"{path}: not of a checkpoint ({error!r}); do not use it") from None
+        if strange:
+            raise InputError(f"{path}: leads to {min(strange)!r}, not one of its files; do not use it")
+
+    def read_metadata(self, *args, **kwargs):
+        """Return the Metadata, as dcp asks for it."""
+        self.metadata.storage_meta.load_id = self.load_id
+        return self.metadata
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """An unpickler that knows METADATA_CLASSES alone: what a pickle can run, it has to find first."""
+
+    def find_class(self, module, name):
+        if name not in METADATA_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+class DataPlanner(dcp.DefaultLoadPlanner):
+    """dcp's planner, which reads values that are no tensors with weights_only=True before it takes them."""
+
+    def load_bytes(self, read_item, value):
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+# ---------------------------------------------------------------- files
+
+
+def _system_error(error):
+    """Return the number of the system's error behind an exception of dcp's writer, 0 if there is none.
+
+    PyTorch's zip writer hides it: its "unexpected pos" is a write that came out short, on a full disk or
+    where files may not be so large.
+    """
+    if isinstance(error, OSError):
+        return error.errno
+    if "unexpected pos" not in str(error):
+        return 0
+    has_limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+    return errno.EFBIG if has_limit else errno.ENOSPC
 
 
 def _checksum(path):

@@ -7,6 +7,10 @@ import sys
 
 from tqdm import tqdm
 
+from storage.files import naming, write_json
+
+FINISHED = "finished.json"  # what a run writes last, once it has made all its steps
+
 
 class Log:
     """metrics.jsonl of a run, a JSON object a line and step."""
@@ -16,7 +20,8 @@ class Log:
 
         The steps after them will be done again. tensorboard: write events into out/tensorboard too.
         """
-        self.file = open(out / "metrics.jsonl", "a+b", buffering=0)  # each line reaches the disk at once
+        self.path = out / "metrics.jsonl"
+        self.file = open(self.path, "a+b", buffering=0)  # each line is written at once
         self.file.seek(0)
         kept_bytes = sum(len(self.file.readline()) for _ in range(first_step))
         if self.file.seek(0, os.SEEK_END) > kept_bytes:
@@ -30,7 +35,8 @@ class Log:
     def write(self, line):
         """Write the figures of a step, a dict with its number as `step`."""
         line = without_nan(line)
-        self.file.write(json.dumps(line).encode() + b"\n")
+        with naming(self.path):
+            self.file.write(json.dumps(line).encode() + b"\n")
         if self.board is None:
             return
         validation = {f"validation/{length}": nats for length, nats in line.get("validation", {}).items()}
@@ -67,7 +73,19 @@ def show_progress(bar, line):
         tqdm.write(f"step {line['step']} of {bar.total}: {figures}", file=sys.stderr)
 
 
-def is_finished(out, steps):
-    """Return whether the run in `out` made all its steps. (An interrupted one has a model too.)"""
-    metrics = out / "metrics.jsonl"
-    return (out / "model").exists() and len(metrics.read_bytes().splitlines()) >= steps
+def mark_finished(out, steps):
+    """Note that the run in `out` made all its steps and wrote its model.
+
+    The model alone does not say so: an interrupted run writes one too.
+    """
+    write_json(out / FINISHED, {"steps": steps})
+
+
+def unmark_finished(out):
+    """Take the note away: the run in `out` goes on."""
+    (out / FINISHED).unlink(missing_ok=True)
+
+
+def is_finished(out):
+    """Return whether the run in `out` made all its steps, and its model is there."""
+    return (out / FINISHED).exists() and (out / "model").exists()

@@ -13,7 +13,7 @@ import numpy as np
 import cli
 from pose import sample
 from storage.files import InputError
-from tasks.plots import new_figure
+from tasks.plots import new_figure, save
 
 
 def coverage(method, rng, train_len, target_len, chunks=2, examples=1000):
@@ -79,7 +79,7 @@ def main():
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(args.plot, dpi=150)
+    save(figure, args.plot)
     print(f"wrote {args.plot}")
 
 

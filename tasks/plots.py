@@ -3,8 +3,11 @@
 matplotlib is imported only where something is drawn: a command that draws nothing starts faster.
 """
 
+import io
+
 import numpy as np
 
+from storage.files import write_file
 from tasks.report import by_depth
 
 GRID = 10  # ranges of depth in a heat map
@@ -16,6 +19,13 @@ def new_figure(columns, width, height):
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def save(figure, path):
+    """Write a figure as a .png, .pdf or .svg file. An earlier one stays whole until this one is complete."""
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix("."), dpi=150)
+    write_file(path, content.getvalue())
 
 
 def length_axis(axes, lengths, label):
@@ -47,7 +57,7 @@ def draw_accuracy(reports, path):
     axes.set(ylabel="passkey accuracy, % (95% interval)", ylim=(-5, 105))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def draw_accuracy_grids(reports, path):
@@ -64,7 +74,7 @@ def draw_accuracy_grids(reports, path):
         axes.set_title(f"{report['model']}, {results[0]['trials']} prompts a length")
         axes.set(xlabel="length, tokens (* beyond the window)", ylabel="depth of the answer in the text")
     figure.colorbar(image, ax=panels, label="right answers, %")
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def draw_ruler(reports, path):
@@ -84,7 +94,7 @@ def draw_ruler(reports, path):
     for axes, report in zip(panels, reports):
         image = _draw_scores_by_task(axes, report)
     figure.colorbar(image, ax=panels, label="score, %")
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def _draw_scores_by_task(axes, report):
@@ -115,7 +125,7 @@ def draw_perplexity(reports, path):
     _draw_perplexity_by_length(panels[0], reports)
     if by_position:
         _draw_loss_by_position(panels[1], reports)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def _draw_perplexity_by_length(axes, reports):
@@ -174,4 +184,4 @@ def draw_scores(reports, path):
     axes.set_xticks(range(len(benchmarks)), benchmarks, rotation=20)
     axes.set(ylabel="score, % (± standard error)", ylim=(0, 100))
     axes.legend()
-    figure.savefig(path, dpi=150)
+    save(figure, path)

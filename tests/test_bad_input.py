@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,12 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
+import cli
 import data
-from hf import writing
+from hf import weights, writing
+from storage.checkpoint import Checkpoints
+from storage.files import InputError
+from storage.log import is_finished
 
 TINY = ROOT / "assets" / "tiny"
 
@@ -365,6 +370,25 @@ def test_vocabulary_larger_than_the_models(really_refused, make_llama):
     really_refused("train.py", "--model", folder, *TRAIN, says=[folder, "2048", "320"])
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "merges.txt"])
+def test_a_file_that_is_a_link_out_of_the_folder(refused, model, name):
+    """It would be copied into every model that is made of this one."""
+    Path("secret").write_text("{}")
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(Path("secret").resolve())
+    refused("train", "--model", model, *TRAIN, says=[model / name, "link out of the folder"])
+
+
+def test_links_of_the_hugging_face_cache(call, model):
+    snapshot, blobs = Path("models--a--b/snapshots/c0ffee"), Path("models--a--b/blobs")
+    shutil.copytree(model, snapshot)
+    blobs.mkdir()
+    for path in list(snapshot.iterdir()):
+        path.rename(blobs / f"of_{path.name}")
+        path.symlink_to(Path("../../blobs") / f"of_{path.name}")
+    assert call("train", "--model", snapshot, *TRAIN, "--steps", 0).returncode == 0
+
+
 def test_no_tokenizer(refused, model):
     (model / "tokenizer.model").unlink()
     refused("train", "--model", model, *TRAIN, says=[model, "tokenizer.model", "tokenizer.json"])
@@ -621,6 +645,7 @@ def test_lengths_abc(really_refused):
         (["passkey", "--plot", "absent/r.png"], ["absent/r.png"]),
         (["passkey", "--json", "folder"], ["folder"]),
         (["passkey", "--plot", "plot.xyz"], ["plot.xyz"]),
+        (["passkey", "--json", "r.png", "--plot", "./r.png"], ["--plot r.png", "--json"]),
         (["passkey", "--tail", 8], ["--tail", "--task ppl"]),
         (["passkey", "--documents", 3], ["--documents", "--task ppl"]),
         (["ppl", "--seed", 1], ["--seed", "--task passkey or needle"]),
@@ -744,6 +769,152 @@ def test_results_in_a_folder_that_cannot_be_written(refused, monkeypatch):
     refused("eval", "--model", "tiny", *PASSKEY, "--json", "r.json", says=["r.json", "cannot be written"])
 
 
+def test_results_that_another_process_writes(call, run, model, monkeypatch):
+    """From the first second to the last: the second call comes while the first one measures."""
+    evaluation = (
+        "--model",
+        model,
+        "--lengths",
+        200,
+        "--trials",
+        1,
+        "--json",
+        "r.json",
+        *CPU,
+        "--task",
+        "passkey",
+    )
+    measured, others = weights.load, []
+
+    def load(*arguments):
+        others.append(run("eval.py", *evaluation))
+        return measured(*arguments)
+
+    monkeypatch.setattr(weights, "load", load)
+    assert call("eval", *evaluation).returncode == 0
+    (other,) = others
+    check_refusal(other, ["--json", "r.json", "another process"])
+    assert len(json.loads(Path("r.json").read_text())["results"]) == 1
+    assert {path.name for path in Path().iterdir()} == {"model", "r.json", "text.txt"}
+
+
+def test_results_into_a_device_or_a_pipe(call, model):
+    """They are written once, at the end, and nothing is replaced."""
+    evaluation = ("--model", model, "--lengths", "128,200", "--trials", 1, *CPU, "--task", "passkey")
+    Path("nowhere").symlink_to(os.devnull)
+    Path("nowhere.png").symlink_to(os.devnull)
+    assert call("eval", *evaluation, "--json", "nowhere", "--plot", "nowhere.png").returncode == 0
+    assert Path("nowhere").is_symlink() and Path("nowhere.png").is_symlink()
+    os.mkfifo("pipe")
+    done = call("eval", *evaluation, "--json", "pipe")
+    assert done.returncode == 2 and "pipe: nobody reads" in done.stderr
+    assert "128" in done.stdout  # the table is there
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    assert call("eval", *evaluation, "--json", "pipe").returncode == 0
+    content = json.loads(os.read(reader, 2**16))
+    os.close(reader)
+    assert [result["length"] for result in content["results"]] == [128, 200]
+
+
+def test_a_plot_is_whole_or_as_it_was(call, model, monkeypatch):
+    Path("p.png").write_bytes(b"earlier")
+    monkeypatch.setattr(Path, "write_bytes", disk_full)
+    done = call("eval", "--model", model, *PASSKEY, "--trials", 1, "--plot", "p.png")
+    check_disk_full(done)
+    assert "p.png" in done.stderr and Path("p.png").read_bytes() == b"earlier"
+    assert not list(Path().glob("p.png.*"))
+
+
+# ---------------------------------------------------------------- errors of the system
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (OSError(errno.EIO, "Input/output error"), ["Input/output error"]),
+        (OSError(errno.EFBIG, "File too large", "out/x"), ["out/x", "File too large", "ulimit -f"]),
+        (OSError(errno.ENOLCK, "No locks available", "lock"), ["lock", "No locks available"]),
+        (OSError(errno.ENODEV, "No such device"), ["No such device"]),
+        (OSError(errno.ESPIPE, "Illegal seek"), ["Illegal seek"]),
+        (OSError("1000 requested and 10 written"), ["1000 requested and 10 written"]),  # numpy's
+        (
+            InputError("weight \x1b]0;title\x07 unexpected,\nsays \x9bm"),
+            ["\\x1b]0;title\\x07", "\\nsays \\x9bm"],
+        ),
+    ],
+    ids=str,
+)
+def test_an_error_of_the_system_is_one_line(capfd, error, says):
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(fail)
+    assert end.value.code == 2
+    told = capfd.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1 and told[:-1].isprintable()
+    assert all(word in told for word in says)
+
+
+def test_an_unknown_error_stays_a_trace():
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: 1 / 0)
+
+
+def test_a_reader_that_goes_away(capfd, monkeypatch):
+    """As in `| head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout, pytest.raises(SystemExit) as end:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        cli.run(lambda: print("a table"))
+    assert end.value.code == 2
+    assert capfd.readouterr().err == "error: standard output: Broken pipe; its reader has gone\n"
+
+
+def test_a_terminal_without_every_character(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    cli.run(lambda: print("50 ± 3 of \udcff"))
+    assert written.getvalue() == b"50 \\xb1 3 of \\udcff\n"
+
+
+def test_a_user_without_a_home(refused, model, monkeypatch):
+    monkeypatch.delenv("POSE_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
+    refused("train", "--model", model, *TRAIN, says=["no home folder", "POSE_CACHE"])
+
+
+def test_half_of_what_torchrun_tells(refused, model, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    refused("train", "--model", model, *TRAIN, says=["RANK", "MASTER_ADDR", "torchrun"])
+
+
+def test_a_limit_on_the_size_of_files(run, model):
+    """`ulimit -f`, when a checkpoint and when the model is written."""
+    script = Path("limited.py").resolve()
+    script.write_text(LIMITED)
+    checkpoint = (["--steps", 2, "--save_every", 1], "out/checkpoints")
+    for more, place in checkpoint, ([], "out/model/model.safetensors"):
+        done = run(script, ROOT, "--model", model, *TRAIN, "--out", "out", *more)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert f"error: {place}: File too large" in done.stderr.splitlines()[-1]
+        assert not list(Path("out").rglob("*.tmp"))
+        shutil.rmtree("out")
+
+
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+del sys.argv[0]
+sys.path.insert(0, sys.argv[0])
+runpy.run_path(sys.path[0] + "/train.py", run_name="__main__")
+"""
+
+
 # ---------------------------------------------------------------- full memory
 
 
@@ -797,6 +968,14 @@ def test_disk_full_when_a_checkpoint_is_written(call, model, monkeypatch, room):
     two_steps = (*TRAIN, "--steps", 2, "--save_every", 1)
     check_disk_full(call("train", "--model", model, *two_steps, "--out", "out"))
     assert Path("out/checkpoints/step-1/.metadata").is_file() and not Path("out/checkpoints/step-2").exists()
+
+
+def test_disk_full_at_the_last_checkpoint(call, model, monkeypatch):
+    """The model is smaller, and may find room."""
+    monkeypatch.setattr(Checkpoints, "_give_name", disk_full)
+    check_disk_full(call("train", "--model", model, *TRAIN, "--save_every", 1, "--out", "out"))
+    assert weights.load("out/model") and is_finished(Path("out"))
+    assert list(Path("out/checkpoints").iterdir()) == []
 
 
 def test_disk_full_when_texts_are_tokenised(call, model, tmp_path, monkeypatch):

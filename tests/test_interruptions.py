@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ import torch
 from conftest import ROOT, losses, metrics, needs_gpu
 from safetensors.torch import load_file, save_file
 
+import data
 import fsdp
 from hf import weights
 from hf.builtin import resolve
@@ -193,7 +195,48 @@ def test_a_death_while_the_model_is_written(killed_inside, train, tmp_path):
     done = killed_inside(INSIDE_THE_MODEL, *arguments, "--out", out)
     assert done.returncode == -signal.SIGKILL and not (out / "model").exists()
     assert len(train("run", *arguments, "--resume")) == 4
-    assert weights.load(out / "model") and not (out / "model.tmp").exists()
+    assert weights.load(out / "model") and not list(out.glob("model.*"))
+
+
+def test_the_earlier_model_stays_until_the_new_one_is_whole(interrupted, call, short, tmp_path, monkeypatch):
+    """Somebody may be using the model of the interrupted run."""
+    out = tmp_path / "run"
+    shutil.copytree(interrupted("cpu"), out)
+    before = (out / "model" / "model.safetensors").read_bytes()
+
+    def fail(*arguments):
+        assert (out / "model" / "model.safetensors").read_bytes() == before
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "save_tensors", fail)
+        assert call("train", *short, "--steps", STEPS, "--resume", "--out", out).returncode == 2
+    assert (out / "model" / "model.safetensors").read_bytes() == before
+    assert {path.name for path in out.iterdir()} == {"args.json", "checkpoints", "metrics.jsonl", "model"}
+
+
+@pytest.mark.parametrize("what", ["a metrics line", "the mark", "the checkpoints"])
+def test_a_finished_run_does_not_go_on(call, short, train, tmp_path, what):
+    """Nor one of which something is missing: its model stays."""
+    out, arguments = tmp_path / "run", ("--steps", 4, "--save_every", 2)
+    train("run", *arguments)
+    before = (out / "model" / "model.safetensors").read_bytes()
+    resume = ("train", *short, *arguments, "--resume", "--out", out)
+    if what == "a metrics line":
+        lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (out / "metrics.jsonl").write_text("".join(lines[:-1]))
+        assert "is finished, its model is" in only_error(call(*resume).stderr)
+        longer = call(*resume, "--steps", 6)
+        assert f"--model {out / 'model'} --rope default" in only_error(longer.stderr)
+    else:
+        (out / "finished.json").unlink()  # as in a run of an earlier version
+    if what == "the checkpoints":
+        shutil.rmtree(out / "checkpoints")
+        assert "no checkpoint to go on from" in only_error(call(*resume).stderr)
+    elif what == "the mark":
+        assert call(*resume).returncode == 0
+        assert "is finished" in only_error(call(*resume).stderr)
+    assert (out / "model" / "model.safetensors").read_bytes() == before
 
 
 def test_a_death_inside_the_writing_of_a_checkpoint(killed_inside, train, tmp_path):
@@ -202,7 +245,7 @@ def test_a_death_inside_the_writing_of_a_checkpoint(killed_inside, train, tmp_pa
     place = "if os.environ['RANK'] == '1': storage.checkpoint._checksum = die"
     done = killed_inside(place, *arguments, "--out", out, processes=2)
     assert done.returncode == 1
-    assert checkpoint_names(out) == {"step-3.tmp"} and not (out / "model").exists()
+    assert not saved_steps(out) and not (out / "model").exists()
     assert len(train("run", *arguments, "--resume")) == 9
 
 
@@ -307,6 +350,40 @@ def test_any_number_of_processes_goes_on(six_steps, train, tmp_path, before, aft
     torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=0)
 
 
+def test_a_run_of_an_earlier_version_goes_on(six_steps, call, short, tmp_path):
+    """Without what was recorded later: neither does it take up the newer options' defaults."""
+    out = tmp_path / "run"
+    spare, whole = six_steps()
+    shutil.copytree(spare, out)
+    shutil.rmtree(out / "checkpoints" / "step-6")
+    (out / "finished.json").unlink()
+    for path in out / "args.json", out / "checkpoints" / "step-3" / "checkpoint.json":
+        record = json.loads(path.read_text())
+        del record.get("run", record)["retrieval"]
+        path.write_text(json.dumps(record))
+    done = call("train", *short, "--steps", 6, "--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(losses(metrics(out)), whole)
+
+
+def test_a_model_and_texts_that_were_moved(call, short, texts, tmp_path):
+    """What they hold counts, not where they are."""
+    for name in ("here", "there"):
+        shutil.copytree(resolve("tiny"), tmp_path / name / "model")
+        shutil.copy(texts, tmp_path / name / "texts.jsonl")
+
+    def start(name, *arguments):
+        own = ("--model", tmp_path / name / "model", "--data", tmp_path / name / "texts.jsonl")
+        steps = ("--target_len", 2048, "--steps", 2, "--save_every", 1)
+        return call("train", *short[2:4], *short[6:], *own, *steps, "--out", tmp_path / "run", *arguments)
+
+    assert start("here").returncode == 0
+    shutil.rmtree(tmp_path / "run" / "model")
+    shutil.rmtree(tmp_path / "here")
+    done = start("there", "--resume")
+    assert done.returncode == 0 and "going on after step 2" in done.stderr
+
+
 @pytest.mark.parametrize("what", ["data", "model"])
 def test_a_path_that_holds_something_else_now(call, short, texts, tmp_path, what):
     shutil.copytree(resolve("tiny"), tmp_path / "model")
@@ -330,19 +407,104 @@ def test_a_path_that_holds_something_else_now(call, short, texts, tmp_path, what
         shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
 
 
+# ---------------------------------------------------------------- one run, one folder
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_owns_its_folder_from_the_first_second(
+    interrupted, call, run, short, tmp_path, monkeypatch, resume
+):
+    """A second run comes while the first one still tokenises, and while it trains."""
+    out = tmp_path / "run"
+    if resume:
+        shutil.copytree(interrupted("cpu"), out)
+    arguments = (*short, "--steps", STEPS if resume else 2, "--out", out, *(["--resume"] if resume else []))
+    others = []
+
+    def start_another(real):
+        def start(*given):
+            others.append(run("train.py", *arguments))
+            return real(*given)
+
+        return start
+
+    monkeypatch.setattr(data, "tokenised", start_another(data.tokenised))
+    monkeypatch.setattr(weights, "save", start_another(weights.save))
+    assert call("train", *arguments).returncode == 0
+    assert [done.returncode for done in others] == [2, 2]
+    for done in others:
+        assert f"--out {out}: another run is using it" in only_error(done.stderr)
+    assert len(metrics(out)) == arguments[arguments.index("--steps") + 1]
+    assert not (out / ".lock").exists()
+
+
+def test_what_a_refused_run_leaves(call, short, tmp_path):
+    """Nothing: not even the folder in which it held a lock."""
+    assert (
+        call("train", *short, "--steps", 1, "--train_len", 4096, "--out", tmp_path / "a" / "b").returncode
+        == 2
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_out_that_is_not_free(call, short, train, tmp_path):
+    """Rotation and the new model would remove it; and its own metrics.jsonl is a user's."""
+    train("run", "--steps", 1)
+    for place in ("checkpoints", "checkpoints/step-9", "model", "model/new"):
+        done = call("train", *short, "--steps", 1, "--out", tmp_path / "run" / place)
+        assert done.returncode == 2 and "run is another run's" in only_error(done.stderr)
+    assert call("train", *short, "--steps", 1, "--out", tmp_path / "run" / "beside").returncode == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "metrics.jsonl").write_text("{}\n")
+    done = call("train", *short, "--steps", 1, "--out", tmp_path / "mine")
+    assert done.returncode == 2 and "already holds a run" in only_error(done.stderr)
+    assert (tmp_path / "mine" / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_torchrun_starts_a_run_again(six_steps, call, short, tmp_path, monkeypatch):
+    """With --max_restarts it gives the same command once more, without --resume."""
+    out = tmp_path / "run"
+    spare, whole = six_steps()
+    shutil.copytree(spare, out)
+    shutil.rmtree(out / "checkpoints" / "step-6")
+    again = ("train", *short, "--steps", 6, "--save_every", 3, "--out", out)
+    assert "already holds a run" in only_error(call(*again).stderr)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    done = call(*again)
+    assert done.returncode == 0 and "going on after step 3" in done.stderr
+    assert torch.equal(losses(metrics(out)), whole)
+    assert call("train", *short, "--steps", 1, "--out", tmp_path / "new").returncode == 0  # if it died early
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(start, short, tmp_path):
+    """The first one says what that costs."""
+    process = start("train.py", *short, "--out", tmp_path / "run", "--steps", 10000, "--save_every", 4)
+    assert wait_for(lambda: steps_done(tmp_path / "run") > 8, process)
+    process.kill(signal.SIGINT)
+    assert wait_for(lambda: "stopping after this step" in (process.output / "stderr").read_text(), process)
+    process.kill(signal.SIGINT)
+    done = process.wait()
+    if done.returncode == 130:
+        pytest.skip("the run had stopped before the second one came")
+    assert done.returncode == -signal.SIGINT
+    assert re.search(r"a second time ends it at once, and loses what came after step [1-9]\d*\n", done.stderr)
+    assert not (tmp_path / "run" / "model").exists() and saved_steps(tmp_path / "run")
+
+
 # ---------------------------------------------------------------- several processes
 
 
 @pytest.fixture
 def torchrun(start, short, tmp_path):
-    """torchrun() -> Started of torchrun with two processes of a long run of `short` in tmp_path/run.
+    """torchrun(*options) -> Started of torchrun with two processes of a long run of `short` in tmp_path/run.
 
     The run has done three steps. The ids of these processes come back too.
     """
 
-    def start_and_wait():
-        launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py")
-        process = start(*launcher, *short, "--out", tmp_path / "run", "--steps", 10000)
+    def start_and_wait(*options, save_every=0):
+        launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", *options)
+        of_run = ("--out", tmp_path / "run", "--steps", 10000, "--save_every", save_every)
+        process = start(*launcher, ROOT / "train.py", *short, *of_run)
         assert wait_for(lambda: steps_done(tmp_path / "run") >= 3, process), process.wait().stderr
         (pid,) = process.pids
         children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
@@ -351,13 +513,23 @@ def torchrun(start, short, tmp_path):
     return start_and_wait
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_the_death_of_a_process_ends_all(torchrun, rank):
+def test_the_death_of_a_process_ends_all(torchrun):
     process, workers = torchrun()
-    os.kill(workers[rank], signal.SIGKILL)
+    os.kill(workers[1], signal.SIGKILL)
     assert wait_for(lambda: process.poll() is not None, seconds=60)
     assert process.poll() == 1
-    assert wait_for(lambda: not os.path.exists(f"/proc/{workers[1 - rank]}"), seconds=40)
+    assert wait_for(lambda: not os.path.exists(f"/proc/{workers[0]}"), seconds=40)
+
+
+def test_the_death_of_a_process_when_torchrun_may_start_them_again(torchrun, tmp_path):
+    process, workers = torchrun("--max_restarts=1", save_every=1)
+    os.kill(workers[0], signal.SIGKILL)
+    stderr, done = process.output / "stderr", steps_done(tmp_path / "run")
+    assert wait_for(lambda: "going on after step" in stderr.read_text(), process), stderr.read_text()
+    assert wait_for(lambda: steps_done(tmp_path / "run") > done + 3, process)
+    assert not os.path.exists(f"/proc/{workers[1]}")
+    process.kill(signal.SIGTERM)
+    assert "stopped after step" in process.wait().stderr
 
 
 def test_sigterm_to_torchrun_and_all_it_started(torchrun, tmp_path):

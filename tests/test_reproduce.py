@@ -101,7 +101,7 @@ def test_a_half_trained_arm_is_not_an_arm(start, call, novel, calls):
     trained = [words for words in calls if words[0] == "train.py"]
     assert ["--resume" in words for words in trained] == [True, False, False]
     assert call("train", *trained[0][1:]).returncode == 0
-    assert lines_of(arm / "metrics.jsonl") == 6 and is_finished(arm, 6)
+    assert lines_of(arm / "metrics.jsonl") == 6 and is_finished(arm)
 
 
 def test_a_call_that_failed_at_once_does_not_stand_in_the_way(tmp_path):

@@ -3,6 +3,7 @@
 Losses are compared with a plain loop, for any number of processes; resuming, and what is written.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 import data
 import fsdp
 import retrieval
+import train as train_script
 from hf import families, scaling, tokenizer, weights
 from hf.builtin import open_model, resolve
 from storage.files import cache_dir
@@ -65,6 +67,17 @@ def test_the_newest_checkpoints_are_kept(four_steps, train, tmp_path):
     assert checkpoint_names(four_steps) == {"step-4", "step-3"}
     train("one", "--steps", 4, "--save_every", 1, "--keep", 1)
     assert checkpoint_names(tmp_path / "one") == {"step-4"}
+
+
+@pytest.mark.parametrize("steps, save_every, says", [(10**7, 0, True), (10**7, 100, False), (10, 0, False)])
+def test_a_run_of_hours_without_checkpoints_says_so(capfd, monkeypatch, steps, save_every, says):
+    """After the third step of a call, from the time that this step took (here 1 s for 256 tokens)."""
+    monkeypatch.setattr(train_script, "say", print)
+    args = argparse.Namespace(steps=steps, save_every=save_every, batch_size=4, train_len=64)
+    for step in range(101, 107):
+        train_script.say_if_nothing_is_saved(args, 100, {"step": step, "tokens_per_second": 256.0})
+    told = capfd.readouterr().out
+    assert told.count("about 2778 hours to go") == told.count("\n") == says
 
 
 def test_resume_of_a_finished_run_changes_nothing(four_steps, call, short):

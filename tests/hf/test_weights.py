@@ -150,7 +150,7 @@ def test_an_existing_folder_is_replaced_whole(make_llama, tiny_tokenizer, tmp_pa
     with monkeypatch.context() as m:
         m.setattr(writing, "SHARD_BYTES", 100_000)
         weights.save(weights.load(folder), tiny_tokenizer, out)
-    (out / "of_an_earlier_run.txt").write_text("stale")
+    (out / "extra.safetensors").write_text("stale")
     other, base = make_llama("other", seed=1)
     weights.save(weights.load(other), tiny_tokenizer, out)
     of_tokenizer = {"tokenizer.model", "tokenizer_config.json"}
@@ -189,6 +189,18 @@ def test_a_full_disk_leaves_the_earlier_folder_whole(saved, tiny_tokenizer, monk
     assert error.value.errno == errno.ENOSPC and len(calls) == at
     assert snapshot(out) == before
     assert [p.name for p in out.parent.iterdir()] == ["model"]
+
+
+def test_permissions_that_cannot_be_set_are_no_failure(saved, tiny_tokenizer, monkeypatch):
+    """As on mounts of cloud storage."""
+    out, other = saved
+
+    def refuse(path, mode):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    weights.save(other, tiny_tokenizer, out)
+    assert [p.name for p in out.parent.iterdir()] == ["model"] and weights.load(out)
 
 
 def test_a_kill_at_the_last_moment_leaves_the_earlier_folder_whole(saved, tiny_tokenizer, monkeypatch):
