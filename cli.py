@@ -461,8 +461,7 @@ def options_of_earlier_run(given, parser):
         raise InputError(f"--resume: {record} is not readable; start again with another --out") from None
     recorded = [word for option, value in earlier.items() for word in words_of(option, value, given)]
     try:
-        if parser.parse_args(recorded).steps is None:  # what every run has recorded
-            raise InputError("steps is missing")
+        parser.parse_args(recorded)
     except InputError as error:
         raise InputError(f"--resume: {record} is not a run's ({error}); start with another --out") from None
     args = parser.parse_args([*recorded, *sys.argv[1:]])
