@@ -599,8 +599,8 @@ def test_resume_of_a_broken_record(refused, model, finished):
     "change",
     [
         {"lr": "fast"}, {"lr": [1e-3]}, {"lr": True}, {"steps": 1.5}, {"steps": {}}, {"steps": -1},
-        {"rope": 7}, {"data": [""]}, {"data": ["a\0b"]}, {"model": ""}, {"eval_lengths": [0]},
-        {"cpu_offload": "maybe"}, {"method": ["pose"]}, {"batch_size": 2**40},
+        {"rope": 7}, {"data": [""]}, {"data": ["a\0b"]}, {"model": ""},
+        {"eval_lengths": [0]}, {"cpu_offload": "maybe"}, {"method": ["pose"]}, {"batch_size": 2**40},
     ],
     ids=str,
 )  # fmt: skip
