@@ -328,7 +328,7 @@ def hf_config(config):
 
 def _rope_keys(config):
     """Return what config.json says of RoPE and the window, in both spellings (see scaling.read_rope)."""
-    theta, scaling = stock_terms(config.rotary_dim, config.rope_theta, config.rope_scaling)
+    theta, scaling = stock_terms(config)
     partial = {}
     if FAMILIES[config.model_type].partial_rotary:
         partial = {"partial_rotary_factor": config.rotary_dim / config.head_dim}
