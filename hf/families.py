@@ -355,23 +355,33 @@ def _rope_keys(config):
     }
 
 
+LENGTHS = {  # the keys, by file, that hold the longest text in tokens
+    "tokenizer_config.json": ("model_max_length",),
+    "generation_config.json": ("max_length", "max_position_embeddings"),
+}
+
+
 def tokenizer_files(config, files):
     """Return the tokenizer's files {name: bytes} to go with `as_written`.
 
-    Stock loaders would look for a family's own tokenizer class beside them, and cut texts at the old window.
+    Stock loaders would look for a family's own tokenizer class beside them, and cut or refuse texts longer
+    than the old window.
     """
-    family = FAMILIES[config.model_type]
-    before = json.loads(files.get("tokenizer_config.json", b"{}"))
-    settings = dict(before)
-    if family.tokenizer_class:
-        settings.pop("auto_map", None)
-        settings["tokenizer_class"] = family.tokenizer_class
-    longest = settings.get("model_max_length")
-    if isinstance(longest, (int, float)) and longest < config.max_position_embeddings:
-        settings["model_max_length"] = config.max_position_embeddings
-    if settings == before:
-        return files
-    return files | {"tokenizer_config.json": json.dumps(settings).encode()}
+    tokenizer_class = FAMILIES[config.model_type].tokenizer_class
+    changed = {}
+    for name, keys in LENGTHS.items():
+        before = json.loads(files.get(name, b"{}"))
+        settings = dict(before)
+        if tokenizer_class and name == "tokenizer_config.json":
+            settings.pop("auto_map", None)
+            settings["tokenizer_class"] = tokenizer_class
+        for key in keys:
+            longest = settings.get(key)
+            if isinstance(longest, (int, float)) and longest < config.max_position_embeddings:
+                settings[key] = config.max_position_embeddings
+        if settings != before:
+            changed[name] = json.dumps(settings).encode()
+    return files | changed
 
 
 # ---------------------------------------------------------------- names and layouts of weights

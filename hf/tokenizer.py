@@ -43,7 +43,7 @@ def load(folder):
             remedy = "save a tokenizer.json there with transformers"
         raise InputError(f"{folder}: no tokenizer.model or tokenizer.json; {remedy}")
 
-    for settings in ("tokenizer_config.json", "special_tokens_map.json"):
+    for settings in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
         try:
             _json_object(files, settings)
         except (ValueError, RecursionError) as error:
