@@ -83,6 +83,9 @@ class Family:
     names: dict = field(default_factory=dict)  # modules whose published name is not LLaMA's
     interleaved_rotary: bool = False  # the rotary pairs of q and k are (x[2j], x[2j + 1])
     tokenizer_class: str | None = None  # to write instead of a class of the family's own code
+    # The rope_types that other loaders compute, see hf/loaders.py:
+    llama_cpp: tuple = ("default", "linear", "llama3", "yarn")
+    mlx_lm: tuple = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 FAMILIES = {  # by the model_type of config.json
@@ -101,9 +104,11 @@ FAMILIES = {  # by the model_type of config.json
         defaults={"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128},
         slides_unless_null=True,
         written={"sliding_window": None},
+        llama_cpp=("yarn",),
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
+        llama_cpp=("default", "linear", "yarn"),
         block={"qkv_bias": True},
         defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 32},
         written={"sliding_window": None},
@@ -121,6 +126,8 @@ FAMILIES = {  # by the model_type of config.json
             "mlp.down": "mlp.fc2",
             "norm": "model.final_layernorm",
         },
+        llama_cpp=(),
+        mlx_lm=("default",),
     ),
     "gptj": Family(
         written_as="phi",

@@ -21,6 +21,7 @@ import datetime
 import gc
 import inspect
 import json
+import math
 import os
 import subprocess
 import sys
@@ -101,24 +102,32 @@ def export(name, folder):
         model = weights.load(folder)
 
 
-def base_model(base):
-    """Return `tiny` in float32 as a model of another family, and a tokenizer. Phi has random weights."""
+def base_config(base):
+    """Return the Config of `tiny` as a model of another family."""
     import dataclasses
 
+    from hf import builtin
+    from hf.families import FAMILIES
+
+    family = "llama" if base == "scaled queries" else base
+    tiny = builtin.open_model("tiny").config
+    config = dataclasses.replace(tiny, model_type=family, dtype="float32", **FAMILIES[family].block)
+    if family == "phi":
+        config.tie_embeddings = False
+        config.rotary_dim = config.head_dim // 2
+        config.intermediate_dim = 4 * config.hidden_dim  # llama.cpp's converter takes it for granted
+    return config
+
+
+def base_model(base):
+    """Return `tiny` in float32 as a model of another family, and a tokenizer. Phi has random weights."""
     import torch
 
     from hf import builtin, weights
-    from hf.families import FAMILIES
     from model import empty_transformer
 
-    tiny = weights.load("tiny", dtype=torch.float32)
-    family = "llama" if base == "scaled queries" else base
-    config = dataclasses.replace(tiny.config, model_type=family, dtype="float32", **FAMILIES[family].block)
-    known = tiny.state_dict()
-    if base == "phi":
-        wide = {"intermediate_dim": 4 * config.hidden_dim}  # llama.cpp's converter takes it for granted
-        config = dataclasses.replace(config, tie_embeddings=False, rotary_dim=config.head_dim // 2, **wide)
-        known = {}
+    config = base_config(base)
+    known = {} if base == "phi" else weights.load("tiny", dtype=torch.float32).state_dict()
     model = empty_transformer(config).to_empty(device="cpu")
     torch.manual_seed(0)
     for name, parameter in model.state_dict().items():
@@ -128,7 +137,7 @@ def base_model(base):
             torch.nn.init.ones_(parameter)
         else:  # large enough for two models not to agree by chance
             torch.nn.init.normal_(parameter, 0.0, 0.1)
-    if family in ("llama", "mistral"):
+    if config.model_type in ("llama", "mistral"):
         return model.eval(), builtin.open_model("tiny").load_tokenizer()
     return model.eval(), byte_level_tokenizer(config.vocab_size)
 
@@ -239,7 +248,7 @@ def read_with_llama_cpp(folder, asked):
     params.n_ctx = len(asked["tokens"])
     params.n_parallel = 1
     params.n_gpu_layers = 0
-    params.cpuparams.n_threads = os.cpu_count()
+    params.cpuparams.n_threads = 1  # on a busy machine two wait for each other
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.fit_params = params.warmup = False
@@ -359,7 +368,11 @@ def run(command):
 
 
 def compare(folder):
-    """Return the verdict on the answer about a model, beside `reference`."""
+    """Return the verdict on the answer about a model, beside `reference`.
+
+    {"verdict": "right" or "wrong", "near" and "far": the largest difference in nats, as text}, or
+    {"verdict": "refused", "says": why}
+    """
     expected = json.loads((folder.parent / "reference.json").read_text())
     answer = json.loads(answer_of(folder).read_text())
     if "says" in answer:
@@ -376,13 +389,13 @@ def compare(folder):
         where = "near" if count <= expected["old_window"] else "far"
         for i, logprob in zip(ids, logprobs):
             difference = abs(theirs.get(i, least) - logprob)
-            # `not <=` so that NaN counts as wrong
-            if not difference <= largest[where]:
-                largest[where] = difference
+            if math.isnan(difference):
+                difference = math.inf
+            largest[where] = max(largest[where], difference)
         clear = logprobs[0] - logprobs[1] > TOLERANCE
         same_top &= not clear or max(theirs, key=theirs.get) == ids[0]
     right = same_top and all(difference <= TOLERANCE for difference in largest.values())
-    rounded = {where: float(f"{difference:.2g}") for where, difference in largest.items()}
+    rounded = {where: f"{difference:.2g}" for where, difference in largest.items()}
     return {"verdict": "right" if right else "wrong", **rounded}
 
 
@@ -417,7 +430,7 @@ def read_inside(loader, *folders):
         try:
             answer = {"found": read_with(loader, folder, asked)}
         except Exception as error:  # whatever a loader says of a model that it does not read
-            answer = {"says": f"{type(error).__name__}: {error}".splitlines()[0]}
+            answer = {"says": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
         aside = Path(folder).parent / "answer.part"
         aside.write_text(json.dumps(answer))
         aside.rename(answer_of(Path(folder)))
