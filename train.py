@@ -24,7 +24,7 @@ import cli
 import data
 import fsdp
 import retrieval
-from hf import builtin, families, scaling, weights
+from hf import builtin, families, loaders, scaling, weights
 from model import empty_transformer
 from storage.checkpoint import Checkpoints
 from storage.files import InputError, cache_dir, describe_changes, read_json, write_json
@@ -360,6 +360,7 @@ def announce(args, base, config, batches, first_step):
         else:
             together = "that stays"
         say(f"the model is scaled already ({earlier['rope_type']} by {earlier['factor']:g}); {together}")
+    warn_of_loaders(args, base, config)
     if batches:
         n_used = len(batches.documents) - batches.n_too_short
         say(
@@ -372,6 +373,16 @@ def announce(args, base, config, batches, first_step):
             say(f"that is {passes:,.0f} passes over these texts, which will be learnt by heart: add more")
         if not args.data and args.model != "tiny":
             say("without --data it trains on the source of Python's standard library; name texts like yours")
+
+
+def warn_of_loaders(args, base, config):
+    """Say in one line which loaders will compute another model than this one, and what mends that."""
+    remarks = []
+    for what, mending in loaders.differences(config, args.target_len / base.max_position_embeddings):
+        options = "".join(f" (--{option} {value} mends it)" for option, value in mending.items())
+        remarks.append(what + options)
+    if remarks:
+        say(f"not every loader will compute this model: {'; '.join(remarks)}")
 
 
 def catch_signals(checkpoints):

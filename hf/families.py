@@ -97,6 +97,9 @@ class Family:
     names: dict = field(default_factory=dict)  # modules whose published name is not LLaMA's
     interleaved_rotary: bool = False  # the rotary pairs of q and k are (x[2j], x[2j + 1])
     tokenizer_class: str | None = None  # to write instead of a class of the family's own code
+    # The rope_types that other loaders compute, see hf/loaders.py:
+    llama_cpp: tuple = ("default", "linear", "llama3", "yarn")
+    mlx_lm: tuple = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 FAMILIES = {  # by the model_type of config.json
@@ -115,9 +118,11 @@ FAMILIES = {  # by the model_type of config.json
         defaults={"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128},
         slides_unless_null=True,
         written={"sliding_window": None},
+        llama_cpp=("yarn",),
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
+        llama_cpp=("default", "linear", "yarn"),
         block={"qkv_bias": True},
         defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 32},
         written={"sliding_window": None},
@@ -135,6 +140,8 @@ FAMILIES = {  # by the model_type of config.json
             "mlp.down": "mlp.fc2",
             "norm": "model.final_layernorm",
         },
+        llama_cpp=(),
+        mlx_lm=("default",),
     ),
     "gptj": Family(
         written_as="phi",
@@ -385,7 +392,7 @@ def hf_config(config):
 
 def _rope_keys(config):
     """Return what config.json says of RoPE and the window, in both spellings (see scaling.read_rope)."""
-    theta, scaling = stock_terms(config.rotary_dim, config.rope_theta, config.rope_scaling)
+    theta, scaling = stock_terms(config)
     partial = {}
     if FAMILIES[config.model_type].partial_rotary is not None:
         partial = {"partial_rotary_factor": config.rotary_dim / config.head_dim}
@@ -412,23 +419,33 @@ def _rope_keys(config):
     }
 
 
+LENGTHS = {  # the keys, by file, that hold the longest text in tokens
+    "tokenizer_config.json": ("model_max_length",),
+    "generation_config.json": ("max_length", "max_position_embeddings"),
+}
+
+
 def tokenizer_files(config, files):
     """Return the tokenizer's files {name: bytes} to go with `as_written`.
 
-    Stock loaders would look for a family's own tokenizer class beside them, and cut texts at the old window.
+    Stock loaders would look for a family's own tokenizer class beside them, and cut or refuse texts longer
+    than the old window.
     """
-    family = FAMILIES[config.model_type]
-    before = json.loads(files.get("tokenizer_config.json", b"{}"))
-    settings = dict(before)
-    if family.tokenizer_class:
-        settings.pop("auto_map", None)
-        settings["tokenizer_class"] = family.tokenizer_class
-    longest = settings.get("model_max_length")
-    if isinstance(longest, (int, float)) and longest < config.max_position_embeddings:
-        settings["model_max_length"] = config.max_position_embeddings
-    if settings == before:
-        return files
-    return files | {"tokenizer_config.json": json.dumps(settings).encode()}
+    tokenizer_class = FAMILIES[config.model_type].tokenizer_class
+    changed = {}
+    for name, keys in LENGTHS.items():
+        before = json.loads(files.get(name, b"{}"))
+        settings = dict(before)
+        if tokenizer_class and name == "tokenizer_config.json":
+            settings.pop("auto_map", None)
+            settings["tokenizer_class"] = tokenizer_class
+        for key in keys:
+            longest = settings.get(key)
+            if isinstance(longest, (int, float)) and longest < config.max_position_embeddings:
+                settings[key] = config.max_position_embeddings
+        if settings != before:
+            changed[name] = json.dumps(settings).encode()
+    return files | changed
 
 
 # ---------------------------------------------------------------- names and layouts of weights

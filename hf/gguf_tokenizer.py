@@ -102,6 +102,7 @@ def _byte_level_bpe(settings, family):
         if f"{name}_token_id" in settings:
             config[f"{name}_token"] = tokens[settings[f"{name}_token_id"]]
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": add_bos}
+    config |= _chat_template(settings)
     files = {"tokenizer.json": model.to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()}
     return TokenizerJson(files)
 
@@ -124,7 +125,7 @@ def _sentencepiece(settings):
         "unk_token": unk,
         "legacy": False,
         "add_bos_token": settings.get("add_bos_token", True),
-    }
+    } | _chat_template(settings)
     model = _sentencepiece_model(
         zip(tokens, scores, types),
         (unk, bos, eos),
@@ -133,6 +134,12 @@ def _sentencepiece(settings):
         remove_extra_whitespaces=settings.get("remove_extra_whitespaces", False),
     )
     return SentencePiece({"tokenizer.model": model, "tokenizer_config.json": json.dumps(config).encode()})
+
+
+def _chat_template(settings):
+    """Return what tokenizer_config.json says of how a conversation is spelled: nothing, or a template."""
+    template = settings.get("tokenizer.chat_template")
+    return {"chat_template": template} if template else {}
 
 
 # ---------------------------------------------------------------- tokenizer.model, a protobuf message

@@ -1,6 +1,7 @@
 """Hugging Face's `rope_scaling` <-> rope.py: read it, stretch it further, write it for stock loaders."""
 
 import dataclasses
+import math
 
 import rope
 from storage.files import InputError, positive
@@ -55,9 +56,12 @@ def compose(dim, theta, first, second):
         raise InputError(f"{modes}: one depends on the length; start from its base model")
     if _without_sizes(first) == _without_sizes(second):  # together they are one stretch of the first window
         return second | first | {"factor": first["factor"] * second["factor"]}
+    original = first.get("original_max_position_embeddings") or second["original_max_position_embeddings"]
+    if first["rope_type"] == "default" and second["rope_type"] in ("linear", "ntk"):
+        # These two look at no window. The one that is recorded is that of the queries' scale.
+        return second | {"original_max_position_embeddings": original}
     f, attention_factor = rope.rope_frequencies(dim, theta, first)
     inv_freq, attention_factor_on_top = rope.rope_frequencies(dim, theta, second, f=f)
-    original = first.get("original_max_position_embeddings") or second["original_max_position_embeddings"]
     factor = first.get("factor", 1.0) * second["factor"]
     return _as_longrope(dim, theta, inv_freq, attention_factor * attention_factor_on_top, factor, original)
 
@@ -70,13 +74,15 @@ def _without_sizes(scaling):
 # ---------------------------------------------------------------- written for stock loaders
 
 
-def stock_terms(dim, theta, scaling):
+def stock_terms(config):
     """Return (theta, rope_scaling or None) that give the same angles in terms that stock loaders have.
 
     Static NTK becomes another base, NTK-by-parts YaRN without its factor on cos and sin, and revised YaRN
-    LongRoPE's factors.
+    LongRoPE's factors. Where the queries are scaled, llama.cpp reads YaRN alone, so what has another base at
+    most becomes a YaRN that slows nothing. `_own_mode` reads these forms back.
     """
-    scaling = scaling or {"rope_type": "default"}
+    dim, theta, original = config.rotary_dim, config.rope_theta, config.original_window
+    scaling = config.rope_scaling or {"rope_type": "default"}
     mode = scaling["rope_type"]
     query_scale = {}
     if rope.has_query_scale(scaling):
@@ -86,19 +92,51 @@ def stock_terms(dim, theta, scaling):
         theta = theta * scaling["factor"] ** (dim / (dim - 2))
         mode = "default"
     if mode == "default":
-        return theta, {"rope_type": "default"} | query_scale if query_scale else None
+        if not query_scale:
+            return theta, None
+        return theta, _yarn_that_slows_nothing(theta, config.max_position_embeddings, original) | query_scale
+    if mode in ("yarn_revised", "longrope"):
+        inv_freq, attention_factor = rope.rope_frequencies(dim, theta, scaling)
+        if mode == "yarn_revised":
+            scaling = _as_longrope(dim, theta, inv_freq, attention_factor, scaling["factor"], original)
+        # Loaders derive the attention factor from the windows in different ways, and vLLM has two names of
+        # its own for it.
+        spelled_out = dict.fromkeys(("attention_factor", "short_mscale", "long_mscale"), attention_factor)
+        return theta, scaling | spelled_out | query_scale
     if mode == "ntk_by_parts":
-        return theta, scaling | {"rope_type": "yarn", "attention_factor": 1.0}
-    if mode in ("linear", "dynamic", "yarn", "llama3"):
-        return theta, scaling
-    inv_freq, attention_factor = rope.rope_frequencies(dim, theta, scaling)
-    if mode == "yarn_revised":
-        original = scaling["original_max_position_embeddings"]
-        scaling = _as_longrope(dim, theta, inv_freq, attention_factor, scaling["factor"], original)
-    # Loaders derive the attention factor from the windows in different ways, and vLLM has two names of
-    # its own for it.
-    spelled_out = dict.fromkeys(("attention_factor", "short_mscale", "long_mscale"), attention_factor)
-    return theta, scaling | spelled_out | query_scale
+        # mlx-lm and llama.cpp know the two mscales, and older loaders the attention factor.
+        without_factor = dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), 1.0)
+        scaling = scaling | {"rope_type": "yarn"} | without_factor
+    elif mode == "yarn" and query_scale:  # llama.cpp's converter asks for it
+        scaling = {"mscale_all_dim": 0.0} | scaling
+    return theta, _with_floats(scaling)
+
+
+def _yarn_that_slows_nothing(theta, window, original):
+    """Return a rope_scaling of YaRN that leaves all frequencies alone, for llama.cpp, vLLM and mlx-lm.
+
+    beta_fast is how often a pair of frequency theta^-1.5 turns in the original window. The slowest pair has
+    more than theta^-1, so all turn more often, and the ramp begins past the last. The factor is the ratio of
+    the windows, because vLLM's table of angles has `factor` times the original window.
+    """
+    beta_fast = original / (2 * math.pi * theta**1.5)
+    return {
+        "rope_type": "yarn",
+        "factor": max(1.0, window / original),
+        "beta_fast": beta_fast,
+        "beta_slow": beta_fast / 2,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+
+
+def _with_floats(scaling):
+    """Return a rope_scaling with its whole numbers as floats, but for windows: old loaders warn of others."""
+    as_floats = {}
+    for key, value in scaling.items():
+        is_window = key == "original_max_position_embeddings"
+        as_floats[key] = float(value) if type(value) is int and not is_window else value
+    return as_floats
 
 
 def _as_longrope(dim, theta, inv_freq, attention_factor, factor, original):
@@ -150,9 +188,30 @@ def read_rope(c, window, default_partial=1):
     scaling.setdefault("rope_type", "default")
     _check_numbers(scaling)
     _add_original_window(scaling, c, window)
+    if scaling["rope_type"] == "yarn":
+        scaling = _own_mode(theta, scaling)
     if scaling["rope_type"] == "default" and not rope.has_query_scale(scaling):
         scaling = None
     return theta, scaling, partial
+
+
+def _own_mode(theta, yarn):
+    """Return a rope_scaling of YaRN as the mode that stock_terms wrote like this, or else as it is.
+
+    YaRN without its factor on cos and sin is NTK-by-parts. If moreover its ramp begins past the last pair, it
+    slows nothing.
+    """
+    rope.required(yarn, "factor")
+    original = rope.required(yarn, "original_max_position_embeddings")
+    if rope.yarn_attention_factor(yarn) == 1:
+        left_out, mode = ("attention_factor", "mscale", "mscale_all_dim"), "ntk_by_parts"
+        if (yarn.get("beta_fast") or 32) <= original / (2 * math.pi * theta):
+            left_out, mode = (*left_out, "factor", "beta_fast", "beta_slow", "truncate"), "default"
+    elif yarn.get("mscale") and yarn.get("mscale_all_dim"):
+        return yarn
+    else:  # one mscale without the other counts for nothing
+        left_out, mode = ("mscale", "mscale_all_dim"), "yarn"
+    return {k: v for k, v in yarn.items() if k not in left_out} | {"rope_type": mode}
 
 
 def _agreed(key, places):

@@ -56,7 +56,7 @@ def load(folder):
         )
         raise InputError(f"{folder}: {what}; {remedy}")
 
-    for settings in ("tokenizer_config.json", "special_tokens_map.json"):
+    for settings in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
         try:
             parse_object(files.get(settings, b"{}"))
         except ValueError as error:

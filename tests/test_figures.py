@@ -419,6 +419,37 @@ def test_costs_of_a_step_by_target():
                     assert cell == written_like(figure, cell)
 
 
+# ---------------------------------------------------------------- loaders
+
+QUERIES = "scaled queries"
+LOADERS = {  # the rows of GUIDE.md's table: the cases of results/loaders.json
+    "default, linear, ntk, llama3": [f"llama: {mode}" for mode in ("default", "linear", "ntk", "llama3")],
+    "yarn": ["llama: yarn", "llama: yarn, factor 16"],
+    "yarn with --beta_fast 8, as tiny has it": [
+        f"llama: yarn, {more}" for more in ("beta_fast 8", "factor 16, beta_fast 8")
+    ],
+    "ntk_by_parts": ["llama: ntk_by_parts"],
+    "yarn_revised, or on top of another scaling": ["llama: yarn_revised", "llama: yarn on linear"],
+    "dynamic": ["llama: dynamic"],
+    "scaled queries: default, ntk, yarn, ntk_by_parts": [
+        f"{QUERIES}: {mode}" for mode in ("default", "ntk", "ntk on ntk", "yarn", "ntk_by_parts")
+    ] + [f"{QUERIES}: yarn, {more}" for more in ("beta_fast 8", "factor 16", "factor 16, beta_fast 8")],
+    "scaled queries: linear, llama3": [f"{QUERIES}: linear", f"{QUERIES}: llama3"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", LOADERS)
+def test_table_of_loaders(row):
+    measured = load("loaders")
+    header, cells = find_row("GUIDE.md", "interpolation, as LLaMA", row)
+    assert len(header) == 1 + len(measured["versions"])
+    for column, cell in zip(header[1:], cells[1:]):
+        (loader,) = (name for name in measured["versions"] if column.lower().startswith(name))
+        for case in LOADERS[row]:
+            assert measured["cases"][case][loader]["verdict"] == cell, (column, case)
+    assert measured["date"] in read("GUIDE.md")
+
+
 # ---------------------------------------------------------------- sentences
 
 

@@ -353,6 +353,21 @@ def test_a_tokenizer_without_a_longest_text(longest):
     assert families.tokenizer_files(config, files) == files
 
 
+def test_lengths_follow_the_window(make_llama, tmp_path):
+    """transformers warns of prompts beyond generation_config.json's max_length, or cuts what follows."""
+    folder, _ = make_llama()
+    (folder / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+    settings = {"max_length": 64, "max_new_tokens": 7, "temperature": 0.6, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 64}')
+    model = weights.load(folder)
+    model.config = scaling.extend(model.config, "yarn", 512)
+    weights.save(model, tokenizer.load(folder), tmp_path / "out")
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (theirs.max_length, theirs.max_new_tokens, theirs.temperature) == (512, 7, 0.6)
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {"model_max_length": 512}
+
+
 # ---------------------------------------------------------------- config.json
 
 

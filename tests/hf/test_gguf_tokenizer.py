@@ -5,11 +5,14 @@ import unicodedata
 import pytest
 import sentencepiece
 from tokenizer_files import AWKWARD, CORPUS, HARDER, SPECIAL, TINY, stock_of, train, write_files
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf import tokenizer
+from hf import families, tokenizer
 from hf.gguf_tokenizer import PRE_TOKENIZERS, rebuild_tokenizer
+from model import Config
 from storage.files import InputError
+
+LLAMA = Config(320, 64, 96, 2, 4, 2, 16, 64)
 
 
 def prefixed(metadata):
@@ -84,6 +87,18 @@ def test_bos(add, bos):
     assert ours.encode("a<tool>b")[1] == 301  # a user-defined token is one token, but no control token
     sentencepieces = rebuild_tokenizer(SENTENCEPIECE | prefixed(added))
     assert sentencepieces.bos_id == (None if add is False else 1)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+def test_the_chat_template_is_kept(tmp_path, kind):
+    """transformers spells a conversation by it."""
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    metadata = SENTENCEPIECE if kind == "sentencepiece" else bpe_metadata(*train(300, []), "qwen2")
+    write_files(tmp_path, rebuild_tokenizer(metadata | {"tokenizer.chat_template": template}).files)
+    write_files(tmp_path, families.tokenizer_files(LLAMA, tokenizer.load(tmp_path).files))  # an export
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    chat = [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "42"}]
+    assert theirs.apply_chat_template(chat, tokenize=False) == "<user>hé\n<assistant>42\n"
 
 
 # ---------------------------------------------------------------- SentencePiece

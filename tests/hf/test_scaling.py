@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import hf_logits, scaling_of
-from equations import by_hand
+from equations import as_meta_scales, by_hand
 from published import FAR, NEAR, TINY, VOCAB, assert_same, edit, load_stock, ours, snapshot, stock
 
 import rope
@@ -62,6 +62,48 @@ def test_both_spellings_of_the_rope_config(make_llama, name):
         assert (ours(model, FAR) - plain).abs().max() > 0.1
     assert configs[0] == configs[1] == configs[2]
     assert configs[0].rope_theta == 5e4 and configs[0].rope_scaling["factor"] == 8.0
+
+
+@pytest.mark.parametrize("mode", ["default", "ntk", "yarn", "ntk_by_parts"])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_what_we_write_is_read_back_as_our_own_mode(tmp_path, mode, beta):
+    extended = scaling.extend(LLAMA, mode, 512, llama_4_scaling_beta=beta)
+    written = families.hf_config(families.as_written(extended))
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    again = families.read_config(tmp_path)
+    expected = extended.rope_scaling
+    if mode == "ntk":  # it is another base then
+        assert again.rope_theta == pytest.approx(1e4 * 8 ** (16 / 14), rel=1e-12)
+        expected = {k: v for k, v in expected.items() if k != "factor"} | {"rope_type": "default"}
+    assert again.rope_scaling == (expected if beta or mode in ("yarn", "ntk_by_parts") else None)
+
+
+def test_scaled_queries_in_the_terms_of_older_exports(tmp_path):
+    """A `default` beside llama_4_scaling_beta is the same model, and so is yarn with attention_factor 1."""
+    for mode, older in (("default", {}), ("ntk_by_parts", {"rope_type": "yarn", "attention_factor": 1.0})):
+        extended = scaling.extend(LLAMA, mode, 512, llama_4_scaling_beta=0.3)
+        written = families.hf_config(families.as_written(extended))
+        older = extended.rope_scaling | older
+        written |= {"rope_scaling": older | {"type": older["rope_type"]}, "rope_parameters": older}
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        assert families.read_config(tmp_path).rope_scaling == extended.rope_scaling
+
+
+def test_yarn_with_other_factors_on_cos_and_sin_stays_yarn(tmp_path):
+    """One mscale without the other counts for nothing, as in transformers."""
+    yarn = scaling_of("yarn")
+    read_as = {
+        "mscale": (yarn | {"mscale": 0.7}, yarn),
+        "mscale_all_dim": (yarn | {"mscale_all_dim": 0.0}, yarn),
+        "both": (yarn | {"mscale": 0.7, "mscale_all_dim": 1.2},) * 2,
+        "recorded": (yarn | {"attention_factor": 1.3},) * 2,
+        "few turns": (yarn | {"beta_fast": 1e-4, "beta_slow": 1e-5},) * 2,
+    }
+    for given, expected in read_as.values():
+        (tmp_path / "config.json").write_text(json.dumps(families.hf_config(LLAMA)))
+        edit(tmp_path / "config.json", rope_parameters=given, rope_scaling="absent")
+        edit(tmp_path / "config.json", original_max_position_embeddings="absent")
+        assert families.read_config(tmp_path).rope_scaling == expected
 
 
 def test_a_query_scale_of_null_is_none(tmp_path):
@@ -130,6 +172,51 @@ def slowed_by_4(mode):
     return [1 - r + 4 * r for r in ramp]  # yarn_revised
 
 
+@pytest.mark.parametrize("second", ["linear", "ntk", "llama3", "yarn", "ntk_by_parts", "yarn_revised"])
+@pytest.mark.parametrize("first", ["default", "ntk", "yarn", "ntk_by_parts"])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_an_exported_model_is_stretched_once_more(tmp_path, first, second, beta):
+    """From 64 to 512, written and read back, and then to 2,048: each pair is slowed by both, by hand."""
+    config = scaling.extend(LLAMA, first, 512, llama_4_scaling_beta=beta)
+    (tmp_path / "config.json").write_text(json.dumps(families.hf_config(families.as_written(config))))
+    twice = scaling.extend(families.read_config(tmp_path), second, 2048)
+
+    if first == second and first != "ntk":  # one stretch of the first window
+        expected, factor = by_hand(first, 1e4, 16, 32.0, 64, 1)
+    else:
+        theta = 1e4 * 8 ** (16 / 14) if first == "ntk" else 1e4  # of the model that is stretched
+        slowed, factor = by_hand(first, 1e4, 16, 8.0, 64, 1)
+        expected, factor_on_top = stretched_by_4(second, slowed, theta, 512)
+        factor *= factor_on_top
+    inv_freq, attention_factor = frequencies(twice)
+    torch.testing.assert_close(inv_freq, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
+    assert attention_factor == pytest.approx(factor, rel=1e-12)
+    assert twice.max_position_embeddings == 2048
+    if beta:  # they count windows of the model as it came
+        scale = rope.query_scale(twice.rope_scaling, 0, 2048).flatten()
+        assert scale[63] == 1 and float(scale[2047]) == pytest.approx(1 + 0.3 * math.log(32))
+
+
+def stretched_by_4(mode, f, theta, window):
+    """Return (frequencies, factor on cos and sin) of a model of base theta with these, stretched by 4."""
+    if mode == "linear":
+        return [x / 4 for x in f], 1
+    if mode == "ntk":
+        return [x * 4 ** (-j / 7) for j, x in enumerate(f)], 1
+    if mode == "llama3":
+        return [as_meta_scales(x, 4.0, window) for x in f], 1
+
+    def pair_that_turns(times):
+        return 8 * math.log(window / (2 * math.pi * times), theta)
+
+    first, last = max(math.floor(pair_that_turns(32)), 0), min(math.ceil(pair_that_turns(1)), 15)
+    ramp = [min(max((-8 * math.log(x, theta) - first) / (last - first), 0), 1) for x in f]
+    if mode == "yarn_revised":
+        return [x / (4 * r + 1 - r) for x, r in zip(f, ramp)], 0.1 * math.log(4) + 1
+    stretched = [x * (1 - r) + x / 4 * r for x, r in zip(f, ramp)]
+    return stretched, 0.1 * math.log(4) + 1 if mode == "yarn" else 1
+
+
 @pytest.mark.parametrize("mode", ["linear", "yarn"])
 def test_two_stretches_of_one_mode_are_one(mode):
     twice = scaling.extend(scaling.extend(LLAMA, mode, 256), mode, 1024)
@@ -173,6 +260,29 @@ def test_scaled_queries_are_written_as_ministral(make_llama, tiny_tokenizer, tmp
     assert written["architectures"] == ["Ministral3ForCausalLM"]
     # vLLM looks here.
     assert written["llama_4_scaling"] == {"beta": 0.3, "original_max_position_embeddings": 64}
+    # llama.cpp's converter takes nothing but yarn with an mscale_all_dim.
+    if mode in ("default", "ntk", "yarn", "ntk_by_parts"):
+        assert written["rope_parameters"]["rope_type"] == "yarn"
+        assert "mscale_all_dim" in written["rope_parameters"]
+
+
+@pytest.mark.parametrize("head_dim", [2, 4, 8, 64, 128])
+def test_the_yarn_that_slows_nothing(head_dim):
+    """transformers has RoPE's own frequencies for it, whatever the base and the windows."""
+    for theta in (100.0, 1e4, 7.3e6, 1e12):
+        for window, target_len in ((64, 64), (256, 2048), (8192, 30_000)):
+            config = Config(VOCAB, 64, 96, 2, 4, 2, head_dim, window, rope_theta=theta)
+            written = families.hf_config(
+                families.as_written(scaling.extend(config, "default", target_len, llama_4_scaling_beta=0.1))
+            )
+            theirs = transformers.Ministral3Config(**written)
+            assert theirs.rope_parameters["rope_type"] == "yarn"
+            inv_freq, factor = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](theirs)
+            expected = rope.default_frequencies(head_dim, theta).float()
+            torch.testing.assert_close(inv_freq, expected, rtol=1e-6, atol=0)
+            assert factor == 1
+            # vLLM's table has so many rows.
+            assert theirs.rope_parameters["factor"] * window == pytest.approx(target_len)
 
 
 def test_a_ministral_without_scaled_queries_is_written_as_mistral(make_llama, tiny_tokenizer, tmp_path):
@@ -267,6 +377,15 @@ def test_config_json_of_an_extended_model():
     assert written["type"] == written["rope_type"] == parameters["rope_type"] == "yarn"
     assert written["factor"] == parameters["factor"] == 8
     assert c["dtype"] == c["torch_dtype"] == "float32"
+
+
+def test_settings_are_written_as_floats():
+    """Older loaders warn of whole numbers. Windows are whole numbers."""
+    integers = scaling_of("yarn") | {"factor": 8, "beta_fast": 16, "beta_slow": 2, "truncate": False}
+    written = families.hf_config(dataclasses.replace(LLAMA, rope_scaling=integers))["rope_scaling"]
+    for key in ("factor", "beta_fast", "beta_slow"):
+        assert type(written[key]) is float and written[key] == integers[key]
+    assert type(written["original_max_position_embeddings"]) is int and written["truncate"] is False
 
 
 def test_longrope_is_spelled_out(make_llama, tiny_tokenizer, tmp_path):

@@ -270,9 +270,11 @@ def test_a_bos_outside_the_vocabulary(tmp_path):
 
 def test_broken_settings_are_named(tmp_path):
     shutil.copy(TINY / "tokenizer.model", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": tr')
-    with pytest.raises(InputError, match="tokenizer_config.json"):
-        tokenizer.load(tmp_path)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (tmp_path / name).write_text('{"add_bos_token": tr')
+        with pytest.raises(InputError, match=name):
+            tokenizer.load(tmp_path)
+        (tmp_path / name).unlink()
 
 
 def test_no_tokenizer(tmp_path):
