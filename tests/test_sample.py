@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, scaling_of
+from tqdm import tqdm
 from transformers import AutoTokenizer, TemperatureLogitsWarper, TopPLogitsWarper
 
 import sample
@@ -165,6 +166,17 @@ class Interrupted(Counting):
         if self.tokens > self.after:
             raise KeyboardInterrupt
         return h
+
+
+def test_a_terminal_shows_how_much_has_been_read(make_llama, monkeypatch):
+    """At once here, elsewhere after half a second; and where stderr is no terminal, never."""
+    ours = weights.load(make_llama()[0])
+    monkeypatch.setattr(sample, "tqdm", lambda **how: tqdm(**(how | {"delay": 0, "mininterval": 0})))
+    for kind in (Terminal, io.StringIO):
+        monkeypatch.setattr(sys, "stderr", kind())
+        stream(ours, random_ids(30), 2)
+        shown = re.findall(r"reading: *(\d+)%", sys.stderr.getvalue())
+        assert shown == (["0", "23", "47", "70", "93"] if kind is Terminal else [])
 
 
 # ---------------------------------------------------------------- drawing
