@@ -243,7 +243,11 @@ def main():
     folder = builtin.open_model(args.model)
     tokenizer = folder.load_tokenizer()
     args.raw = args.raw or args.prompt is not None or chat.find_template(tokenizer) is None
-    text = "\n\n".join([*data.read_documents(args.file), ""]) if args.file else ""
+    text = ""
+    if args.file:
+        text = "\n\n".join([*data.read_documents(args.file), ""])
+        if not text:
+            raise InputError(f"{args.file}: there is no text in it")
     asked = args.ask if args.prompt is None else args.prompt
     if asked is None:
         sys.stdin.reconfigure(errors="surrogateescape")  # see `checked`

@@ -402,6 +402,8 @@ def test_what_cannot_be_asked(ask, folder, monkeypatch):
     check_refused(ask(folder, "--ask", "a\udcffb"), "UTF-8")
     check_refused(ask(folder, "--ask", "a", "--file", "no.txt"), "no.txt")
     check_refused(ask(folder, "--ask", "a", "--file", folder), folder)
+    (folder / "empty.txt").write_text("\n")
+    check_refused(ask(folder, "--ask", "a", "--file", folder / "empty.txt"), "empty.txt: there is no text")
     (folder / "latin.txt").write_bytes("é".encode("latin-1"))
     check_refused(ask(folder, "--ask", "a", "--file", folder / "latin.txt"), "latin.txt", "UTF-8 at byte 0")
     check_refused(
