@@ -93,7 +93,7 @@ def chooser(temperature, top_p, seed):
     temperature: 0 takes the likeliest. top_p: draw from the fewest tokens, likeliest first, that have so much
     of the probability (nucleus sampling, Holtzman et al. 2020). Logits that are not finite raise InputError.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**63)
 
     def choose(logits):
         largest, likeliest = logits.max(-1)
@@ -155,11 +155,13 @@ def answer(session, tokenizer, prompt, args, goes_on=False):
     config = session.model.config
     window = config.max_position_embeddings
     most = min(args.max_new_tokens, window - len(prompt))
-    choose = chooser(args.temperature, args.top_p, args.seed)
+    tokens = session.stream(
+        prompt, most, stop_ids(tokenizer, config), chooser(args.temperature, args.top_p, args.seed)
+    )
     detokenizer = Detokenizer(tokenizer, starts_text=not args.raw)
     pieces, times = [], [time.perf_counter()]  # of each new token; the first time is that of the beginning
     try:
-        for token in session.stream(prompt, most, stop_ids(tokenizer, config), choose):
+        for token in tokens:
             times.append(time.perf_counter())
             pieces.append(detokenizer.add(token))
             print(pieces[-1], end="", flush=True)
@@ -239,7 +241,7 @@ def main():
     if args.model is None:
         has_run = Path("out/model/config.json").is_file()
         args.model = "out/model" if has_run else builtin.default_model(args.device)
-        print(f"--model {args.model}", file=sys.stderr)
+        print(f"model: {args.model}", file=sys.stderr)
     folder = builtin.open_model(args.model)
     tokenizer = folder.load_tokenizer()
     args.raw = args.raw or args.prompt is not None or chat.find_template(tokenizer) is None
