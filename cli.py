@@ -283,7 +283,8 @@ def one_line(error):
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the GPU's memory is full: training, lower --micro_batch_size or --train_len, or add "
-            "--activation_checkpointing full; validating, lower --eval_lengths; evaluating, lower --lengths"
+            "--activation_checkpointing full; validating, lower --eval_lengths; evaluating, lower --lengths; "
+            "asking, shorten the text"
         )
     # PyTorch has no type of its own for a CPU that is out of memory.
     cpu_is_full = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -42,6 +42,7 @@ import cli
 import data
 from hf import weights
 from hf.builtin import default_model, open_model
+from hf.tokenizer import stop_ids
 from storage.files import InputError, cache_dir, is_stream, read_json
 from tasks import harness, plots, report, ruler
 from tasks.prompts import CITIES, digit_tokens, needle_prompt, passkey_prompt
@@ -224,18 +225,17 @@ def measure_ruler(model, tokenizer, corpus, length, samples, seed):
 
 
 def continuations(model, tokenizer, prompts):
-    """Return what greedy decoding says after each of these prompts of one task, up to EOS, texts."""
+    """Return what greedy decoding says after each of these prompts of one task, up to a stop, texts."""
     rows = [torch.tensor(prompt.ids) for prompt in prompts]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.embed.weight.device)
-    eos = model.config.eos_token_id
-    stop_ids = [] if eos is None else np.atleast_1d(eos).tolist()  # Llama 3 has several
+    stops = stop_ids(tokenizer, model.config)
     lengths = [len(row) for row in rows]
     prefill_tokens = max(256, tokens_a_pass(model) // len(rows))
     n_new = prompts[0].tokens_to_generate
-    new_tokens = model.generate(tokens, n_new, lengths, stop_ids, prefill_tokens)
+    new_tokens = model.generate(tokens, n_new, lengths, stops, prefill_tokens)
     said = []
     for ids in new_tokens.tolist():
-        before_stop = itertools.takewhile(lambda token: token not in stop_ids, ids)
+        before_stop = itertools.takewhile(lambda token: token not in stops, ids)
         said.append(tokenizer.decode(list(before_stop)))
     return said
 

@@ -364,6 +364,12 @@ class Transformer(nn.Module):
         attention_factor = by_row[0][1]  # it is the same at every length
         return torch.stack([inv_freq for inv_freq, _ in by_row]), attention_factor
 
+    def new_cache(self, B, T):
+        """Return an empty cache for B rows of T tokens: for each block its (keys, values)."""
+        shape = (B, T, self.config.n_kv_heads, self.config.head_dim)
+        options = {"dtype": self.hidden_dtype, "device": self.embed.weight.device}
+        return [(torch.empty(shape, **options), torch.empty(shape, **options)) for _ in self.blocks]
+
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, lengths=None, stop_ids=(), prefill_tokens=2048):
         """Return the greedy continuation (B, max_new_tokens) of tokens int64 (B, T).
@@ -374,13 +380,10 @@ class Transformer(nn.Module):
         at a time. Angles that depend on the length (`dynamic`, `longrope`) are, from the first token on,
         those of one forward pass over all but the row's last new token, which is never read.
         """
-        config = self.config
         B, T = tokens.shape
         lengths = [T] * B if lengths is None else lengths
         seq_lens = [length + max_new_tokens - 1 for length in lengths]
-        shape = (B, max(seq_lens), config.n_kv_heads, config.head_dim)
-        options = {"dtype": self.hidden_dtype, "device": tokens.device}
-        cache = [(torch.empty(shape, **options), torch.empty(shape, **options)) for _ in self.blocks]
+        cache = self.new_cache(B, max(seq_lens))
 
         # All rows read as many tokens as the shortest prompt has. From there on each reads the rest of its
         # prompt, and then what it says, token by token: so they are always equally long.

@@ -4,6 +4,8 @@ A tokenizer has
 - `vocab_size`, the number of ids;
 - `bos_id`, the token that this model's windows begin with, None if it was trained without one;
 - `encode(text)` and `encode_batch(texts)`, which return lists of ids without special tokens;
+- `control_tokens`, {text: id} of the tokens with which a chat template says who speaks;
+- `encode_with_control_tokens(text)`, which makes these of their texts, as transformers does;
 - `decode(ids)`, which returns the text;
 - `files`, {name: bytes} of the files that it was read from.
 
@@ -34,6 +36,8 @@ FILES = (
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # its first line: a token in base64 and its id
+# Those of them that are read here.
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 
 
 def load(folder):
@@ -56,9 +60,9 @@ def load(folder):
         )
         raise InputError(f"{folder}: {what}; {remedy}")
 
-    for settings in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+    for settings in SETTINGS:
         try:
-            parse_object(files.get(settings, b"{}"))
+            json_object(files, settings)
         except ValueError as error:
             raise InputError(f"{folder / settings}: not readable ({error}); copy it again") from None
     if not files[name]:
@@ -108,9 +112,39 @@ class SentencePiece:
         self.files = files
         self._model = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
         self.vocab_size = self._model.vocab_size()
-        settings = parse_object(files.get("tokenizer_config.json", b"{}"))
+        self._settings = json_object(files, "tokenizer_config.json")
         has_bos = self._model.bos_id() >= 0
-        self.bos_id = self._model.bos_id() if has_bos and settings.get("add_bos_token", True) else None
+        self.bos_id = self._model.bos_id() if has_bos and self._settings.get("add_bos_token", True) else None
+
+    @functools.cached_property
+    def control_tokens(self):
+        control_tokens = added_tokens(self.files)
+        for i in range(self.vocab_size):
+            if self._model.is_control(i) or self._model.is_unknown(i):
+                control_tokens[self._model.id_to_piece(i)] = i
+        return control_tokens
+
+    @functools.cached_property
+    def _model_without_prefix(self):
+        """The same model, but no space is put before a text."""
+        # Of a message that a protobuf holds twice, the fields merge. This is a normalizer_spec (field 3) in
+        # which add_dummy_prefix (field 3) is false.
+        without_prefix = b"\x1a\x02\x18\x00"
+        return sentencepiece.SentencePieceProcessor(
+            model_proto=self.files["tokenizer.model"] + without_prefix
+        )
+
+    def encode_with_control_tokens(self, text):
+        ids = []
+        for part in re.split(f"({one_of(self.control_tokens)})", text):
+            if part in self.control_tokens:
+                ids.append(self.control_tokens[part])
+                continue
+            # As in transformers, a space is put before the first words, and with "legacy" after each control
+            # token too, unless there is one.
+            has_prefix = not part.startswith(" ") and (not ids or self._settings.get("legacy"))
+            ids += (self._model if has_prefix else self._model_without_prefix).encode(part)
+        return ids
 
     def encode(self, text):
         return self._model.encode(text)
@@ -139,9 +173,14 @@ class TokenizerJson:
         example = self._model.encode("a")  # a panic of the library comes here, if at all
         begins_with_special_token = example.special_tokens_mask[:1] == [1]
         self.bos_id = example.ids[0] if begins_with_special_token else None
+        added = self._model.get_added_tokens_decoder()
+        self.control_tokens = {token.content: i for i, token in added.items() if token.special}
 
     def encode(self, text):
         return self.encode_batch([text])[0]
+
+    def encode_with_control_tokens(self, text):
+        return self.encode(text)
 
     def encode_batch(self, texts):
         try:
@@ -186,6 +225,50 @@ def reason_of(error):
     return str(error).strip().splitlines()[0] if is_said else "damaged"
 
 
+def json_object(files, name):
+    """Return the JSON object in one of `files` {name: bytes}, {} if there is no such file.
+
+    Raise ValueError if the file holds something else.
+    """
+    return parse_object(files.get(name, b"{}"))
+
+
+def added_tokens(files):
+    """Return {text: id} of the tokens that the settings of a tokenizer.model add to it.
+
+    Raise InputError if the settings say something else than texts and ids.
+    """
+    added = json_object(files, "added_tokens.json")  # transformers wrote it before it had the other one
+    by_id = json_object(files, "tokenizer_config.json").get("added_tokens_decoder") or {}
+    try:
+        added |= {token["content"]: int(i) for i, token in by_id.items()}
+        return {text: i for text, i in added.items() if len(text) > 0 <= i}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        reason = "the added tokens of added_tokens.json or tokenizer_config.json are not texts and ids"
+        raise InputError(f"{reason}; copy these files again") from None
+
+
+def one_of(texts):
+    """Return a regular expression for one of these texts, of several that fit the longest."""
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
+
+
+def stop_ids(tokenizer, config):
+    """Return the ids at which an answer ends, a list: those of generation_config.json, else the Config's.
+
+    Raise InputError if that file says something else than ids.
+    """
+    eos = json_object(tokenizer.files, "generation_config.json").get("eos_token_id")
+    if eos is None:
+        eos = config.eos_token_id
+    if eos is None:
+        return []
+    ids = eos if isinstance(eos, list) else [eos]  # Llama 3 has several
+    if not all(type(i) is int for i in ids):
+        raise InputError(f"generation_config.json: eos_token_id is {eos!r}, not an id or a list; mend it")
+    return ids
+
+
 # ---------------------------------------------------------------- lines and tokens in the middle of a text
 
 
@@ -225,3 +308,30 @@ def token_kinds(tokenizer):
 def token_texts(tokenizer):
     """Return, for each token id, the text that it adds in the middle of a text."""
     return [tokenizer.decode([*ids_of_x(tokenizer), i])[1:] for i in range(tokenizer.vocab_size)]
+
+
+class Detokenizer:
+    """Turns ids into text as they come, a character or more at a time.
+
+    A character may take several tokens, and a decoder leaves out the space before a text's first word. So a
+    token waits until its characters are complete, and is decoded behind a letter unless it is the first.
+    """
+
+    def __init__(self, tokenizer, starts_text):
+        """starts_text: whether the first token starts a text, instead of going on with one."""
+        self.tokenizer = tokenizer
+        self.before = [] if starts_text else ids_of_x(tokenizer)
+        self.waiting = []
+
+    def add(self, token):
+        """Return the text that one more token adds, "" if it ends inside a character."""
+        self.waiting.append(token)
+        text = self.rest()
+        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self.before, self.waiting = ids_of_x(self.tokenizer), []
+        return text
+
+    def rest(self):
+        """Return the text of the tokens that still wait, with a replacement for an incomplete character."""
+        return self.tokenizer.decode(self.before + self.waiting)[1 if self.before else 0 :]

@@ -132,13 +132,16 @@ def pose_positions(T, target_len, rows, seed=0):
 # ---------------------------------------------------------------- commands, in this process
 
 
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)  # signals that commands handle
+
+
 def call_main(module, *arguments):
     """Run the main() of a command such as "train" or "hf.weights" in this process, and return its exit
     code.
 
     What it changes in this process is undone: arguments, signal handlers, threads, process group."""
     argv, threads = sys.argv, torch.get_num_threads()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
     sys.argv = [f"{module}.py", *map(str, arguments)]
     try:
         cli.run(importlib.import_module(module).main)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 from hf import builtin, scaling, weights
+from hf.tokenizer import SentencePiece
 from tasks import prompts, ruler
 
 
@@ -224,6 +225,13 @@ def test_a_batch_of_prompts_is_continued_as_each_alone(tiny):
     together = evaluation.continuations(model, tokenizer, batch)
     assert together == [evaluation.continuations(model, tokenizer, [prompt])[0] for prompt in batch]
     assert len(set(together)) > 1
+
+    # An id that generation_config.json makes a stop ends them, as in sample.py.
+    said = model.generate(torch.tensor([batch[0].ids]), 20)[0].tolist()
+    settings = {"generation_config.json": json.dumps({"eos_token_id": [said[6]]}).encode()}
+    stopping = SentencePiece(tokenizer.files | settings)
+    expected = tokenizer.decode(said[: said.index(said[6])])
+    assert evaluation.continuations(model, stopping, batch[:1]) == [expected] != together[:1]
 
 
 @needs_gpu

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizer_files import AWKWARD, HARDER, SPACES, SPECIAL, TINY, stock_of, train, write_files
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
@@ -200,6 +203,77 @@ def test_all_files_of_a_tokenizer_travel(tmp_path):
     assert set(tokenizer.load(tmp_path).files) == expected
 
 
+# ---------------------------------------------------------------- what comes token by token
+
+
+def streamed(tok, ids, starts_text=True):
+    """Return the pieces of text in which a Detokenizer gives the ids, and what it held back last."""
+    detokenizer = tokenizer.Detokenizer(tok, starts_text)
+    return [*(detokenizer.add(i) for i in ids), detokenizer.rest()]
+
+
+@given(st.data())
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_pieces_joined_are_the_text_of_all_ids(either, data):
+    """Whatever the ids: spaces, control tokens, bytes that are no UTF-8, ids without a piece.
+
+    Behind another text they are what they add to it.
+    """
+    texts = st.text(max_size=8).map(either.encode)
+    single = st.integers(0, either.vocab_size - 1).map(lambda i: [i])
+    a_few = st.integers(0, 20).map(lambda i: [i])  # control tokens, bytes
+    ids = sum(data.draw(st.lists(st.one_of(texts, single, a_few), max_size=12)), [])
+    if "tokenizer.model" in either.files and data.draw(st.booleans()):
+        ids.insert(data.draw(st.integers(0, len(ids))), either.vocab_size)  # an added token or padding
+    assert "".join(streamed(either, ids)) == either.decode(ids)
+    before = either.encode(data.draw(st.text(max_size=5)) + "x")
+    assert either.decode(before) + "".join(streamed(either, ids, False)) == either.decode(before + ids)
+
+
+@pytest.mark.parametrize("text", HARDER, ids=lambda t: ascii(t[:12]))
+def test_pieces_hold_whole_characters(either, tmp_path, text):
+    """They come as soon as a character is whole, and hold no part of one.
+
+    So it is for the tokenizer.json of Mistral and LLaMA 2, too, which falls back on bytes.
+    """
+    write(tmp_path, **mistral(None, None, None))
+    for tok in (either, tokenizer.load(tmp_path)):
+        ids = tok.encode(text[:200])
+        pieces = streamed(tok, ids)
+        assert "".join(pieces) == text[:200] and "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+        for i, piece in enumerate(pieces[:-1], 1):
+            if piece == "":
+                assert tok.decode(ids[:i]) == "" or tok.decode(ids[:i]).endswith("\N{REPLACEMENT CHARACTER}")
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (None, [7]),
+        ({}, [7]),
+        ({"eos_token_id": None}, [7]),
+        ({"eos_token_id": 2}, [2]),
+        ({"eos_token_id": [2, 5]}, [2, 5]),
+    ],
+)
+def test_stop_ids_are_those_of_generation_config(sp, content, expected):
+    files = {} if content is None else {"generation_config.json": json.dumps(content).encode()}
+    tok = tokenizer.SentencePiece(sp.files | files)
+    assert tokenizer.stop_ids(tok, SimpleNamespace(eos_token_id=7)) == expected
+    assert tokenizer.stop_ids(tok, SimpleNamespace(eos_token_id=[7])) == expected
+    none = tokenizer.stop_ids(tok, SimpleNamespace(eos_token_id=None))
+    assert none == ([] if expected == [7] else expected)
+
+
+@pytest.mark.parametrize("eos", ["2", True, [2, "5"], 2.0, {}, [[2]]], ids=repr)
+def test_stop_ids_that_are_none(sp, eos):
+    tok = tokenizer.SentencePiece(
+        sp.files | {"generation_config.json": json.dumps({"eos_token_id": eos}).encode()}
+    )
+    with pytest.raises(InputError, match="generation_config.json: eos_token_id"):
+        tokenizer.stop_ids(tok, SimpleNamespace(eos_token_id=7))
+
+
 # ---------------------------------------------------------------- broken files
 
 BROKEN = {
@@ -268,13 +342,14 @@ def test_a_bos_outside_the_vocabulary(tmp_path):
         tokenizer.check_size(loaded, loaded.vocab_size, tmp_path)
 
 
-def test_broken_settings_are_named(tmp_path):
+@pytest.mark.parametrize("name", tokenizer.SETTINGS)
+def test_broken_settings_are_named(tmp_path, name):
     shutil.copy(TINY / "tokenizer.model", tmp_path)
-    for name in ("tokenizer_config.json", "generation_config.json"):
-        (tmp_path / name).write_text('{"add_bos_token": tr')
-        with pytest.raises(InputError, match=name):
+    for content in ('{"add_bos_token": tr', "[]", "\xff", "[" * 100_000):
+        (tmp_path / name).write_bytes(content.encode("latin-1"))
+        with pytest.raises(InputError, match=name) as error:
             tokenizer.load(tmp_path)
-        (tmp_path / name).unlink()
+        assert "\n" not in str(error.value)
 
 
 def test_no_tokenizer(tmp_path):

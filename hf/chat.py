@@ -1,0 +1,149 @@
+"""Chat templates: what a model was taught a conversation looks like, as a Jinja program in its folder.
+
+Notable choices:
+- A template is a program of whoever made the folder. It runs in Jinja's sandbox, as in transformers, which
+  keeps it from everything but the conversation, and not for longer than RENDER_SECONDS.
+- It computes what transformers' apply_chat_template does, and its control tokens become the same ids.
+- Control tokens are the template's alone. Where a message spells one ("</s>" is a tag of HTML too), an
+  invisible character goes into it, so that it stays text and no book can speak as somebody else.
+"""
+
+import contextlib
+import datetime
+import json
+import re
+import signal
+import threading
+
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+
+from hf.tokenizer import json_object, one_of
+from storage.files import InputError
+
+RENDER_SECONDS = 10  # that a template may take
+ZERO_WIDTH_SPACE = "\u200b"
+
+
+def find_template(tokenizer):
+    """Return the chat template among a tokenizer's files, None if there is none.
+
+    chat_template.jinja counts more than tokenizer_config.json, as in transformers. Of several templates the
+    one named "default" is taken. Raise InputError if there are only others, or something else than text.
+    """
+    if "chat_template.jinja" in tokenizer.files:
+        try:
+            return tokenizer.files["chat_template.jinja"].decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"chat_template.jinja: not readable ({error}); copy it again") from None
+    template = json_object(tokenizer.files, "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        by_name = {
+            str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)
+        }
+        template = by_name.get("default", by_name)
+    if template is None or isinstance(template, str):
+        return template
+    raise InputError(
+        "tokenizer_config.json: chat_template is no text, nor has it a default; mend or remove it"
+    )
+
+
+def encode(tokenizer, messages):
+    """Return the token ids of a conversation, up to where the assistant's next answer begins.
+
+    messages: see `render`, which raises InputError.
+    """
+    control_token = re.compile(one_of(tokenizer.control_tokens))
+    harmless = []
+    for message in messages:
+        content = control_token.sub(lambda found: _broken(found[0]), message["content"])
+        harmless.append(message | {"content": content})
+    return tokenizer.encode_with_control_tokens(render(tokenizer, harmless))
+
+
+def _broken(control_token):
+    """Return a control token's text with an invisible character behind its first one."""
+    return control_token[0] + ZERO_WIDTH_SPACE + control_token[1:]
+
+
+def render(tokenizer, messages, add_generation_prompt=True):
+    """Return the text of a conversation as the model's chat template writes it.
+
+    messages: dicts with role and content. add_generation_prompt: end with what the assistant's answer begins
+    with. Raise InputError if the model has no template, or it fails or refuses these messages.
+    """
+    template = find_template(tokenizer)
+    if template is None:
+        raise InputError("this model has no chat template; put chat_template.jinja into its folder")
+    special_tokens = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        for name, token in json_object(tokenizer.files, file).items():
+            text = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and isinstance(text, str):
+                special_tokens[name] = text
+    variables = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+    variables |= {"tools": None, "documents": None} | special_tokens
+    try:
+        with _time_limit(RENDER_SECONDS):
+            return _environment().from_string(template).render(variables)
+    except Exception as error:  # whatever another's program raises is no bug of ours
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = f"it failed or does not fit this conversation ({said})"
+        raise InputError(f"the model's chat template: {reason}; mend it, or do without") from None
+
+
+# ---------------------------------------------------------------- what templates are written for
+
+
+def _environment():
+    """Return the Jinja environment of transformers' chat templates."""
+    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    made.filters["tojson"] = _to_json
+    made.globals["raise_exception"] = _raise_exception
+    made.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
+    return made
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} … {% endgeneration %}, which marks what the assistant says, and changes nothing."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """Return JSON without Jinja's escapes for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+
+@contextlib.contextmanager
+def _time_limit(seconds):
+    """Raise TimeoutError in the body after so many seconds, if it runs in the main thread."""
+
+    def stop(*_):
+        raise TimeoutError(f"it takes longer than {seconds} seconds")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread has signals
+        return
+    handler_before = signal.signal(signal.SIGALRM, stop)
+    timer_before = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer_before)
+        signal.signal(signal.SIGALRM, handler_before)

@@ -1,0 +1,270 @@
+"""Ask a model something, about a whole book if its window holds one, or let it go on with a text.
+
+    python sample.py --model out/model --file book.txt --ask "Who is Mr. Hyde?"
+    python sample.py --model out/model --prompt "The capital of France is"
+    python sample.py --model out/model < question.txt
+    python sample.py --model out/model            # a conversation, line by line
+
+Notable choices:
+- A question goes through the chat template of the model's folder where it has one (hf/chat.py). A prompt
+  does not: the model goes on with the text as it is.
+- Text appears as it is made, on stdout; everything else is on stderr.
+- What the model has read stays in its cache, so that of a conversation, and of a book that two questions are
+  asked about, only what is new is read.
+"""
+
+import contextlib
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import cli
+import data
+import rope
+from hf import builtin, chat, weights
+from hf.tokenizer import Detokenizer, stop_ids
+from storage.files import InputError
+
+PREFILL_TOKENS = {"cuda": 16384, "cpu": 1024}  # of a prompt that go through the model at once
+
+# ---------------------------------------------------------------- from ids to ids
+
+
+class Session:
+    """A model with the keys and values of what it read last, so that the same beginning is read once."""
+
+    def __init__(self, model):
+        self.model = model
+        self.read = []  # the ids whose keys and values are in the cache
+        self.cache = model.new_cache(1, 0)
+
+    @torch.no_grad()
+    def stream(self, prompt, max_new_tokens, stop_ids, choose):
+        """Yield the ids of new tokens one by one, up to one of stop_ids, which is not yielded.
+
+        prompt: a list of ids. choose(logits): a function that returns the id of the next token, given float32
+        logits (V,). Where angles depend on the length, it is that of max_new_tokens, see model.generate.
+        """
+        seq_len = len(prompt) + max_new_tokens - 1  # the last token is not read
+        start = self._keep_beginning(prompt, seq_len)
+        size = PREFILL_TOKENS[self.model.embed.weight.device.type]
+        with tqdm(total=len(prompt), initial=start, desc="reading", unit=" tokens", unit_scale=True,
+                  leave=False, delay=0.5, disable=None) as bar:  # fmt: skip
+            for begin in range(start, len(prompt), size):
+                h = self._read(prompt[begin : begin + size], seq_len)
+                bar.update(min(size, len(prompt) - begin))
+        for n in range(1, max_new_tokens + 1):
+            token = choose(self.model.head(h[:, -1])[0].float())
+            if token in stop_ids:
+                return
+            yield token
+            if n < max_new_tokens:
+                h = self._read([token], seq_len)
+
+    def _keep_beginning(self, prompt, seq_len):
+        """Make room for seq_len tokens. Return how many of the prompt's first ones have been read already."""
+        same = 0
+        if not rope.depends_on_length(self.model.config.rope_scaling):  # else they had other angles
+            # The last one is read again, for what follows it.
+            while same < min(len(self.read), len(prompt) - 1) and self.read[same] == prompt[same]:
+                same += 1
+        self.read = self.read[:same]
+        for keys_and_values in self.cache:
+            for tensor in keys_and_values:
+                if tensor.shape[1] < seq_len:
+                    tensor.resize_(1, seq_len, *tensor.shape[2:])  # which keeps what is in it
+        return same
+
+    def _read(self, ids, seq_len):
+        """Return the hidden states (1, len(ids), C) of the next ids, and keep their keys and values."""
+        tokens = torch.tensor([ids], device=self.model.embed.weight.device)
+        h = self.model.hidden(tokens, cache=self.cache, start=len(self.read), seq_lens=[seq_len])
+        self.read += ids
+        return h
+
+
+def chooser(temperature, top_p, seed):
+    """Return a function that takes logits (V,) and returns the id of the next token.
+
+    temperature: 0 takes the likeliest. top_p: draw from the fewest tokens, likeliest first, that have so much
+    of the probability (nucleus sampling, Holtzman et al. 2020). Logits that are not finite raise InputError.
+    """
+    generator = torch.Generator().manual_seed(seed % 2**63)
+
+    def choose(logits):
+        largest, likeliest = logits.max(-1)
+        if not largest.isfinite():
+            raise InputError("the model's logits are not finite; look at its weights")
+        if temperature == 0:
+            return int(likeliest)
+        # Without the subtraction, a temperature near 0 would make infinite numbers.
+        probabilities = ((logits.double() - largest) / temperature).softmax(-1)
+        probabilities, ids = probabilities.sort(descending=True, stable=True)
+        sums = probabilities.cumsum(-1)
+        n_kept = 1 + (sums[:-1] < top_p).sum()
+        drawn = torch.rand((), generator=generator, dtype=torch.float64).to(sums.device) * sums[n_kept - 1]
+        return int(ids[torch.searchsorted(sums, drawn, right=True)])
+
+    return choose
+
+
+# ---------------------------------------------------------------- from text to text
+
+
+def checked(question):
+    """Return a question or prompt. Raise InputError if it is empty or not UTF-8."""
+    if not question.strip():
+        raise InputError("nothing is asked: give a question, or a text to go on with")
+    try:
+        question.encode()
+    except UnicodeEncodeError:  # what is not UTF-8 came in as surrogates
+        raise InputError("the question is not UTF-8; convert it first") from None
+    return question
+
+
+def prompt_ids(tokenizer, messages, config, raw):
+    """Return the ids of a conversation, a list of {"role", "content"} that ends with the user's.
+
+    raw: without a chat template. Then the last message alone is a text to go on with. Raise InputError if the
+    model has no room for them.
+    """
+    if raw:
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        ids = bos + tokenizer.encode(messages[-1]["content"])
+    else:
+        ids = chat.encode(tokenizer, messages)
+        if not ids or max(ids) >= config.vocab_size:
+            reason = "writes nothing, or a token that the model does not have"
+            raise InputError(f"the chat template {reason}; leave it out with --raw")
+    window = config.max_position_embeddings
+    if len(ids) >= window:
+        remedy = "shorten it, or give the model a longer window with train.py"
+        raise InputError(f"the text has {len(ids):,} tokens, the model a window of {window:,}; {remedy}")
+    return ids
+
+
+def answer(session, tokenizer, prompt, args, goes_on=False):
+    """Print what the model says after a prompt, a list of ids, as it is made. Return it.
+
+    goes_on: an interrupt ends the answer alone. Say on stderr how many tokens there were, and how fast.
+    """
+    config = session.model.config
+    window = config.max_position_embeddings
+    most = min(args.max_new_tokens, window - len(prompt))
+    tokens = session.stream(
+        prompt, most, stop_ids(tokenizer, config), chooser(args.temperature, args.top_p, args.seed)
+    )
+    detokenizer = Detokenizer(tokenizer, starts_text=not args.raw)
+    pieces, times = [], [time.perf_counter()]  # of each new token; the first time is that of the beginning
+    try:
+        for token in tokens:
+            times.append(time.perf_counter())
+            pieces.append(detokenizer.add(token))
+            print(pieces[-1], end="", flush=True)
+    except KeyboardInterrupt:
+        if not goes_on:
+            raise
+    finally:
+        pieces.append(detokenizer.rest())
+        print(pieces[-1], flush=True)
+    n = len(times) - 1
+    said = f"{n:,} new" + (" (the most allowed)" if n == most else "")
+    if n > 1:
+        said += f", {(n - 1) / (times[-1] - times[1]):.0f} a second"
+    reading = (times[1] if n else time.perf_counter()) - times[0]
+    print(f"[{len(prompt):,} of {window:,} tokens, read in {reading:.1f} s; {said}]", file=sys.stderr)
+    return "".join(pieces)
+
+
+def converse(session, tokenizer, text, args):
+    """Answer line by line: each question behind all that was said, or alone where there is no chat template.
+
+    text: what stands before a question with nothing before it.
+    """
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  with it, input() lets lines be edited
+    print("Ctrl-C ends an answer, Ctrl-D the conversation.", file=sys.stderr)
+    messages = []
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return print()
+        if not line.strip():
+            continue
+        before = [] if args.raw else messages
+        try:
+            asked = {"role": "user", "content": checked(line) if before else text + checked(line)}
+            prompt = prompt_ids(tokenizer, [*before, asked], session.model.config, args.raw)
+            said = answer(session, tokenizer, prompt, args, goes_on=True)
+        except InputError as error:  # another question may do
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        messages = [*before, asked, {"role": "assistant", "content": said}]
+
+
+def parse_arguments():
+    p = cli.ArgumentParser(description="Ask a model something, or let it go on with a text.")
+    # fmt: off
+    p.add_argument("--model",
+        help="a Hugging Face folder or a built-in name (default: out/model, which train.py writes, else the "
+        "built-in one)")
+    p.add_argument("--file", type=Path, help="a text that stands before the question or the prompt")
+    group = p.add_mutually_exclusive_group()
+    group.add_argument("--ask", metavar="QUESTION",
+        help="a question, which goes through the model's chat template (default: what is piped in, else a "
+        "conversation)")
+    group.add_argument("--prompt", metavar="TEXT",
+        help="a text that the model goes on with as it is, without a chat template")
+    p.add_argument("--raw", action="store_true",
+        help="no chat template for anything else either (so it is where the model's folder has none)")
+    p.add_argument("--max_new_tokens", type=cli.whole_number(1), default=512, help="default: 512")
+    p.add_argument("--temperature", type=cli.number(0, 100), default=0.0,
+        help="0 takes the likeliest token, 1 draws from the model's probabilities (default: 0)")
+    p.add_argument("--top_p", type=cli.number(0, 1), default=1.0,
+        help="draw from the likeliest tokens that have so much of the probability (default: 1)")
+    p.add_argument("--seed", type=cli.whole_number(0), default=0, help="of the draws (default: 0)")
+    p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+    # fmt: on
+    return p.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who closes the pipe has read enough, and needs no trace
+    sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
+    args.device = cli.device(args.device)
+    if args.model is None:
+        has_run = Path("out/model/config.json").is_file()
+        args.model = "out/model" if has_run else builtin.default_model(args.device)
+        print(f"model: {args.model}", file=sys.stderr)
+    folder = builtin.open_model(args.model)
+    tokenizer = folder.load_tokenizer()
+    args.raw = args.raw or args.prompt is not None or chat.find_template(tokenizer) is None
+    text = ""
+    if args.file:
+        text = "\n\n".join([*data.read_documents(args.file), ""])
+        if not text:
+            raise InputError(f"{args.file}: there is no text in it")
+    asked = args.ask if args.prompt is None else args.prompt
+    if asked is None:
+        sys.stdin.reconfigure(errors="surrogateescape")  # see `checked`
+        if not sys.stdin.isatty():
+            asked = sys.stdin.read().rstrip("\n")
+    if asked is not None:  # what cannot be asked is refused before the weights are read
+        messages = [{"role": "user", "content": text + checked(asked)}]
+        prompt = prompt_ids(tokenizer, messages, folder.config, args.raw)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    session = Session(weights.load(args.model, args.device, dtype))
+    if asked is None:
+        converse(session, tokenizer, text, args)
+    else:
+        answer(session, tokenizer, prompt, args)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,451 @@
+"""sample.py says what transformers' generate says, draws what it should, and reads nothing twice."""
+
+import io
+import json
+import re
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, scaling_of
+from tqdm import tqdm
+from transformers import AutoTokenizer, TemperatureLogitsWarper, TopPLogitsWarper
+
+import sample
+from hf import chat, tokenizer, weights
+from hf.builtin import open_model
+from storage.files import InputError
+
+TINY = ROOT / "assets" / "tiny"
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+greedy = sample.chooser(0.0, 1.0, 0)
+
+
+@pytest.fixture(autouse=True)
+def short_prefill(monkeypatch):
+    """Prompts of these tests go through the model in several parts."""
+    monkeypatch.setitem(sample.PREFILL_TOKENS, "cpu", 7)
+    monkeypatch.setitem(sample.PREFILL_TOKENS, "cuda", 7)
+
+
+def random_ids(n, seed=0):
+    return torch.randint(3, 320, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def stream(model, prompt, n_new, stop_ids=(), choose=greedy):
+    """Return the new tokens of a session that begins, a list."""
+    return list(sample.Session(model).stream(prompt, n_new, stop_ids, choose))
+
+
+# ---------------------------------------------------------------- greedy
+
+SHAPES = {
+    "llama": {},
+    "qwen2": {"family": "Qwen2"},
+    "yarn mistral": {
+        "family": "Mistral",
+        "sliding_window": None,
+        "rope_parameters": {"rope_theta": 10000.0} | scaling_of("yarn"),
+    },
+    "scaled queries": {
+        "family": "Ministral3",
+        "rope_parameters": {
+            "rope_theta": 10000.0,
+            "rope_type": "default",
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.3,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_tokens_are_those_of_transformers(make_llama, shape):
+    folder, theirs = make_llama(**SHAPES[shape])
+    ours = weights.load(folder)
+    said = set()
+    for n in (1, 7, 37):
+        prompt = torch.tensor([random_ids(n)])
+        expected = theirs.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, **GREEDY
+        )
+        assert stream(ours, prompt[0].tolist(), 12) == expected[0, n:].tolist()
+        said |= set(expected[0, n:].tolist())
+    assert len(said) > 3  # else any cache would do
+
+
+@pytest.mark.parametrize("mode, n", [("dynamic", 200), ("longrope", 200), ("longrope", 64), ("longrope", 65)])
+def test_angles_that_depend_on_the_length_are_those_of_all_tokens(make_llama, mode, n):
+    """Those of the n tokens that are read, as in model.generate, which is compared with transformers."""
+    ours = weights.load(make_llama(rope_parameters={"rope_theta": 10000.0} | scaling_of(mode))[0])
+    prompt = random_ids(n - 11)
+    expected = ours.generate(torch.tensor([prompt]), 12)[0].tolist()
+    session = sample.Session(ours)
+    assert list(session.stream(prompt[:-5], 4, (), greedy)) != expected  # of another length
+    assert list(session.stream(prompt, 12, (), greedy)) == expected
+
+
+def test_an_answer_ends_before_a_stop(make_llama):
+    ours = weights.load(make_llama()[0])
+    free = stream(ours, random_ids(20), 15)
+    stop = free[6]
+    assert stream(ours, random_ids(20), 15, [999, stop]) == free[: free.index(stop)]
+    assert stream(ours, random_ids(20), 15, [free[0]]) == []
+
+
+# ---------------------------------------------------------------- what was read before
+
+
+@pytest.mark.parametrize("mode", [None, "dynamic"])
+def test_a_session_says_what_a_new_one_says(make_llama, mode):
+    changes = {"rope_parameters": {"rope_theta": 10000.0} | scaling_of(mode)} if mode else {}
+    ours = weights.load(make_llama(**changes)[0])
+    session = sample.Session(ours)
+    base = random_ids(30)
+    said = stream(ours, base, 10)
+    prompts = {
+        "first": base,
+        "the same again": base,
+        "a conversation that goes on": base + said + random_ids(9, seed=1),
+        "a shorter one": base[:12],
+        "another end": base[:20] + random_ids(15, seed=2),
+        "another": random_ids(25, seed=3),
+        "one token": base[:1],
+    }
+    new = {}
+    for name, prompt in prompts.items():
+        session.model = Counting(ours)
+        assert list(session.stream(prompt, 10, (), greedy)) == stream(ours, prompt, 10), name
+        new[name] = session.model.tokens - 9  # tokens of the prompt that were read
+    if mode is None:
+        expected = {"first": 30, "the same again": 1, "a conversation that goes on": 10, "a shorter one": 1}
+        expected |= {"another end": 23, "another": 25, "one token": 1}
+        assert new == expected
+
+
+class Counting:
+    """A model that counts the tokens that it reads."""
+
+    def __init__(self, model):
+        self.tokens, self.model = 0, model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def hidden(self, tokens, **how):
+        self.tokens += tokens.shape[1]
+        return self.model.hidden(tokens, **how)
+
+
+def test_an_interrupt_leaves_the_session_whole(make_llama):
+    """Wherever it comes: while the prompt is read, or while the answer is made."""
+    ours = weights.load(make_llama()[0])
+    prompt = random_ids(30)
+    for tokens in (0, 10, 21, 25):
+        session = sample.Session(ours)
+        list(session.stream(prompt[:9] + [5, 6, 7], 4, (), greedy))
+        session.model = Interrupted(ours, tokens)
+        with pytest.raises(KeyboardInterrupt):
+            list(session.stream(prompt, 10, (), greedy))
+        session.model = ours
+        assert list(session.stream(prompt, 10, (), greedy)) == stream(ours, prompt, 10)
+
+
+class Interrupted(Counting):
+    """A model that is interrupted after it has read so many tokens, in the middle of a forward pass."""
+
+    def __init__(self, model, after):
+        super().__init__(model)
+        self.after = after
+
+    def hidden(self, tokens, **how):
+        h = super().hidden(tokens, **how)
+        if self.tokens > self.after:
+            raise KeyboardInterrupt
+        return h
+
+
+def test_a_terminal_shows_how_much_has_been_read(make_llama, monkeypatch):
+    """At once here, elsewhere after half a second; and where stderr is no terminal, never."""
+    ours = weights.load(make_llama()[0])
+    monkeypatch.setattr(sample, "tqdm", lambda **how: tqdm(**(how | {"delay": 0, "mininterval": 0})))
+    for kind in (Terminal, io.StringIO):
+        monkeypatch.setattr(sys, "stderr", kind())
+        stream(ours, random_ids(30), 2)
+        shown = re.findall(r"reading: *(\d+)%", sys.stderr.getvalue())
+        assert shown == (["0", "23", "47", "70", "93"] if kind is Terminal else [])
+
+
+# ---------------------------------------------------------------- drawing
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8), (2.0, 0.5), (1.3, 0.95), (1.0, 0.0)])
+def test_draws_have_the_probabilities_of_transformers(temperature, top_p):
+    """The frequencies of 4,000 draws are within four standard errors, and nothing else is ever drawn."""
+    logits = 2 * torch.randn(24, generator=torch.Generator().manual_seed(1))
+    warped = TemperatureLogitsWarper(temperature)(None, logits[None])
+    expected = TopPLogitsWarper(top_p)(None, warped)[0].softmax(-1).double()
+    # The nucleus by its definition: the fewest likeliest tokens that have so much together.
+    likeliest_first = sorted(warped[0].double().softmax(-1).tolist(), reverse=True)
+    nucleus = next(n for n in range(1, 25) if sum(likeliest_first[:n]) >= min(top_p, 1 - 1e-9))
+    assert (expected > 0).sum() == nucleus
+    choose, n = sample.chooser(temperature, top_p, seed=3), 4000
+    counts = torch.bincount(torch.tensor([choose(logits) for _ in range(n)]), minlength=24)
+    error = (expected * (1 - expected) / n).sqrt()
+    assert ((counts / n - expected).abs() <= 4 * error).all()
+
+
+def test_seeds_repeat_and_differ(make_llama):
+    ours = weights.load(make_llama()[0])
+    drawn = [stream(ours, random_ids(9), 20, choose=sample.chooser(1.0, 0.9, seed)) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_temperatures_near_zero_and_tiny_nuclei_are_greedy():
+    logits = torch.randn(500, generator=torch.Generator().manual_seed(0)) * 100
+    for temperature, top_p in ((1e-300, 1.0), (1e-6, 1.0), (1.0, 0.0), (100.0, 1e-300)):
+        choose = sample.chooser(temperature, top_p, 0)
+        assert {choose(logits) for _ in range(50)} == {int(logits.argmax())}
+    certain = torch.full((9,), -torch.inf)
+    certain[4] = 0.0
+    assert sample.chooser(1.0, 1.0, 0)(certain) == 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers(temperature):
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(InputError, match="not finite"):
+            sample.chooser(temperature, 1.0, 0)(torch.tensor([0.0, bad, 1.0]))
+
+
+# ---------------------------------------------------------------- the command
+
+CHATML = (
+    "{% for message in messages %}{{ '<s>' + message['role'] + '\n' + message['content'] + '</s>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+STATUS = re.compile(
+    r"\[([\d,]+) of 256 tokens, read in \d+\.\d s; ([\d,]+) new( \(the most allowed\))?(, \d+ a second)?\]\n"
+)
+
+
+class Terminal(io.StringIO):
+    """A standard input on which lines are typed."""
+
+    def isatty(self):
+        return True
+
+    def reconfigure(self, **_):
+        pass
+
+
+def pipe(monkeypatch, content):
+    """Make bytes the standard input."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A copy of tiny with a chat template, in the folder where the test runs."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TINY, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(CHATML)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def ask(call):
+    """ask(folder, *arguments) -> the finished command, with up to 20 new tokens on the CPU."""
+    return lambda folder, *arguments: call(
+        "sample", "--model", folder, "--device", "cpu", "--max_new_tokens", 20, *arguments
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return weights.load(TINY, dtype=torch.float32), open_model(TINY).load_tokenizer()
+
+
+def continuation(tiny, ids, n_new=20, stops=(2,)):
+    """Return the ids of a greedy continuation by model.generate, without the stop."""
+    new = tiny[0].generate(torch.tensor([ids]), n_new)[0].tolist()
+    return new[: next((i for i, token in enumerate(new) if token in stops), n_new)]
+
+
+def test_a_prompt_is_gone_on_with(ask, folder, tiny):
+    _, tok = tiny
+    text = "import os\nimport sys\n\n\ndef main("
+    ids = [1, *tok.encode(text)]
+    expected = tok.decode(ids + continuation(tiny, ids))[len(text) :]
+    done = ask(folder, "--prompt", text)
+    assert (done.returncode, done.stdout) == (0, expected + "\n")
+    status = STATUS.fullmatch(done.stderr)
+    assert status[1] == str(len(ids)) and status[2] == "20" and status[3]
+    (folder / "chat_template.jinja").unlink()  # without a template, a question is no other thing
+    assert ask(folder, "--ask", text).stdout == done.stdout
+    drawn = [
+        ask(folder, "--prompt", text, "--temperature", 1, "--seed", seed).stdout for seed in (1, 1, 10**30)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_question_goes_through_the_template(ask, folder, tiny, monkeypatch):
+    """The same, from the command line and from a pipe with Windows' line ends, behind a file or alone."""
+    stock = AutoTokenizer.from_pretrained(folder)
+    (folder / "book.txt").write_bytes(b"\xef\xbb\xbfclass Book:\r\n    pages = 7\r\n")
+    question = "How many pages\nare there?"
+    for file, before in (([], ""), (["--file", folder / "book.txt"], "class Book:\n    pages = 7\n\n\n")):
+        messages = [{"role": "user", "content": before + question}]
+        ids = stock.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        expected = tiny[1].decode(continuation(tiny, ids)) + "\n"
+        assert ask(folder, *file, "--ask", question).stdout == expected
+        pipe(monkeypatch, question.replace("\n", "\r\n").encode() + b"\r\n")
+        done = ask(folder, *file)
+        assert done.stdout == expected and STATUS.fullmatch(done.stderr)[1] == str(len(ids))
+    pipe(monkeypatch, question.encode())
+    assert ask(folder, "--raw").stdout == ask(folder, "--prompt", question).stdout != expected
+
+
+def test_an_answer_ends_at_the_end_of_the_window(ask, folder):
+    done = ask(folder, "--prompt", "x = 1\n" * 40, "--max_new_tokens", 10**9)
+    prompt, new, all_allowed = STATUS.fullmatch(done.stderr).groups()[:3]
+    assert int(prompt) + int(new) == 256 and int(new) > 9 and all_allowed
+
+
+def test_an_answer_ends_at_the_stop_of_generation_config(ask, folder, tiny):
+    ids = [1, *tiny[1].encode("def main(")]
+    new = continuation(tiny, ids)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, new[5]]}))
+    n = new.index(new[5])
+    expected = tiny[1].decode(ids + new[:n])[len("def main(") :] + "\n"
+    done = ask(folder, "--prompt", "def main(")
+    assert done.stdout == expected and STATUS.fullmatch(done.stderr).groups()[1:3] == (str(n), None)
+
+
+# ---------------------------------------------------------------- conversations
+
+
+def talk(monkeypatch, lines):
+    monkeypatch.setattr(sys, "stdin", Terminal("".join(line + "\n" for line in lines)))
+
+
+def test_a_conversation_goes_on_until_its_end(ask, folder, tiny, monkeypatch):
+    """A question stands behind all that was said; one that cannot be asked does not end it."""
+    (folder / "book.txt").write_text("pages = 7\n")
+    too_long = "word " * 300
+    talk(monkeypatch, ["first?", "", too_long, "\udcff", "second?"])
+    done = ask(folder, "--file", folder / "book.txt")
+    messages, said = [], []
+    for question in ("pages = 7\n\n\nfirst?", "second?"):
+        messages.append({"role": "user", "content": question})
+        ids = chat.encode(tokenizer.load(folder), messages)
+        said.append(tiny[1].decode(continuation(tiny, ids)))
+        messages.append({"role": "assistant", "content": said[-1]})
+    assert (done.returncode, done.stdout) == (0, f"> {said[0]}\n> > > > {said[1]}\n> \n")
+    told = done.stderr.splitlines()
+    assert [line for line in told if line.startswith("error: ")] == [told[2], told[3]]
+    assert "window of 256; shorten it" in told[2] and "UTF-8" in told[3]
+    assert len(told) == 5
+
+
+def test_without_a_template_each_line_is_gone_on_with(ask, folder, monkeypatch):
+    talk(monkeypatch, ["def main(", "class A"])
+    done = ask(folder, "--raw")
+    alone = [ask(folder, "--prompt", text).stdout for text in ("def main(", "class A")]
+    assert done.stdout == f"> {alone[0]}> {alone[1]}> \n"
+
+
+def test_an_interrupt_ends_the_answer_and_not_the_conversation(ask, folder, tiny, monkeypatch):
+    """What was said until then is part of the conversation. Elsewhere an interrupt ends the program."""
+    chooser = sample.chooser
+
+    def interrupting(*settings):
+        choose, numbers = chooser(*settings), iter(range(6))
+        return lambda logits: choose(logits) if next(numbers, None) is not None else interrupt()
+
+    def interrupt():
+        monkeypatch.setattr(sample, "chooser", chooser)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "chooser", interrupting)
+    talk(monkeypatch, ["first?", "second?"])
+    done = ask(folder)
+    messages = [{"role": "user", "content": "first?"}]
+    said = tiny[1].decode(continuation(tiny, chat.encode(tokenizer.load(folder), messages))[:6])
+    messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "second?"}]
+    ids = chat.encode(tokenizer.load(folder), messages)
+    expected = tiny[1].decode(continuation(tiny, ids))
+    assert (done.returncode, done.stdout) == (0, f"> {said}\n> {expected}\n> \n")
+
+    monkeypatch.setattr(sample, "chooser", interrupting)
+    done = ask(folder, "--ask", "first?")
+    assert (done.returncode, done.stdout, done.stderr) == (130, said + "\n", "stopped\n")
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def check_refused(done, *words):
+    assert done.returncode == 2 and done.stdout == "", done
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert str(word) in done.stderr, (word, done.stderr)
+
+
+def test_what_cannot_be_asked(ask, folder, monkeypatch):
+    """It is refused before the weights are read."""
+    monkeypatch.setattr(weights, "load", None)
+    check_refused(ask(folder, "--ask", ""), "nothing is asked")
+    check_refused(ask(folder, "--prompt", " \n"), "nothing is asked")
+    check_refused(ask(folder, "--ask", "a", "--prompt", "b"), "--ask", "--prompt")
+    check_refused(ask(folder, "--ask", "a\udcffb"), "UTF-8")
+    check_refused(ask(folder, "--ask", "a", "--file", "no.txt"), "no.txt")
+    check_refused(ask(folder, "--ask", "a", "--file", folder), folder)
+    (folder / "empty.txt").write_text("\n")
+    check_refused(ask(folder, "--ask", "a", "--file", folder / "empty.txt"), "empty.txt: there is no text")
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+    check_refused(ask(folder, "--ask", "a", "--file", folder / "latin.txt"), "latin.txt", "UTF-8 at byte 0")
+    check_refused(
+        ask(folder, "--ask", "word " * 300), "tokens, the model a window of 256; shorten it", "train.py"
+    )
+    for content in (b"", b"\n", b"a\xffb"):
+        pipe(monkeypatch, content)
+        check_refused(ask(folder), "nothing is asked" if content.isspace() or not content else "UTF-8")
+
+
+def test_folders_with_something_wrong(ask, folder, monkeypatch):
+    monkeypatch.setattr(weights, "load", None)
+    template = folder / "chat_template.jinja"
+    template.write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    check_refused(ask(folder, "--ask", "a"), "chat template", "unsafe")
+    template.write_text("{# nothing #}")
+    check_refused(ask(folder, "--ask", "a"), "writes nothing", "--raw")
+    template.write_text("<|im_start|>{{ messages[0].content }}")
+    (folder / "added_tokens.json").write_text('{"<|im_start|>": 2048}')
+    check_refused(ask(folder, "--ask", "a"), "a token that the model does not have", "--raw")
+    (folder / "generation_config.json").write_text('{"eos_token_id": ')
+    check_refused(ask(folder, "--ask", "a"), folder / "generation_config.json")
+
+
+# ---------------------------------------------------------------- as a process
+
+
+def test_interrupts_and_closed_pipes_leave_no_trace(start, folder, tmp_path):
+    arguments = ("--model", TINY, "--device", "cpu", "--prompt", "def main(", "--max_new_tokens", 250)
+    started = start("sample.py", *arguments)
+    while not (started.output / "stdout").read_text() and started.poll() is None:
+        time.sleep(0.01)
+    started.kill(signal.SIGINT)
+    done = started.wait()
+    assert (done.returncode, done.stderr) == (130, "stopped\n") and done.stdout.endswith("\n")
+
+    script = tmp_path / "closed.py"  # its standard output is a pipe that nobody reads
+    script.write_text(
+        f"import os, runpy, sys\nreading, writing = os.pipe()\nos.close(reading)\nos.dup2(writing, 1)\n"
+        f"sys.path[0] = {str(ROOT)!r}\nrunpy.run_path({str(ROOT / 'sample.py')!r}, run_name='__main__')\n"
+    )
+    done = start(script, *arguments).wait()
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
