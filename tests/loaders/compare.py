@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 0.01  # nats
 N_CANDIDATES = 5  # likeliest next tokens that are compared at each place
 SECONDS_PER_CASE = 3600  # that a loader may take
+NO_ANSWER = "no answer in time"
 TARGET_LEN = 2048  # tokens, eight windows of `tiny`
 
 VERSIONS = {  # the packages of each loader's environment
@@ -377,12 +378,12 @@ def compare(folder):
     """Return the verdict on the answer about a model, beside `reference`.
 
     {"verdict": "right" or "wrong", "near" and "far": the largest difference in nats, as text}, or
-    {"verdict": "refused", "says": why}
+    {"verdict": "refused" or "unknown", "says": why}
     """
     expected = json.loads((folder.parent / "reference.json").read_text())
     answer = json.loads(answer_of(folder).read_text())
     if "says" in answer:
-        return {"verdict": "refused", "says": answer["says"]}
+        return {"verdict": "unknown" if answer["says"] == NO_ANSWER else "refused", "says": answer["says"]}
     found = answer["found"]
     assert len(found) == len(expected["counts"]), folder
     largest = {"near": 0.0, "far": 0.0}
@@ -418,7 +419,7 @@ def ask(loader, python, folders):
             last = (done.stderr.strip().splitlines() or [""])[-1]
             died = f"exit code {done.returncode}: {last}"
         except subprocess.TimeoutExpired:
-            died = "no answer"
+            died = NO_ANSWER
         pending = [folder for folder in pending if not answer_of(folder).is_file()]
         if pending:
             answer_of(pending.pop(0)).write_text(json.dumps({"says": died}))
