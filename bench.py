@@ -36,7 +36,8 @@ import data
 import fsdp
 from hf import builtin, families
 from model import Config, causal_attention, empty_transformer
-from storage.files import InputError, write_json
+from storage.errors import InputError
+from storage.files import write_json
 from tasks import plots
 
 GIB = 2**30

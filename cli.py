@@ -21,16 +21,10 @@ import torch.distributed as dist
 
 import pose
 import rope
-from storage.files import (
-    InputError,
-    LocalError,
-    describe_changes,
-    is_stream,
-    only_one_process,
-    printable,
-    read_json,
-)
+from storage.errors import InputError, LocalError, printable
+from storage.files import is_stream, only_one_process
 from storage.log import is_finished
+from storage.values import describe_changes, read_json
 
 LARGEST = 2**31  # for lengths in tokens, and factors
 LARGEST_SEED = 2**63 - 1

@@ -25,7 +25,9 @@ import torch
 from tqdm import tqdm
 
 import pose
-from storage.files import InputError, check_characters, naming, only_one_process, parse_json, warn
+from storage.errors import InputError, naming, warn
+from storage.files import only_one_process
+from storage.values import check_characters, parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")  # what a folder is searched for
 JSON_LINES = (".jsonl", ".ndjson", ".json")  # a document a line; .gz may follow

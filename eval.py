@@ -43,7 +43,9 @@ import data
 from hf import weights
 from hf.builtin import default_model, open_model
 from hf.tokenizer import stop_ids
-from storage.files import InputError, cache_dir, is_stream, read_json
+from storage.errors import InputError
+from storage.files import cache_dir, is_stream
+from storage.values import read_json
 from tasks import harness, plots, report, ruler
 from tasks.prompts import CITIES, digit_tokens, needle_prompt, passkey_prompt
 

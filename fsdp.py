@@ -25,7 +25,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from storage.files import InputError
+from storage.errors import InputError
 
 # Dense bfloat16 operations a second by the makers' data sheets. A card takes the first entry whose name
 # is part of its own, so longer names come first.

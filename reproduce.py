@@ -19,8 +19,10 @@ from pathlib import Path
 import cli
 import data
 from hf.builtin import open_model
-from storage.files import InputError, cache_dir, describe_changes, read_json, write_file, write_json
+from storage.errors import InputError
+from storage.files import cache_dir, write_file, write_json
 from storage.log import is_finished
+from storage.values import describe_changes, read_json
 from tasks import harness
 
 TOKENS = 2**22  # that each arm is trained on

@@ -27,7 +27,7 @@ import data
 import rope
 from hf import builtin, chat, weights
 from hf.tokenizer import Detokenizer, stop_ids
-from storage.files import InputError
+from storage.errors import InputError
 
 PREFILL_TOKENS = {"cuda": 16384, "cpu": 1024}  # of a prompt that go through the model at once
 

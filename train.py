@@ -27,8 +27,10 @@ import retrieval
 from hf import builtin, families, loaders, scaling, weights
 from model import empty_transformer
 from storage.checkpoint import Checkpoints
-from storage.files import InputError, cache_dir, describe_changes, read_json, write_json
+from storage.errors import InputError
+from storage.files import cache_dir, write_json
 from storage.log import Log, mark_finished, show_progress, unmark_finished
+from storage.values import describe_changes, read_json
 from tasks.validation import Validation
 
 MAX_GRAD_NORM = 1.0

@@ -14,7 +14,8 @@ import zipfile
 from pathlib import Path
 
 from hf.folder import CheckpointFolder
-from storage.files import InputError, cache_dir, only_one_process
+from storage.errors import InputError
+from storage.files import cache_dir, only_one_process
 
 BUILT_IN = ("tiny", "smollm2-135m")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/model

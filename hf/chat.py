@@ -20,7 +20,7 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from hf.tokenizer import json_object, one_of
-from storage.files import InputError
+from storage.errors import InputError
 
 RENDER_SECONDS = 10  # that a template may take
 ZERO_WIDTH_SPACE = "\u200b"

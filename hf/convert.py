@@ -29,7 +29,8 @@ from hf.families import (
 from hf.folder import check_dtype, read_index
 from hf.writing import split_by_size, write_folder
 from model import Config
-from storage.files import InputError, positive, read_json
+from storage.errors import InputError
+from storage.values import positive, read_json
 
 
 def convert(source, dest, window=None):

@@ -28,7 +28,8 @@ import torch
 import rope
 from hf.scaling import read_rope, stock_terms, stretched_window
 from model import Config, empty_transformer
-from storage.files import InputError, positive, read_json
+from storage.errors import InputError
+from storage.values import positive, read_json
 
 LLAMA_NAMES = {  # our name of a module -> LLaMA's; those of a block come after the number of its layer
     "attention_norm": "input_layernorm",

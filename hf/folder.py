@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from fsdp import own_rows
 from hf import families, tokenizer
-from storage.files import InputError, LocalError, read_json
+from storage.errors import InputError, LocalError
+from storage.values import read_json
 
 INDEX = "model.safetensors.index.json"
 WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")  # integers and float8 are quantised weights

@@ -26,7 +26,8 @@ from hf.scaling import stretched_window
 from hf.tokenizer import check_size
 from hf.writing import split_by_size, write_folder
 from model import Config
-from storage.files import InputError, positive
+from storage.errors import InputError
+from storage.values import positive
 
 # The architectures that are read. Each is written as the family of its name.
 ARCHITECTURES = ("llama", "qwen2")

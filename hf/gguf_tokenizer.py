@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
 from hf.tokenizer import SentencePiece, TokenizerJson, hidden_panics, reason_of
-from storage.files import InputError
+from storage.errors import InputError
 
 # ---------------------------------------------------------------- how each family cuts text
 

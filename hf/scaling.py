@@ -4,7 +4,8 @@ import dataclasses
 import math
 
 import rope
-from storage.files import InputError, positive
+from storage.errors import InputError
+from storage.values import positive
 
 # ---------------------------------------------------------------- stretching
 

@@ -28,7 +28,8 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from storage.files import InputError, naming, parse_object
+from storage.errors import InputError, naming
+from storage.values import parse_object
 
 # The files that travel with a model, where it has them.
 FILES = (

@@ -22,7 +22,8 @@ from hf.builtin import open_model
 from hf.convert import convert
 from hf.writing import is_model_file, save_tensors, shard_name, split_by_size, write_index
 from model import empty_transformer
-from storage.files import new_folder, printable
+from storage.errors import printable
+from storage.files import new_folder
 
 
 def load(name, device="cpu", dtype=None):

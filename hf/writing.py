@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from hf import tokenizer
 from hf.folder import INDEX, CheckpointFolder, check_finite
-from storage.files import good_to_have, new_folder
+from storage.errors import good_to_have
+from storage.files import new_folder
 
 SHARD_BYTES = 5 * 2**30  # the largest safetensors file
 

@@ -23,17 +23,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from storage.files import (
-    MARK,
-    InputError,
-    describe_changes,
-    naming,
-    read_json,
-    remove_folder,
-    remove_left_overs,
-    replace_folder,
-    temporary_folder,
-)
+from storage.errors import InputError, naming
+from storage.files import MARK, remove_folder, remove_left_overs, replace_folder, temporary_folder
+from storage.values import describe_changes, read_json
 
 MANIFEST = "checkpoint.json"
 

@@ -1,8 +1,6 @@
-"""Files and folders: read with one-line errors, and written whole or not at all.
+"""Files and folders, written whole or not at all.
 
 Notable choices:
-- Whatever comes from outside and cannot be used raises InputError, so that a mistake of the user and a
-  bug of ours stay apart.
 - A file or folder is written under a name that nobody else has, and renamed: a full disk or a kill leaves
   the earlier one whole. What is complete is never removed because something fails afterwards.
 - A temporary folder holds the file MARK until it is complete. Only what has it is ever cleaned up.
@@ -15,23 +13,15 @@ import errno
 import fcntl
 import glob
 import json
-import math
 import os
 import secrets
 import shutil
-import sys
 from pathlib import Path
+
+from storage.errors import InputError, good_to_have, keeping, naming, warn
 
 MARK = ".temporary"  # a file in each folder that may be removed
 DATA_IS_LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)  # what fsync says then
-
-
-class InputError(ValueError):
-    """Something from outside cannot be used. The message says in one line what, where, and what to do."""
-
-
-class LocalError(InputError):
-    """An InputError that the other processes of a run need not meet, so that each says its own."""
 
 
 def cache_dir():
@@ -45,179 +35,6 @@ def cache_dir():
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pose-pytorch"
     except RuntimeError:
         raise InputError("this user has no home folder for a cache; name one in POSE_CACHE") from None
-
-
-# ---------------------------------------------------------------- what is said of errors
-
-
-def printable(text):
-    """Return a text in which control characters are escaped: a name in a file must not steer a terminal.
-
-    Of a long one the middle is left out.
-    """
-    if len(text) > 1000:
-        text = f"{text[:600]} ... {text[-300:]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-_warnings = set()
-
-
-def warn(line):
-    """Print a warning on stderr, each one once in a process."""
-    if line not in _warnings:
-        _warnings.add(line)
-        print(f"warning: {printable(line)}", file=sys.stderr)
-
-
-# ---------------------------------------------------------------- JSON and the numbers in it
-
-MAX_JSON_BYTES = 2**28
-MAX_DEPTH = 100  # of lists and objects inside each other
-MAX_DIGITS = 400  # of a whole number
-
-
-def read_json(path):
-    """Return the JSON object in a file as a dict.
-
-    Raise InputError if the file cannot be read or holds something else, see parse_object.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: {'not a regular file' if path.exists() else 'missing'}; copy it again")
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
-        return parse_object(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: not readable ({error.strerror}); check its permissions") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not readable ({error}); copy it again") from None
-
-
-def parse_object(content):
-    """Return the JSON object in bytes as a dict.
-
-    Raise ValueError if they hold something else, or what no program can use: numbers that are not finite or
-    have thousands of digits, halves of characters, lists inside lists without end.
-    """
-    parsed = parse_json(content)
-    if not isinstance(parsed, dict):
-        raise ValueError("not a JSON object")
-    level = [parsed]
-    for _ in range(MAX_DEPTH):
-        inside = []
-        for value in level:
-            if isinstance(value, dict):
-                inside += [*value, *value.values()]
-            elif isinstance(value, list):
-                inside += value
-            elif isinstance(value, float) and not math.isfinite(value):
-                raise ValueError("a number that is NaN or infinite")
-            elif isinstance(value, str):
-                check_characters(value)
-        if not inside:
-            return parsed
-        level = inside
-    raise ValueError("nested too deeply")
-
-
-def parse_json(content):
-    """Return the value that JSON in UTF-8 bytes describes. Raise ValueError if they are something else."""
-    try:
-        return json.loads(content.decode("utf-8-sig"), parse_int=_whole_number)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON at character {error.pos}") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def check_characters(text):
-    """Raise ValueError for half a character: a surrogate alone, which JSON can spell and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("half a character, which is no text") from None
-
-
-def _whole_number(digits):
-    """Return the int that digits spell. Raise ValueError if there are more than MAX_DIGITS."""
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(digits)} digits")
-    return int(digits)
-
-
-def positive(values, key, kind=float, most=1e30, default=None):
-    """Return the positive number under a key of a dict that was read from a file.
-
-    kind: int for whole numbers alone, float for any. default: for a key that is absent or null. Raise
-    ValueError if there is no number, or one that is not positive or larger than `most`.
-    """
-    value = values.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise ValueError(f"{key} is missing")
-    allowed = (int,) if kind is int else (int, float)
-    if type(value) not in allowed or not 0 < value:
-        raise ValueError(f"{key} is {value!r}, not a positive {'whole ' if kind is int else ''}number")
-    if value > most:
-        raise ValueError(f"{key} is {value}, more than the {most:,} that a model may have")
-    return kind(value)
-
-
-# ---------------------------------------------------------------- writing
-
-
-def describe_changes(earlier, now):
-    """Return in words where two records {setting: value} differ, "" where they do not.
-
-    Settings that `now` lacks are not compared.
-    """
-    differences = []
-    for key, value in now.items():
-        if earlier.get(key) != value:
-            differences.append(f"{key} was {earlier.get(key)}, now {value}")
-    return "; ".join(differences)
-
-
-# ---------------------------------------------------------------- what is said of errors
-
-
-@contextlib.contextmanager
-def good_to_have(action):
-    """Try the body. An OSError there is a warning with what was tried (once), and not the end of the work."""
-    try:
-        yield
-    except OSError as error:
-        warn(f"{action} is not possible here ({error.strerror or error}); going on without")
-
-
-@contextlib.contextmanager
-def naming(path, aside=None):
-    """Have an OSError of the body name `path` where it names no file, as those of open files, or `aside`.
-
-    aside: the temporary name of `path`.
-    """
-    try:
-        yield
-    except OSError as error:
-        error.filename = str(error.filename or path)
-        if aside:
-            error.filename = error.filename.replace(str(aside), str(path))
-        raise
-
-
-@contextlib.contextmanager
-def keeping(written):
-    """Have an OSError of the body say where that lies which was written before."""
-    try:
-        yield
-    except OSError as error:
-        error.strerror = f"{error.strerror or error}; what was written stays in {written}"
-        raise
 
 
 # ---------------------------------------------------------------- locks

@@ -7,7 +7,8 @@ import sys
 
 from tqdm import tqdm
 
-from storage.files import naming, write_json
+from storage.errors import naming
+from storage.files import write_json
 
 FINISHED = "finished.json"  # what a run writes last, once it has made all its steps
 

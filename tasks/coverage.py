@@ -12,7 +12,7 @@ import numpy as np
 
 import cli
 from pose import sample
-from storage.files import InputError
+from storage.errors import InputError
 from tasks.plots import new_figure, save
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import read_json_lines
-from storage.files import InputError, check_characters
+from storage.errors import InputError
+from storage.values import check_characters
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
 

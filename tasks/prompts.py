@@ -14,7 +14,7 @@ import functools
 import numpy as np
 
 from hf.tokenizer import ids_of_line, line_ends, token_texts
-from storage.files import InputError
+from storage.errors import InputError
 
 # The passkey prompt of Mohtashami & Jaggi (2023), used in section 4.2 of the paper.
 PASSKEY_TASK = (

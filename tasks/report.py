@@ -11,7 +11,9 @@ import math
 
 import numpy as np
 
-from storage.files import InputError, describe_changes, read_json, write_json
+from storage.errors import InputError
+from storage.files import write_json
+from storage.values import describe_changes, read_json
 from tasks import ruler
 
 WORKS = 0.95  # a model works at a length where it gives at least this share of right answers

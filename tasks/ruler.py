@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from storage.files import InputError
+from storage.errors import InputError
 from tasks.prompts import GARBAGE
 
 # NVIDIA's templates, each with its answer prefix behind it: the answer begins where the prompt ends.

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from storage.files import InputError
+from storage.errors import InputError
 
 MOST_DOCUMENTS = 16  # that are scored
 

@@ -10,7 +10,7 @@ import pytest
 import cli
 from bench import SHAPES
 from hf import scaling
-from storage.files import InputError
+from storage.errors import InputError
 
 SMOLLM2 = SHAPES["smollm2-135m"]
 TO_16_WINDOWS = ("--model", "smollm2-135m", "--target_len", 131072)

@@ -19,7 +19,7 @@ import torch
 
 import data
 from hf import tokenizer
-from storage.files import InputError
+from storage.errors import InputError
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 

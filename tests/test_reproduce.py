@@ -12,7 +12,7 @@ from conftest import call_main
 import pose
 import reproduce
 import rope
-from storage.files import InputError
+from storage.errors import InputError
 from storage.log import is_finished
 
 TEXT = "The cat sat on the mat, and the dog looked on. "

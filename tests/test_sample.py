@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, TemperatureLogitsWarper, TopPLogitsWarpe
 import sample
 from hf import chat, tokenizer, weights
 from hf.builtin import open_model
-from storage.files import InputError
+from storage.errors import InputError
 
 TINY = ROOT / "assets" / "tiny"
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}

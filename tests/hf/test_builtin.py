@@ -13,7 +13,7 @@ from gguf_files import Q, assert_same, bpe_metadata, ours, rounded, smollm_bpe, 
 from safetensors.torch import save_file
 
 from hf import builtin, weights, writing
-from storage.files import InputError
+from storage.errors import InputError
 
 
 @pytest.fixture

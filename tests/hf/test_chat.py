@@ -9,7 +9,7 @@ from tokenizer_files import TINY, stock_of, train
 from transformers import AutoTokenizer
 
 from hf import chat, tokenizer
-from storage.files import InputError
+from storage.errors import InputError
 
 ALTERNATE = (
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"

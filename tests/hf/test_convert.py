@@ -14,7 +14,7 @@ from gguf_files import TOKENS, Q, bpe_metadata, smollm_bpe, write_gguf
 
 from hf import convert, weights, writing
 from hf.folder import CheckpointFolder
-from storage.files import InputError
+from storage.errors import InputError
 
 TINY = ROOT / "assets" / "tiny"
 

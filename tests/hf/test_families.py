@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 import rope
 from hf import convert, families, scaling, tokenizer, weights, writing
 from model import Config
-from storage.files import InputError
+from storage.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("no_wait_for_disk")
 PUBLISHED = ("llama", "mistral", "qwen2", "phi", "gptj", "baichuan", "baichuan2")

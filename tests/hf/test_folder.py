@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from hf import weights
 from hf.folder import CheckpointFolder
 from model import Config, empty_transformer
-from storage.files import InputError
+from storage.errors import InputError
 
 
 def rewrite(path, tensors):

@@ -23,7 +23,7 @@ from gguf_files import (
 
 from hf import convert, tokenizer, weights, writing
 from hf.families import read_config
-from storage.files import InputError
+from storage.errors import InputError
 
 
 @pytest.fixture(scope="module")

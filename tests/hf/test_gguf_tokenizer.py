@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from hf import families, tokenizer
 from hf.gguf_tokenizer import PRE_TOKENIZERS, rebuild_tokenizer
 from model import Config
-from storage.files import InputError
+from storage.errors import InputError
 
 LLAMA = Config(320, 64, 96, 2, 4, 2, 16, 64)
 

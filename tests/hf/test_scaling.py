@@ -15,7 +15,7 @@ from published import FAR, NEAR, TINY, VOCAB, assert_same, edit, load_stock, our
 import rope
 from hf import families, scaling, tokenizer, weights
 from model import Config
-from storage.files import InputError
+from storage.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("no_wait_for_disk")
 LLAMA = Config(VOCAB, 64, 96, 2, 4, 2, 16, 64)  # the small model of make_llama

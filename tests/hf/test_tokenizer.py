@@ -17,7 +17,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from hf import tokenizer
-from storage.files import InputError
+from storage.errors import InputError
 
 # ---------------------------------------------------------------- SentencePiece
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 import fsdp
 from storage.checkpoint import Checkpoints
-from storage.files import InputError, temporary_folder
+from storage.errors import InputError
+from storage.files import temporary_folder
 
 
 @pytest.fixture(autouse=True)

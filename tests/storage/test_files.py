@@ -9,25 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from storage import files
-from storage.files import (
-    MARK,
-    InputError,
-    naming,
-    new_folder,
-    only_one_process,
-    printable,
-    temporary_folder,
-    write_file,
-    write_json,
-)
+from storage import errors, files
+from storage.errors import InputError, naming, printable
+from storage.files import MARK, new_folder, only_one_process, temporary_folder, write_file, write_json
 
 
 @pytest.fixture(autouse=True)
 def warnings(monkeypatch):
     """The warnings of a test, each of which is said once in a process."""
-    monkeypatch.setattr(files, "_warnings", set())
-    return files._warnings
+    monkeypatch.setattr(errors, "_warnings", set())
+    return errors._warnings
 
 
 def failing(number):

@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 import eval as evaluation
 from hf import builtin, weights
 from model import Config
-from storage.files import InputError
+from storage.errors import InputError
 from tasks import harness, prompts, report
 
 WORDS = (

@@ -12,7 +12,7 @@ import pytest
 from conftest import LLAMA3
 
 from hf.builtin import open_model
-from storage.files import InputError
+from storage.errors import InputError
 from tasks import ruler
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."

@@ -1,0 +1,114 @@
+"""Values from outside: JSON, and the numbers in it, read with one-line errors."""
+
+import json
+import math
+from pathlib import Path
+
+from storage.errors import InputError
+
+MAX_JSON_BYTES = 2**28
+MAX_DEPTH = 100  # of lists and objects inside each other
+MAX_DIGITS = 400  # of a whole number
+
+
+def read_json(path):
+    """Return the JSON object in a file as a dict.
+
+    Raise InputError if the file cannot be read or holds something else, see parse_object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: {'not a regular file' if path.exists() else 'missing'}; copy it again")
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
+        return parse_object(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: not readable ({error.strerror}); check its permissions") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not readable ({error}); copy it again") from None
+
+
+def parse_object(content):
+    """Return the JSON object in bytes as a dict.
+
+    Raise ValueError if they hold something else, or what no program can use: numbers that are not finite or
+    have thousands of digits, halves of characters, lists inside lists without end.
+    """
+    parsed = parse_json(content)
+    if not isinstance(parsed, dict):
+        raise ValueError("not a JSON object")
+    level = [parsed]
+    for _ in range(MAX_DEPTH):
+        inside = []
+        for value in level:
+            if isinstance(value, dict):
+                inside += [*value, *value.values()]
+            elif isinstance(value, list):
+                inside += value
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise ValueError("a number that is NaN or infinite")
+            elif isinstance(value, str):
+                check_characters(value)
+        if not inside:
+            return parsed
+        level = inside
+    raise ValueError("nested too deeply")
+
+
+def parse_json(content):
+    """Return the value that JSON in UTF-8 bytes describes. Raise ValueError if they are something else."""
+    try:
+        return json.loads(content.decode("utf-8-sig"), parse_int=_whole_number)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON at character {error.pos}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def check_characters(text):
+    """Raise ValueError for half a character: a surrogate alone, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half a character, which is no text") from None
+
+
+def _whole_number(digits):
+    """Return the int that digits spell. Raise ValueError if there are more than MAX_DIGITS."""
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def positive(values, key, kind=float, most=1e30, default=None):
+    """Return the positive number under a key of a dict that was read from a file.
+
+    kind: int for whole numbers alone, float for any. default: for a key that is absent or null. Raise
+    ValueError if there is no number, or one that is not positive or larger than `most`.
+    """
+    value = values.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise ValueError(f"{key} is missing")
+    allowed = (int,) if kind is int else (int, float)
+    if type(value) not in allowed or not 0 < value:
+        raise ValueError(f"{key} is {value!r}, not a positive {'whole ' if kind is int else ''}number")
+    if value > most:
+        raise ValueError(f"{key} is {value}, more than the {most:,} that a model may have")
+    return kind(value)
+
+
+def describe_changes(earlier, now):
+    """Return in words where two records {setting: value} differ, "" where they do not.
+
+    Settings that `now` lacks are not compared.
+    """
+    differences = []
+    for key, value in now.items():
+        if earlier.get(key) != value:
+            differences.append(f"{key} was {earlier.get(key)}, now {value}")
+    return "; ".join(differences)
