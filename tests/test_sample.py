@@ -435,7 +435,15 @@ def test_folders_with_something_wrong(ask, folder, monkeypatch):
 
 def test_interrupts_and_closed_pipes_leave_no_trace(start, folder, tmp_path):
     arguments = ("--model", TINY, "--device", "cpu", "--prompt", "def main(", "--max_new_tokens", 250)
-    started = start("sample.py", *arguments)
+    run_it = (
+        f"sys.path[0] = {str(ROOT)!r}\nrunpy.run_path({str(ROOT / 'sample.py')!r}, run_name='__main__')\n"
+    )
+    script = tmp_path / "slow.py"  # so that it is interrupted before its answer ends
+    script.write_text(
+        f"import runpy, sys, time\nsys.path[0] = {str(ROOT)!r}\nimport model\nread = model.Transformer.hidden\n"
+        "model.Transformer.hidden = lambda *a, **k: (time.sleep(0.05), read(*a, **k))[1]\n" + run_it
+    )
+    started = start(script, *arguments)
     while not (started.output / "stdout").read_text() and started.poll() is None:
         time.sleep(0.01)
     started.kill(signal.SIGINT)
@@ -444,8 +452,8 @@ def test_interrupts_and_closed_pipes_leave_no_trace(start, folder, tmp_path):
 
     script = tmp_path / "closed.py"  # its standard output is a pipe that nobody reads
     script.write_text(
-        f"import os, runpy, sys\nreading, writing = os.pipe()\nos.close(reading)\nos.dup2(writing, 1)\n"
-        f"sys.path[0] = {str(ROOT)!r}\nrunpy.run_path({str(ROOT / 'sample.py')!r}, run_name='__main__')\n"
+        "import os, runpy, sys\nreading, writing = os.pipe()\nos.close(reading)\nos.dup2(writing, 1)\n"
+        + run_it
     )
     done = start(script, *arguments).wait()
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
