@@ -433,27 +433,33 @@ def test_folders_with_something_wrong(ask, folder, monkeypatch):
 # ---------------------------------------------------------------- as a process
 
 
+SAMPLE = f"""
+sys.path[0] = {str(ROOT)!r}
+runpy.run_path({str(ROOT / "sample.py")!r}, run_name="__main__")
+"""
+SLOW = f"""import runpy, sys, time
+sys.path[0] = {str(ROOT)!r}
+import model
+read = model.Transformer.hidden
+model.Transformer.hidden = lambda *args, **options: (time.sleep(0.05), read(*args, **options))[1]
+"""
+CLOSED = """import os, runpy, sys
+reading, writing = os.pipe()
+os.close(reading)
+os.dup2(writing, 1)
+"""
+
+
 def test_interrupts_and_closed_pipes_leave_no_trace(start, folder, tmp_path):
     arguments = ("--model", TINY, "--device", "cpu", "--prompt", "def main(", "--max_new_tokens", 250)
-    run_it = (
-        f"sys.path[0] = {str(ROOT)!r}\nrunpy.run_path({str(ROOT / 'sample.py')!r}, run_name='__main__')\n"
-    )
-    script = tmp_path / "slow.py"  # so that it is interrupted before its answer ends
-    script.write_text(
-        f"import runpy, sys, time\nsys.path[0] = {str(ROOT)!r}\nimport model\nread = model.Transformer.hidden\n"
-        "model.Transformer.hidden = lambda *a, **k: (time.sleep(0.05), read(*a, **k))[1]\n" + run_it
-    )
-    started = start(script, *arguments)
+    (tmp_path / "slow.py").write_text(SLOW + SAMPLE)  # so that it is interrupted before its answer ends
+    started = start(tmp_path / "slow.py", *arguments)
     while not (started.output / "stdout").read_text() and started.poll() is None:
         time.sleep(0.01)
     started.kill(signal.SIGINT)
     done = started.wait()
     assert (done.returncode, done.stderr) == (130, "stopped\n") and done.stdout.endswith("\n")
 
-    script = tmp_path / "closed.py"  # its standard output is a pipe that nobody reads
-    script.write_text(
-        "import os, runpy, sys\nreading, writing = os.pipe()\nos.close(reading)\nos.dup2(writing, 1)\n"
-        + run_it
-    )
-    done = start(script, *arguments).wait()
+    (tmp_path / "closed.py").write_text(CLOSED + SAMPLE)  # standard output is a pipe that nobody reads
+    done = start(tmp_path / "closed.py", *arguments).wait()
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
