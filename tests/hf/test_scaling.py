@@ -65,7 +65,7 @@ def test_both_spellings_of_the_rope_config(make_llama, name):
 
 
 def test_two_spellings_of_which_one_spells_a_default_out(make_llama):
-    """transformers 5 completes rope_parameters, and tools leave the rope_scaling that they found beside it."""
+    """transformers 5 completes rope_parameters, and tools leave the rope_scaling that they found."""
     folder, _ = make_llama(max_position_embeddings=64)
     edit(folder / "config.json", rope_parameters="absent", rope_theta=50000)
     edit(folder / "config.json", rope_scaling={"type": "yarn", "factor": 8, "beta_fast": None})
