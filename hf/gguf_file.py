@@ -173,10 +173,6 @@ class GGUFFile:
             **FAMILIES[self.architecture].block,
         )
 
-    def _get(self, key, default=None):
-        """Return what the metadata of this architecture say under a key."""
-        return self.metadata.get(f"{self.architecture}.{key}", default)
-
     def _positive(self, key, size=None, default=None):
         """Return the positive number under a key. Raise ValueError if something else stands there.
 
@@ -192,7 +188,7 @@ class GGUFFile:
 
         window: what the file says, in tokens.
         """
-        mode, factor = self._get("rope.scaling.type", "none"), self._get("rope.scaling.factor")
+        mode = self.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
         original = self._positive("rope.scaling.original_context_length", "max_position_embeddings", window)
         divisors = self._found.get(FREQUENCY_DIVISORS)
         if mode == "none" and divisors is None:
@@ -205,11 +201,10 @@ class GGUFFile:
                 "long_factor": divisors.data.tolist(),
                 "attention_factor": 1.0,
             }
-        if mode not in ("linear", "yarn") or factor is None or divisors is not None:
-            reason = f"{self.architecture}.rope.scaling.type {mode!r} with factor {factor}"
-            if divisors is not None:
-                reason += f" beside {FREQUENCY_DIVISORS}"
-            raise InputError(f"{self.path}: {reason} is not known; this code reads linear and yarn")
+        if mode not in ("linear", "yarn") or divisors is not None:
+            beside = "" if divisors is None else f" beside {FREQUENCY_DIVISORS}"
+            reason = f"{self.architecture}.rope.scaling.type {mode!r}{beside} is not known"
+            raise InputError(f"{self.path}: {reason}; this code reads linear and yarn")
         factor = self._positive("rope.scaling.factor")
         return {"rope_type": mode, "factor": factor, "original_max_position_embeddings": original}
 

@@ -205,11 +205,8 @@ def tokenised(tokenizer, length):
 
 def read_with(loader, folder, asked):
     """Return, by place, {id: log-probability} of at least the likeliest next tokens."""
-    if loader.startswith("transformers"):
-        return read_with_transformers(folder, asked)
-    return {"llama.cpp": read_with_llama_cpp, "vllm": read_with_vllm, "mlx-lm": read_with_mlx}[loader](
-        folder, asked
-    )
+    readers = {"llama.cpp": read_with_llama_cpp, "vllm": read_with_vllm, "mlx-lm": read_with_mlx}
+    return readers.get(loader, read_with_transformers)(folder, asked)
 
 
 def read_with_transformers(folder, asked):
@@ -408,7 +405,9 @@ def compare(folder):
 
 def ask(loader, python, folders):
     """Let a loader read models and leave its answers beside them: see read_inside."""
-    pending = [folder for folder in folders if not answer_of(folder).unlink(missing_ok=True)]
+    pending = list(folders)
+    for folder in pending:
+        answer_of(folder).unlink(missing_ok=True)
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TOKENIZERS_PARALLELISM": "false"}
     while pending:
