@@ -250,6 +250,11 @@ def one_of(texts):
     return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
 
 
+def bos_ids(tokenizer):
+    """Return the ids that this model's windows begin with, a list of one or none."""
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+
 def stop_ids(tokenizer, config):
     """Return the ids at which an answer ends, a list: those of generation_config.json, else the Config's.
 

@@ -193,9 +193,9 @@ def source_text():
 
 def tokenised(tokenizer, length):
     """Return the first tokens of the text."""
-    tokens = tokenizer.encode(source_text())
-    if tokenizer.bos_id is not None:
-        tokens.insert(0, tokenizer.bos_id)
+    from hf.tokenizer import bos_ids
+
+    tokens = bos_ids(tokenizer) + tokenizer.encode(source_text())
     assert len(tokens) >= length
     return tokens[:length]
 
