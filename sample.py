@@ -158,7 +158,8 @@ def answer(session, tokenizer, prompt, args, goes_on=False):
         prompt, most, stop_ids(tokenizer, config), chooser(args.temperature, args.top_p, args.seed)
     )
     detokenizer = Detokenizer(tokenizer, starts_text=not args.raw)
-    pieces, times = [], [time.perf_counter()]  # of each new token; the first time is that of the beginning
+    pieces = []  # texts
+    times = [time.perf_counter()]  # of the beginning, then of each new token
     try:
         for token in tokens:
             times.append(time.perf_counter())

@@ -331,17 +331,16 @@ def _sizes(c, family):
 
 def _refuse_sliding_window(c, family, n_layers, window):
     """Raise ValueError if a layer looks back less far than the window."""
+    layers = c.get("layer_types")
     if family.slides_unless_null:
         slides = c.get("sliding_window") is not None
-    else:
-        # Layers that are not listed slide from number max_window_layers on.
+    elif layers is None:  # then those from number max_window_layers on slide
         first = c.get("max_window_layers", 28)
-        layers = c.get("layer_types")
-        if layers is None:
-            layers = ["sliding_attention"] * (type(first) is not int or first < n_layers)
-        if not isinstance(layers, list):
-            raise ValueError(f"layer_types is {layers!r}, not a list")
+        slides = c.get("use_sliding_window") and (type(first) is not int or first < n_layers)
+    elif isinstance(layers, list):
         slides = c.get("use_sliding_window") and "sliding_attention" in layers
+    else:
+        raise ValueError(f"layer_types is {layers!r}, not a list")
     if not slides:
         return
     reach = positive(c, "sliding_window", int, default=4096)  # what Qwen2's stock class takes

@@ -59,7 +59,7 @@ def truthfulqa(line):
     (question,) = checked_texts([line["question"]])
     item = {"question": question}
     for kind in ("mc1_targets", "mc2_targets"):
-        labels = [(0, 1)[index_of((0, 1), label)] for label in line[kind].values()]
+        labels = [index_of((0, 1), label) for label in line[kind].values()]
         item[kind] = {"choices": checked_texts(line[kind]), "labels": labels}
     return item
 

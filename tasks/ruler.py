@@ -105,8 +105,8 @@ def score(said, references):
 class Draft:
     """What the maker of a prompt needs: room for tokens, random numbers, texts.
 
-    length: as it was asked for. room: of it, tokens for the prompt. rng: a numpy Generator. corpus: see
-    `make_prompt`.
+    length: of the prompt and what is generated, in tokens. room: of the prompt alone, in tokens. rng: a numpy
+    Generator. corpus: see `make_prompt`.
     """
 
     def __init__(self, tokenizer, length, room, rng, corpus):
