@@ -313,7 +313,8 @@ def python_of(loader, folder):
     environment = folder / loader.replace(" ", "-")
     python = environment / "bin" / "python"
     finished = environment / "finished.json"
-    if finished.is_file() and json.loads(finished.read_text()) == VERSIONS[loader] + [CONVERTER]:
+    wanted = [*VERSIONS[loader], CONVERTER]
+    if finished.is_file() and json.loads(finished.read_text()) == wanted:
         return str(python)
     print(f"{loader}: installing {', '.join(VERSIONS[loader])} into {environment}", file=sys.stderr)
     run([sys.executable, "-m", "venv", "--clear", environment])
@@ -329,7 +330,7 @@ def python_of(loader, folder):
         run([*install, *VERSIONS[loader]])
     if loader == "llama.cpp":
         unpack_converter(environment)
-    finished.write_text(json.dumps(VERSIONS[loader] + [CONVERTER]))
+    finished.write_text(json.dumps(wanted))
     return str(python)
 
 
