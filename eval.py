@@ -42,7 +42,7 @@ import cli
 import data
 from hf import weights
 from hf.builtin import default_model, open_model
-from hf.tokenizer import stop_ids
+from hf.tokenizer import bos_ids, stop_ids
 from storage.errors import InputError
 from storage.files import cache_dir, is_stream
 from storage.values import read_json
@@ -262,7 +262,7 @@ def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, 
     documents with fewer than `longest` are left out. by_position: add the loss by position in the window.
     Raise InputError if a loss is not finite.
     """
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]  # before every window, part of its length
+    bos = bos_ids(tokenizer)  # before every window, part of its length
     needed = longest if tail else length
     long_enough = [document for document in documents if len(document) >= needed]
     if tail:

@@ -26,7 +26,7 @@ import cli
 import data
 import rope
 from hf import builtin, chat, weights
-from hf.tokenizer import Detokenizer, stop_ids
+from hf.tokenizer import Detokenizer, bos_ids, stop_ids
 from storage.errors import InputError
 
 PREFILL_TOKENS = {"cuda": 16384, "cpu": 1024}  # of a prompt that go through the model at once
@@ -133,8 +133,7 @@ def prompt_ids(tokenizer, messages, config, raw):
     model has no room for them.
     """
     if raw:
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        ids = bos + tokenizer.encode(messages[-1]["content"])
+        ids = bos_ids(tokenizer) + tokenizer.encode(messages[-1]["content"])
     else:
         ids = chat.encode(tokenizer, messages)
         if not ids or max(ids) >= config.vocab_size:
@@ -159,7 +158,8 @@ def answer(session, tokenizer, prompt, args, goes_on=False):
         prompt, most, stop_ids(tokenizer, config), chooser(args.temperature, args.top_p, args.seed)
     )
     detokenizer = Detokenizer(tokenizer, starts_text=not args.raw)
-    pieces, times = [], [time.perf_counter()]  # of each new token; the first time is that of the beginning
+    pieces = []  # texts
+    times = [time.perf_counter()]  # of the beginning, then of each new token
     try:
         for token in tokens:
             times.append(time.perf_counter())

@@ -39,10 +39,9 @@ def find_template(tokenizer):
             raise InputError(f"chat_template.jinja: not readable ({error}); copy it again") from None
     template = json_object(tokenizer.files, "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
-        by_name = {
-            str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)
-        }
-        template = by_name.get("default", by_name)
+        for entry in template:
+            if isinstance(entry, dict) and entry.get("name") == "default":
+                template = entry.get("template")
     if template is None or isinstance(template, str):
         return template
     raise InputError(

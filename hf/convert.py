@@ -5,7 +5,6 @@ appears when it is whole. (hf/gguf_file.py converts GGUF.)
 """
 
 import json
-import math
 import pickle
 import zipfile
 from collections import Counter
@@ -18,16 +17,14 @@ from hf.families import (
     LARGEST_SIZES,
     check_config,
     half_split,
-    hf_config,
     is_query_or_key,
     is_recomputed,
-    published_name,
     read_config,
     split_name,
     stored_parameters,
 )
 from hf.folder import check_dtype, read_index
-from hf.writing import split_by_size, write_folder
+from hf.writing import write_converted, write_folder
 from model import Config
 from storage.errors import InputError
 from storage.values import positive, read_json
@@ -163,8 +160,6 @@ def convert_meta(source, dest, window):
         raise InputError(f"{source}: {reason}; give 2048 for LLaMA 1, 4096 for LLaMA 2")
     vocabulary = find_vocabulary(source)
     checkpoint = MetaCheckpoint(source, window)
-    shards = split_by_size(checkpoint.sizes())
-
     settings = {
         "tokenizer_class": "LlamaTokenizer",
         "bos_token": "<s>",
@@ -174,11 +169,10 @@ def convert_meta(source, dest, window):
         "legacy": False,
     }
     others = {
-        "config.json": json.dumps(hf_config(checkpoint.config), indent=2).encode(),
         "tokenizer.model": vocabulary.read_bytes(),
         "tokenizer_config.json": json.dumps(settings).encode(),
     }
-    write_folder(source, dest, (checkpoint.read_shard(names) for names in shards), len(shards), others)
+    write_converted(source, dest, checkpoint.config, checkpoint.read, others)
 
 
 def find_vocabulary(folder):
@@ -264,16 +258,7 @@ class MetaCheckpoint:
                 raise InputError(f"{path}: {reason}; the files are not of one model, or one is damaged")
         return [rank[name] for rank in self.ranks]
 
-    def sizes(self):
-        """Return {our name of a weight: its bytes}."""
-        itemsize = getattr(torch, self.config.dtype).itemsize
-        return {name: math.prod(shape) * itemsize for name, shape in self.shapes.items()}
-
-    def read_shard(self, names):
-        """Return {published name: tensor} of our weights `names`."""
-        return {published_name(name, self.config.model_type): self._read(name) for name in names}
-
-    def _read(self, name):
+    def read(self, name):
         """Return one of our weights, joined from the ranks' parts. Raise InputError if they do not fit."""
         shape = self.shapes[name]
         parts = self._parts_of(meta_name(name))

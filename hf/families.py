@@ -27,6 +27,7 @@ import torch
 
 import rope
 from hf.scaling import read_rope, stock_terms, stretched_window
+from hf.tokenizer import json_object
 from model import Config, empty_transformer
 from storage.errors import InputError
 from storage.values import positive, read_json
@@ -202,17 +203,19 @@ def read_config(folder):
     """
     path = Path(folder) / "config.json"
     c = read_json(path)
+    remedy = f"this code extends RoPE models of {', '.join(FAMILIES)}"
     try:
+        _refuse_other_architectures(c)
+        remedy = "correct it there if it is wrong, or take another model"
         config = _config(c)
         check_config(config)
     except ValueError as error:
-        raise InputError(f"{path}: {error}; this code extends RoPE models of {', '.join(FAMILIES)}") from None
+        raise InputError(f"{path}: {error}; {remedy}") from None
     return config
 
 
 def _config(c):
-    """Return the Config of the content of a config.json. The ValueError of one that is refused says why."""
-    _refuse_other_architectures(c)
+    """Return the Config of the content of a config.json. Raise ValueError if it is none of a known model."""
     model_type = c["model_type"]
     family = FAMILIES[model_type]
     c = family.defaults | c
@@ -328,17 +331,16 @@ def _sizes(c, family):
 
 def _refuse_sliding_window(c, family, n_layers, window):
     """Raise ValueError if a layer looks back less far than the window."""
+    layers = c.get("layer_types")
     if family.slides_unless_null:
         slides = c.get("sliding_window") is not None
-    else:
-        # Layers that are not listed slide from number max_window_layers on.
+    elif layers is None:  # then those from number max_window_layers on slide
         first = c.get("max_window_layers", 28)
-        layers = c.get("layer_types")
-        if layers is None:
-            layers = ["sliding_attention"] * (type(first) is not int or first < n_layers)
-        if not isinstance(layers, list):
-            raise ValueError(f"layer_types is {layers!r}, not a list")
+        slides = c.get("use_sliding_window") and (type(first) is not int or first < n_layers)
+    elif isinstance(layers, list):
         slides = c.get("use_sliding_window") and "sliding_attention" in layers
+    else:
+        raise ValueError(f"layer_types is {layers!r}, not a list")
     if not slides:
         return
     reach = positive(c, "sliding_window", int, default=4096)  # what Qwen2's stock class takes
@@ -435,7 +437,7 @@ def tokenizer_files(config, files):
     tokenizer_class = FAMILIES[config.model_type].tokenizer_class
     changed = {}
     for name, keys in LENGTHS.items():
-        before = json.loads(files.get(name, b"{}"))
+        before = json_object(files, name)
         settings = dict(before)
         if tokenizer_class and name == "tokenizer_config.json":
             settings.pop("auto_map", None)

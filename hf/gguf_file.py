@@ -4,8 +4,6 @@ GGUF is the format of llama.cpp: metadata, the tokenizer and all tensors, quanti
 architectures are read, llama (Mistral has it too) and qwen2. hf/gguf_tokenizer.py rebuilds the tokenizer.
 """
 
-import json
-
 import gguf
 import numpy as np
 import torch
@@ -15,16 +13,14 @@ from hf.families import (
     LARGEST_SIZES,
     check_config,
     half_split,
-    hf_config,
     is_query_or_key,
-    published_name,
     split_name,
     stored_parameters,
 )
 from hf.gguf_tokenizer import rebuild_tokenizer
 from hf.scaling import stretched_window
 from hf.tokenizer import check_size
-from hf.writing import split_by_size, write_folder
+from hf.writing import write_converted
 from model import Config
 from storage.errors import InputError
 from storage.values import positive
@@ -79,9 +75,7 @@ def convert_gguf(source, dest):
     Raise InputError if the file cannot be converted; then nothing is left behind.
     """
     file = GGUFFile(source)
-    others = file.other_files()
-    shards = split_by_size(file.sizes())
-    write_folder(source, dest, (file.read_shard(names) for names in shards), len(shards), others)
+    write_converted(source, dest, file.config, file.read, file.tokenizer_files())
 
 
 class Reader(gguf.GGUFReader):
@@ -179,10 +173,6 @@ class GGUFFile:
             **FAMILIES[self.architecture].block,
         )
 
-    def _get(self, key, default=None):
-        """Return what the metadata of this architecture say under a key."""
-        return self.metadata.get(f"{self.architecture}.{key}", default)
-
     def _positive(self, key, size=None, default=None):
         """Return the positive number under a key. Raise ValueError if something else stands there.
 
@@ -198,7 +188,7 @@ class GGUFFile:
 
         window: what the file says, in tokens.
         """
-        mode, factor = self._get("rope.scaling.type", "none"), self._get("rope.scaling.factor")
+        mode = self.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
         original = self._positive("rope.scaling.original_context_length", "max_position_embeddings", window)
         divisors = self._found.get(FREQUENCY_DIVISORS)
         if mode == "none" and divisors is None:
@@ -211,11 +201,10 @@ class GGUFFile:
                 "long_factor": divisors.data.tolist(),
                 "attention_factor": 1.0,
             }
-        if mode not in ("linear", "yarn") or factor is None or divisors is not None:
-            reason = f"{self.architecture}.rope.scaling.type {mode!r} with factor {factor}"
-            if divisors is not None:
-                reason += f" beside {FREQUENCY_DIVISORS}"
-            raise InputError(f"{self.path}: {reason} is not known; this code reads linear and yarn")
+        if mode not in ("linear", "yarn") or divisors is not None:
+            beside = "" if divisors is None else f" beside {FREQUENCY_DIVISORS}"
+            reason = f"{self.architecture}.rope.scaling.type {mode!r}{beside} is not known"
+            raise InputError(f"{self.path}: {reason}; this code reads linear and yarn")
         factor = self._positive("rope.scaling.factor")
         return {"rope_type": mode, "factor": factor, "original_max_position_embeddings": original}
 
@@ -242,29 +231,16 @@ class GGUFFile:
             raise InputError(f"{self.path}: tensor {name} is missing; {remedy}")
         return self._found[name]
 
-    def other_files(self):
-        """Return {name: bytes} of config.json and the tokenizer's files.
-
-        Raise InputError if the tokenizer is not known or does not fit, or if the scaling is not usable.
-        """
+    def tokenizer_files(self):
+        """Return {name: bytes} of the tokenizer. Raise InputError if it is not known or does not fit."""
         try:
             tokenizer = rebuild_tokenizer(self.metadata)
-            config_json = json.dumps(hf_config(self.config), indent=2)
-        except ValueError as error:
+        except InputError as error:
             raise InputError(f"{self.path}: {error}") from None
         check_size(tokenizer, self.config.vocab_size, self.path)
-        return tokenizer.files | {"config.json": config_json.encode()}
+        return tokenizer.files
 
-    def sizes(self):
-        """Return {our name of a weight: its bytes in safetensors}."""
-        itemsize = getattr(torch, self.config.dtype).itemsize
-        return {name: int(tensor.n_elements) * itemsize for name, tensor in self.tensors.items()}
-
-    def read_shard(self, names):
-        """Return {published name: tensor} of our weights `names`."""
-        return {published_name(name, self.config.model_type): self._read(name) for name in names}
-
-    def _read(self, name):
+    def read(self, name):
         """Return one of our weights in the dtype of the Config. Raise InputError if it cannot be read."""
         tensor = self.tensors[name]
         try:

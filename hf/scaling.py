@@ -177,23 +177,32 @@ def read_rope(c, window, default_partial=1):
         if any(isinstance(value, dict) for value in spellings[key].values()):
             raise ValueError(f"{key} that differ from layer to layer are not known")
     places = (*spellings.values(), c)
-    theta = positive({"rope_theta": _agreed("rope_theta", places)}, "rope_theta", default=10000.0)
-    partial = {"partial_rotary_factor": _agreed("partial_rotary_factor", places)}
+    theta = positive(_agreed("rope_theta", places), "rope_theta", default=10000.0)
+    partial = _agreed("partial_rotary_factor", places)
     partial = positive(partial, "partial_rotary_factor", most=1, default=default_partial)
 
-    terms = [_scaling_terms(spelling) for spelling in spellings.values()]
-    terms = [some for some in terms if some]
-    if len(terms) == 2 and terms[0] != terms[1]:
-        raise ValueError("rope_scaling and rope_parameters disagree; take one of them out")
-    scaling = terms[0] if terms else {}
-    scaling.setdefault("rope_type", "default")
+    # Each is completed before they are compared: transformers 5 spells defaults out that the other one leaves
+    # out.
+    terms = [some for some in map(_scaling_terms, spellings.values()) if some]
+    scalings = [_completed(some, theta, c, window) for some in terms or [{}]]
+    if any(scaling != scalings[0] for scaling in scalings):
+        raise ValueError("rope_scaling and rope_parameters disagree")
+    return theta, scalings[0], partial
+
+
+def _completed(terms, theta, c, window):
+    """Return the rope_scaling that the terms of one spelling make, checked, or None if nothing is scaled.
+
+    theta: the base. c, window: as in `read_rope`.
+    """
+    scaling = terms | {"rope_type": terms.get("rope_type", "default")}
     _check_numbers(scaling)
     _add_original_window(scaling, c, window)
     if scaling["rope_type"] == "yarn":
         scaling = _own_mode(theta, scaling)
     if scaling["rope_type"] == "default" and not rope.has_query_scale(scaling):
-        scaling = None
-    return theta, scaling, partial
+        return None
+    return scaling
 
 
 def _own_mode(theta, yarn):
@@ -216,11 +225,11 @@ def _own_mode(theta, yarn):
 
 
 def _agreed(key, places):
-    """Return what several dicts say under a key, None if none does. Raise ValueError if they disagree."""
+    """Return {key: what several dicts say under it}, {} if none does. Raise ValueError if they disagree."""
     found = [place[key] for place in places if place.get(key) is not None]
     if any(value != found[0] for value in found):
-        raise ValueError(f"{key} is {found[0]!r} in one place and {found[-1]!r} in another; correct one")
-    return found[0] if found else None
+        raise ValueError(f"{key} is {found[0]!r} in one place and {found[-1]!r} in another")
+    return {key: found[0]} if found else {}
 
 
 def _scaling_terms(spelling):

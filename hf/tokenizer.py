@@ -46,20 +46,16 @@ def load(folder):
     folder = Path(folder)
     files = read_files(folder)
     is_tiktoken = TIKTOKEN.match(files.get("tokenizer.model", b""))
+    save_one = "save a tokenizer.json there with transformers"
     if "tokenizer.model" in files and not is_tiktoken:
         name, kind = "tokenizer.model", SentencePiece
     elif "tokenizer.json" in files:
         name, kind = "tokenizer.json", TokenizerJson
+    elif is_tiktoken:
+        raise InputError(f"{folder}: no tokenizer.json, and a tokenizer.model of tiktoken's; {save_one}")
     else:
-        remedy = "put the model's own tokenizer file there"
-        if is_tiktoken or "merges.txt" in files:
-            remedy = "save a tokenizer.json there with transformers"
-        what = (
-            "no tokenizer.json, and a tokenizer.model of tiktoken's"
-            if is_tiktoken
-            else "no tokenizer.model or tokenizer.json"
-        )
-        raise InputError(f"{folder}: {what}; {remedy}")
+        remedy = save_one if "merges.txt" in files else "put the model's own tokenizer file there"
+        raise InputError(f"{folder}: no tokenizer.model or tokenizer.json; {remedy}")
 
     for settings in SETTINGS:
         try:
@@ -252,6 +248,11 @@ def added_tokens(files):
 def one_of(texts):
     """Return a regular expression for one of these texts, of several that fit the longest."""
     return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
+
+
+def bos_ids(tokenizer):
+    """Return the ids that this model's windows begin with, a list of one or none."""
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
 
 def stop_ids(tokenizer, config):

@@ -50,7 +50,7 @@ def save(model, tokenizer, path):
     config = families.as_written(model.config)
     written = families.stored_parameters(config)
     dtype = getattr(torch, config.dtype)
-    shards = split_by_size({name: p.numel() * dtype.itemsize for name, p in written.items()})
+    shards = split_by_size(config)
     parameters = model.state_dict()
 
     writes = not dist.is_initialized() or dist.get_rank() == 0

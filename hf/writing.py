@@ -4,11 +4,12 @@ import json
 import os
 import re
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from hf import tokenizer
+from hf import families, tokenizer
 from hf.folder import INDEX, CheckpointFolder, check_finite
 from storage.errors import good_to_have
 from storage.files import new_folder
@@ -16,14 +17,16 @@ from storage.files import new_folder
 SHARD_BYTES = 5 * 2**30  # the largest safetensors file
 
 
-def split_by_size(sizes):
-    """Return a list of names for each file to write, in the order of `sizes` {name of a weight: its bytes}.
+def split_by_size(config):
+    """Return which weights of a Config go into which file, a list of our names for each.
 
-    The weights of a list have at most SHARD_BYTES together, unless one weight alone has more.
+    Those of a file have at most SHARD_BYTES together, unless one weight alone has more.
     """
+    itemsize = getattr(torch, config.dtype).itemsize
     shards = [[]]
     shard_size = 0
-    for name, size in sizes.items():
+    for name, parameter in families.stored_parameters(config).items():
+        size = parameter.numel() * itemsize
         if shards[-1] and shard_size + size > SHARD_BYTES:
             shards.append([])
             shard_size = 0
@@ -63,6 +66,19 @@ def write_index(folder, weight_map, total_size):
 def is_model_file(name):
     """Return whether a file of this name in a model's folder is one that this code writes."""
     return name in ("config.json", INDEX, *tokenizer.FILES) or name.endswith(".safetensors")
+
+
+def write_converted(source, dest, config, read, others):
+    """Write a model that another layout holds as a folder, see `write_folder`.
+
+    config: its Config. read(name): returns one of our weights. others: the tokenizer's files.
+    """
+    shards = split_by_size(config)
+    tensors_of_files = (
+        {families.published_name(name, config.model_type): read(name) for name in names} for names in shards
+    )
+    config_json = json.dumps(families.hf_config(config), indent=2).encode()
+    write_folder(source, dest, tensors_of_files, len(shards), others | {"config.json": config_json})
 
 
 def write_folder(source, dest, shards, count, others):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import read_json_lines
+from hf.tokenizer import bos_ids
 from storage.errors import InputError
 from storage.values import check_characters
 
@@ -58,7 +59,7 @@ def truthfulqa(line):
     (question,) = checked_texts([line["question"]])
     item = {"question": question}
     for kind in ("mc1_targets", "mc2_targets"):
-        labels = [(0, 1)[index_of((0, 1), label)] for label in line[kind].values()]
+        labels = [index_of((0, 1), label) for label in line[kind].values()]
         item[kind] = {"choices": checked_texts(line[kind]), "labels": labels}
     return item
 
@@ -198,10 +199,8 @@ def as_model(config, tokenizer, log_likelihoods):
         prefix_token_id = first  # what stands before a text without context
 
         def tok_encode(self, string, add_special_tokens=None, **_):
-            ids = tokenizer.encode(string)
-            if tokenizer.bos_id is None or add_special_tokens is False:
-                return ids
-            return [tokenizer.bos_id, *ids]
+            bos = [] if add_special_tokens is False else bos_ids(tokenizer)
+            return bos + tokenizer.encode(string)
 
         def loglikelihood(self, requests, disable_tqdm=False):
             # log_likelihoods shows its own progress.

@@ -13,7 +13,7 @@ import functools
 
 import numpy as np
 
-from hf.tokenizer import ids_of_line, line_ends, token_texts
+from hf.tokenizer import bos_ids, ids_of_line, line_ends, token_texts
 from storage.errors import InputError
 
 # The passkey prompt of Mohtashami & Jaggi (2023), used in section 4.2 of the paper.
@@ -74,7 +74,7 @@ def passkey_ids(tokenizer, key, before, after, cut=""):
     statement, question_and_answer = PASSKEY.format(key=key), f"{PASSKEY_QUESTION} {key}"
     lines = [PASSKEY_TASK, garbage_before, statement, garbage_after, question_and_answer]
     ids = tokenizer.encode("\n".join(line for line in lines if line))
-    return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+    return bos_ids(tokenizer) + ids
 
 
 def lines_that_fit(encode, length, depth):
@@ -159,9 +159,7 @@ def needle_prompt(tokenizer, corpus, length, depth, rng, keys):
     cities = rng.choice(CITIES, keys, replace=False).tolist()
     codes = rng.choice(np.arange(10000, 100000), keys, replace=False).tolist()
     newline = ids_of_line(tokenizer, "")
-    opening = tokenizer.encode(NEEDLE_TASK.format(keys=keys)) + newline
-    if tokenizer.bos_id is not None:
-        opening = [tokenizer.bos_id, *opening]
+    opening = bos_ids(tokenizer) + tokenizer.encode(NEEDLE_TASK.format(keys=keys)) + newline
     needles = []
     for city, code in zip(cities, codes):
         needles.append(ids_of_line(tokenizer, NEEDLE.format(city=city, key=code)) + newline)

@@ -126,8 +126,9 @@ def check_results(report, table, unit):
 
     Every reader of results would stumble over what a table does.
     """
+    expected = int if unit == "length" else str
     for result in report["results"]:
-        if type(result[unit]) is not {"length": int}.get(unit, str):
+        if type(result[unit]) is not expected:
             raise TypeError(f"{unit} is {result[unit]!r}")
     if report["results"]:
         table.introduction(report["results"])

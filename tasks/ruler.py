@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hf.tokenizer import bos_ids
 from storage.errors import InputError
 from tasks.prompts import GARBAGE
 
@@ -104,8 +105,8 @@ def score(said, references):
 class Draft:
     """What the maker of a prompt needs: room for tokens, random numbers, texts.
 
-    length: as it was asked for. room: of it, tokens for the prompt. rng: a numpy Generator. corpus: see
-    `make_prompt`.
+    length: of the prompt and what is generated, in tokens. room: of the prompt alone, in tokens. rng: a numpy
+    Generator. corpus: see `make_prompt`.
     """
 
     def __init__(self, tokenizer, length, room, rng, corpus):
@@ -118,8 +119,7 @@ class Draft:
         Each piece but the first begins with a space or a line break, or follows a line break.
         """
         first, *others = pieces
-        tokens = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        tokens += self._encode_inside([first], before=[""])[0]
+        tokens = bos_ids(self.tokenizer) + self._encode_inside([first], before=[""])[0]
         for ids in self._ids_inside(others):
             tokens += ids
         return tokens
@@ -362,7 +362,7 @@ def variable_tracking(draft):
 
     before, after = around_context(VARIABLE_TRACKING, query=first, num_v=CHAIN)
     chain = assignments(example_names, first)
-    fixed = len(draft.encode([before, *chain, after])) - (draft.tokenizer.bos_id is not None)
+    fixed = len(draft.encode([before, *chain, after])) - len(bos_ids(draft.tokenizer))
     room = max(EXAMPLE_TOKENS - fixed, CHAIN * draft.sizes([NOISE])[0])
     lines = among_lines(draft.rng, lines_of_noise(draft, room, CHAIN), chain)
     between = after + " " + " ".join(example_names) + "\n\n" + before

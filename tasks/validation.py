@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from hf.tokenizer import bos_ids
 from storage.errors import InputError
 
 MOST_DOCUMENTS = 16  # that are scored
@@ -24,7 +25,7 @@ class Validation:
         lengths: of the windows, in tokens. documents: a data.Documents. The first MOST_DOCUMENTS that fill
         the longest window are taken.
         """
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        bos = bos_ids(tokenizer)
         longest = max(lengths)
         needed = longest + 1 - len(bos)  # each window reads `length` tokens and predicts one more
         long_enough = [documents[i] for i in range(len(documents)) if len(documents[i]) >= needed]

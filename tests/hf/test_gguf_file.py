@@ -200,7 +200,7 @@ SPOILT = {  # the metadata to change, the tensors to change, what the refusal na
     "a scale": ({"attention.scale": 0.5}, {}, "attention.scale 0.5"),
     "partial rotary": ({"rope.dimension_count": 8}, {}, "rotated dimensions"),
     "another scaling": (LONGROPE, {}, "'longrope'"),
-    "no factor": ({"rope.scaling.type": "linear"}, {}, "'linear' with factor None"),
+    "no factor": ({"rope.scaling.type": "linear"}, {}, "rope.scaling.factor is missing"),
     "two scalings": (YARN, {"rope_freqs.weight": np.ones(8, np.float32)}, "beside"),
     "too few factors": ({}, {"rope_freqs.weight": np.ones(4, np.float32)}, "needs 8 factors"),
     "a missing key": ({"block_count": None}, {}, "llama.block_count is missing"),

@@ -64,6 +64,20 @@ def test_both_spellings_of_the_rope_config(make_llama, name):
     assert configs[0].rope_theta == 5e4 and configs[0].rope_scaling["factor"] == 8.0
 
 
+def test_two_spellings_of_which_one_spells_a_default_out(make_llama):
+    """transformers 5 completes rope_parameters, and tools leave the rope_scaling that they found."""
+    folder, _ = make_llama(max_position_embeddings=64)
+    edit(folder / "config.json", rope_parameters="absent", rope_theta=50000)
+    edit(folder / "config.json", rope_scaling={"type": "yarn", "factor": 8, "beta_fast": None})
+    alone = weights.load(folder)
+    completed = transformers.AutoConfig.from_pretrained(folder).rope_parameters
+    assert completed["original_max_position_embeddings"] == 64
+    edit(folder / "config.json", rope_parameters=completed | {"rope_theta": 5e4})
+    both = weights.load(folder)
+    assert both.config == alone.config
+    assert_same(ours(both, FAR), stock(load_stock(folder), FAR))
+
+
 @pytest.mark.parametrize("mode", ["default", "ntk", "yarn", "ntk_by_parts"])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_what_we_write_is_read_back_as_our_own_mode(tmp_path, mode, beta):

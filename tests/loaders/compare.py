@@ -193,9 +193,9 @@ def source_text():
 
 def tokenised(tokenizer, length):
     """Return the first tokens of the text."""
-    tokens = tokenizer.encode(source_text())
-    if tokenizer.bos_id is not None:
-        tokens.insert(0, tokenizer.bos_id)
+    from hf.tokenizer import bos_ids
+
+    tokens = bos_ids(tokenizer) + tokenizer.encode(source_text())
     assert len(tokens) >= length
     return tokens[:length]
 
@@ -205,11 +205,8 @@ def tokenised(tokenizer, length):
 
 def read_with(loader, folder, asked):
     """Return, by place, {id: log-probability} of at least the likeliest next tokens."""
-    if loader.startswith("transformers"):
-        return read_with_transformers(folder, asked)
-    return {"llama.cpp": read_with_llama_cpp, "vllm": read_with_vllm, "mlx-lm": read_with_mlx}[loader](
-        folder, asked
-    )
+    readers = {"llama.cpp": read_with_llama_cpp, "vllm": read_with_vllm, "mlx-lm": read_with_mlx}
+    return readers.get(loader, read_with_transformers)(folder, asked)
 
 
 def read_with_transformers(folder, asked):
@@ -316,7 +313,8 @@ def python_of(loader, folder):
     environment = folder / loader.replace(" ", "-")
     python = environment / "bin" / "python"
     finished = environment / "finished.json"
-    if finished.is_file() and json.loads(finished.read_text()) == VERSIONS[loader] + [CONVERTER]:
+    wanted = [*VERSIONS[loader], CONVERTER]
+    if finished.is_file() and json.loads(finished.read_text()) == wanted:
         return str(python)
     print(f"{loader}: installing {', '.join(VERSIONS[loader])} into {environment}", file=sys.stderr)
     run([sys.executable, "-m", "venv", "--clear", environment])
@@ -332,7 +330,7 @@ def python_of(loader, folder):
         run([*install, *VERSIONS[loader]])
     if loader == "llama.cpp":
         unpack_converter(environment)
-    finished.write_text(json.dumps(VERSIONS[loader] + [CONVERTER]))
+    finished.write_text(json.dumps(wanted))
     return str(python)
 
 
@@ -408,7 +406,9 @@ def compare(folder):
 
 def ask(loader, python, folders):
     """Let a loader read models and leave its answers beside them: see read_inside."""
-    pending = [folder for folder in folders if not answer_of(folder).unlink(missing_ok=True)]
+    pending = list(folders)
+    for folder in pending:
+        answer_of(folder).unlink(missing_ok=True)
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TOKENIZERS_PARALLELISM": "false"}
     while pending:
