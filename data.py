@@ -9,9 +9,7 @@ import gzip
 import hashlib
 import math
 import os
-import shutil
 import sysconfig
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -26,13 +24,14 @@ from tqdm import tqdm
 
 import pose
 from storage.errors import InputError, naming, warn
-from storage.files import only_one_process
+from storage.files import new_folder, only_one_process
 from storage.values import check_characters, parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")  # what a folder is searched for
 JSON_LINES = (".jsonl", ".ndjson", ".json")  # a document a line; .gz may follow
 SPAN_IN_WINDOWS = 5  # an example's text lies within so many train_len, as in the official code
 CACHE_LAYOUT = b"3"  # version of the folders in the cache
+TOKEN_FILES = ("tokens.bin", "starts.bin", "dtype", "sha256")  # in each of them
 DOCUMENTS_AT_ONCE = 32  # that are tokenised together, by several threads
 
 
@@ -218,27 +217,21 @@ def tokenised(paths, tokenizer, cache):
     key.update(fingerprint(files).encode())
     key.update(bytes(is_json_lines(path) for path in files))
     folder = Path(cache) / "tokens" / key.hexdigest()[:24]
+    was_there = folder.exists()
     documents = whole_documents(folder)
     if documents is not None:
         return documents
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = Path(cache) / f"tokens-{folder.name}.lock"
-    with only_one_process(lock):  # under torchrun the other processes wait here and find the folder
+    with only_one_process(Path(cache) / f"tokens-{folder.name}.lock"):
+        # Under torchrun one process tokenises while the others wait, and they need not check what it wrote.
+        if folder.exists() and not was_there:
+            return Documents(folder)
         documents = whole_documents(folder)
         if documents is not None:
             return documents
         if folder.exists():
             warn(f"{folder}: damaged; the texts are tokenised again")
-            shutil.rmtree(folder)
-        with naming(folder), tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-            new = Path(aside) / "tokens"
-            tokenise(files, tokenizer, new)
-            try:
-                new.rename(folder)
-            except OSError:
-                # On some shared file systems the lock holds on one machine alone, and another was faster.
-                if not folder.exists():
-                    raise
+        with new_folder(folder, is_ours=lambda name: name in TOKEN_FILES) as aside:
+            tokenise(files, tokenizer, aside)
         return Documents(folder)
 
 
@@ -261,12 +254,8 @@ def whole_documents(folder):
 
 
 def tokenise(files, tokenizer, folder):
-    """Tokenise files into a new folder of the layout that Documents reads.
-
-    Raise InputError if there is no text in them.
-    """
+    """Write TOKEN_FILES for some files into an empty folder. Raise InputError if there is no text in them."""
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
-    folder.mkdir()
     (folder / "dtype").write_text(dtype.name)
     starts, digest = [0], hashlib.sha256()
     n_bytes = sum(path.stat().st_size for path in files)
