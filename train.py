@@ -197,8 +197,9 @@ def say(line):
 
 
 def main():
-    with cli.own_out():
-        run(cli.training_arguments())
+    given = cli.training_parser().parse_args()
+    with cli.own_out(given.out):
+        run(cli.training_arguments(given))
 
 
 def run(args):

@@ -229,7 +229,7 @@ class DataReader(dcp.FileSystemReader):
     """A FileSystemReader that reads .metadata with MetadataUnpickler."""
 
     def __init__(self, folder, names):
-        """Read .metadata. Raise InputError if it is no such file, or leads to files that are not in `names`."""
+        """Read .metadata. Raise InputError if it is none, or leads to files that are not in `names`."""
         super().__init__(folder)
         path = folder / ".metadata"
         try:
@@ -273,8 +273,8 @@ class DataPlanner(dcp.DefaultLoadPlanner):
 def _errno_of(error):
     """Return the errno of the system's error behind an exception of dcp's writer, 0 if there is none.
 
-    PyTorch's zip writer hides it. Its "unexpected pos" means that a write came out short: the disk is full, or
-    files may not be so large.
+    PyTorch's zip writer hides it. Its "unexpected pos" means that a write came out short, because the disk is
+    full or files may not be so large.
     """
     if isinstance(error, OSError):
         return error.errno
