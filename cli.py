@@ -11,6 +11,7 @@ import errno
 import importlib.util
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -236,12 +237,15 @@ def run(main):
             raise
         # Under torchrun every process meets the same mistake of the user. One on each machine reports it.
         is_shared = isinstance(error, InputError) and not isinstance(error, LocalError)
-        is_said_here = not is_shared or os.environ.get("LOCAL_RANK", "0") == "0"
-        if is_said_here:
-            print(f"error: {printable(message)}", file=sys.stderr)
-        elif "TORCHELASTIC_RUN_ID" in os.environ:
-            # torchrun ends all processes when the first one ends, and that must be the one that reports it.
+        is_reported_here = not is_shared or os.environ.get("LOCAL_RANK", "0") == "0"
+        if not is_reported_here and "TORCHELASTIC_RUN_ID" in os.environ:
+            # The process that reports it ends, and then torchrun ends this one. If that does not happen, this
+            # process has met the error alone, as the one that tokenises does while others wait for it.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
+            is_reported_here = True
+        if is_reported_here:
+            print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
 
 
