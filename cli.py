@@ -260,7 +260,8 @@ REMEDIES = {  # for errors of the system
 def one_line(error):
     """Return the line for an error that is no bug, None for a bug.
 
-    No bugs are a user's mistake, a file that cannot be used or written, and full memory.
+    No bugs are a user's mistake, a file that cannot be used or written, full memory, and the end of another
+    process.
     """
     if isinstance(error, InputError):
         return str(error)
@@ -281,10 +282,12 @@ def one_line(error):
             "--activation_checkpointing full; validating, lower --eval_lengths; evaluating, lower --lengths; "
             "asking, shorten the text"
         )
-    # PyTorch has no type of its own for a CPU that is out of memory.
-    cpu_is_full = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    if isinstance(error, MemoryError) or cpu_is_full:
+    # PyTorch has no types of its own for a CPU that is out of memory, and for the end of another process.
+    reason = str(error) if isinstance(error, RuntimeError) else ""
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in reason:
         return "this machine's memory is full: lower the lengths or the batch, or take a larger machine"
+    if "Connection closed by peer" in reason or "Connection reset by peer" in reason:
+        return "another process of this run has ended: look for its error, or for what has killed it"
     return None
 
 

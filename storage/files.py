@@ -21,11 +21,7 @@ from storage.errors import InputError, best_effort, naming, warn
 
 MARK = ".temporary"  # a file in each folder that may be removed
 MOST_ATTEMPTS = 10_000  # to open a lock file that others keep removing
-DATA_IS_LOST = (
-    errno.EIO,
-    errno.ENOSPC,
-    errno.EDQUOT,
-)  # what fsync says of a file that did not get there
+DATA_IS_LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)  # errors of fsync after which a file is not on disk
 
 
 def cache_dir():

@@ -528,6 +528,8 @@ def test_the_death_of_a_process_ends_all(torchrun):
     assert wait_for(lambda: process.poll() is not None, seconds=60)
     assert process.poll() == 1
     assert wait_for(lambda: not os.path.exists(f"/proc/{workers[0]}"), seconds=40)
+    told = process.wait().stderr
+    assert "error: another process of this run has ended" in told and "[rank0]" not in told
 
 
 def test_the_death_of_a_process_when_torchrun_may_start_them_again(torchrun, tmp_path):
