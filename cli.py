@@ -11,6 +11,7 @@ import errno
 import importlib.util
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -26,10 +27,10 @@ from storage.files import is_stream, only_one_process
 from storage.log import is_finished
 from storage.values import describe_changes, read_json
 
-LARGEST = 2**31  # for lengths in tokens, and factors
+LARGEST = 2**31  # length in tokens, or factor
 LARGEST_SEED = 2**63 - 1
 LARGEST_LR = 1  # AdamW moves every weight by about so much in a step
-LARGEST_BATCH_TOKENS = 2**28  # of a step, over all processes
+LARGEST_BATCH_TOKENS = 2**28  # in a step, over all processes
 MICRO_BATCH_TOKENS = 32768  # tokens that a process takes through the model at once, unless told otherwise
 
 
@@ -45,7 +46,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def path_name(text):
-    """Return the text of an option that names a file or a folder: any but an empty one, or one with NUL."""
+    """Return the text of an option that names a file or a folder. It must not be empty or hold a NUL."""
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"must name a file or a folder, not be {text!r}")
     return text
@@ -90,10 +91,7 @@ def number(least, most=math.inf):
 
 
 def token_counts(least=1):
-    """Return the type of an option that takes numbers of tokens such as 4096,2048.
-
-    Its value is a list in ascending order, each number once.
-    """
+    """Return the type of an option such as 4096,2048: numbers of tokens, each once, in ascending order."""
 
     def parse(text):
         try:
@@ -111,12 +109,12 @@ def token_counts(least=1):
 def output_file(*suffixes):
     """Return the type of an option that names a file to write, with one of the suffixes if any are given.
 
-    A file that could not be written is refused before hours of work.
+    It refuses a file that could not be written, so that this is known before hours of work.
     """
 
     def parse(text):
         path = as_path(text)
-        target = Path(os.path.realpath(path))  # of a link, what it leads to is written
+        target = Path(os.path.realpath(path))  # where a link leads, which is what will be written
         if suffixes and path.suffix not in suffixes:
             expected = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
             raise argparse.ArgumentTypeError(f"must end in {expected}, not be {path}")
@@ -146,9 +144,9 @@ def refuse_one_file_for_two(args):
 
 @contextlib.contextmanager
 def own_results(path):
-    """Keep other processes from the file of --json (None: there is none) while the body runs.
+    """Keep other processes from writing the file of --json while the body runs. None stands for no file.
 
-    Raise InputError if one has it.
+    Raise InputError if another process writes it.
     """
     if path is None or is_stream(path):
         yield
@@ -160,9 +158,9 @@ def own_results(path):
 
 
 def refuse_options_of_other_tasks(args, belongs):
-    """Raise InputError for an option that is given and belongs to another --task.
+    """Raise InputError for an option that is given although it belongs to another --task.
 
-    belongs: {option: its tasks}. An option that is not given must be None, False or an empty list.
+    belongs: {option: its tasks}. The default of these options must be None, False or an empty list.
     """
     for option, tasks in belongs.items():
         value = getattr(args, option)
@@ -172,7 +170,7 @@ def refuse_options_of_other_tasks(args, belongs):
 
 
 def device(named):
-    """Return the device that --device names, "cuda" or "cpu"; without one (None), cuda if there is one.
+    """Return the device that --device names, "cuda" or "cpu". None stands for cuda if there is one.
 
     Raise InputError if CUDA is named and absent, or has fewer devices than there are processes.
     """
@@ -187,7 +185,7 @@ def device(named):
 
 
 def process_count():
-    """Return how many processes torchrun started, 1 without it. No process group is needed to know it."""
+    """Return how many processes torchrun started, 1 without it. There need not be a process group yet."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -195,7 +193,7 @@ def split_batch(batch_size, micro_batch_size, tokens):
     """Return (examples of each process in a step, examples in one forward pass).
 
     tokens: in an example. micro_batch_size: None for as many examples as make about MICRO_BATCH_TOKENS.
-    Raise InputError if one does not divide the other.
+    Raise InputError for a batch that cannot be split evenly or that is too large.
     """
     world = process_count()
     if batch_size * tokens > LARGEST_BATCH_TOKENS:
@@ -224,15 +222,12 @@ def split_batch(batch_size, micro_batch_size, tokens):
 
 
 def run(main):
-    """Call main(), and turn an error that is no bug into one line and exit code 2.
-
-    Such are a user's mistake, a file that cannot be used, and full memory.
-    """
+    """Call main(). End with one line and exit code 2 after an error that is no bug: see one_line."""
     if sys.stdout:  # None where it is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without ± shows \xb1, as on stderr
     try:
         main()
-        print(end="", flush=True)  # here, where it can be told if its reader has gone
+        print(end="", flush=True)  # here, where an error can still be reported
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -240,14 +235,17 @@ def run(main):
         message = one_line(error)
         if message is None:
             raise
-        # Under torchrun every process meets the same mistake of the user: it is said once a machine.
+        # Under torchrun every process meets the same mistake of the user. One on each machine reports it.
         is_shared = isinstance(error, InputError) and not isinstance(error, LocalError)
-        is_said_here = not is_shared or os.environ.get("LOCAL_RANK", "0") == "0"
-        if is_said_here:
-            print(f"error: {printable(message)}", file=sys.stderr)
-        elif "TORCHELASTIC_RUN_ID" in os.environ:
-            # torchrun ends all processes when the first one ends, and that must be the one that says it.
+        is_reported_here = not is_shared or os.environ.get("LOCAL_RANK", "0") == "0"
+        if not is_reported_here and "TORCHELASTIC_RUN_ID" in os.environ:
+            # The process that reports it ends, and then torchrun ends this one. If that does not happen, this
+            # process has met the error alone, as the one that tokenises does while others wait for it.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
+            is_reported_here = True
+        if is_reported_here:
+            print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -260,11 +258,15 @@ REMEDIES = {  # for errors of the system
 
 
 def one_line(error):
-    """Return what to tell a user of an error that is no bug; None for a bug."""
+    """Return the line for an error that is no bug, None for a bug.
+
+    No bugs are a user's mistake, a file that cannot be used or written, full memory, and the end of another
+    process.
+    """
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, BrokenPipeError) and not error.filename:
-        # Else Python would try to write the rest when it ends.
+        # Python would write the rest when it ends, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         error.filename = "standard output"
     if isinstance(error, OSError):
@@ -280,15 +282,17 @@ def one_line(error):
             "--activation_checkpointing full; validating, lower --eval_lengths; evaluating, lower --lengths; "
             "asking, shorten the text"
         )
-    # PyTorch has no type of its own for a CPU that is out of memory.
-    cpu_is_full = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    if isinstance(error, MemoryError) or cpu_is_full:
+    # PyTorch has no types of its own for a CPU that is out of memory, and for the end of another process.
+    reason = str(error) if isinstance(error, RuntimeError) else ""
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in reason:
         return "this machine's memory is full: lower the lengths or the batch, or take a larger machine"
+    if "Connection closed by peer" in reason or "Connection reset by peer" in reason:
+        return "another process of this run has ended: look for its error, or for what has killed it"
     return None
 
 
 def run_distributed(main):
-    """Call main() as `run` does, for a command that joins a process group: the last line of its script."""
+    """Call main() as `run` does and end this process. For commands that join a process group."""
     try:
         run(main)
     except SystemExit as end:
@@ -314,10 +318,7 @@ def leave(code):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train a model: the defaults of options that depend on it.
-
-    As they stand here they are the paper's (section 4.1).
-    """
+    """The defaults of those training options that depend on the model. The values here are section 4.1's."""
 
     steps: int = 1000
     batch_size: int = 64  # examples in a step, if an example is one window of the model
@@ -326,14 +327,14 @@ class Recipe:
     target_windows: int = 16  # target_len, in windows of the model
     train_windows: int = 1  # train_len, in windows of the model
     rope: str = "yarn"
-    headroom: float = 1.0  # the interpolation is made for so many times the target
+    headroom: float = 1.0  # the interpolation is made for target_len times this
     beta_fast: float | None = None  # None: rope.py's
-    overshoot: float = 1.0  # positions are drawn from a window of so many times the target
+    overshoot: float = 1.0  # positions are drawn from a window of target_len times this
     llama_4_scaling_beta: float = 0.0
     retrieval: float = 0.0  # share of the examples that are retrieval episodes
 
 
-# The built-in models' own: tiny for a laptop, smollm2-135m for a few minutes on one GPU.
+# The recipes of the built-in models: tiny for a laptop, smollm2-135m for a few minutes on one GPU.
 RECIPES = {
     "tiny": Recipe(
         steps=150,
@@ -356,7 +357,7 @@ RECIPES = {
     ),
 }
 
-NEWER = {"retrieval": 0.0}  # options that records of earlier versions lack, and what those did
+NEWER = {"retrieval": 0.0}  # options that records of earlier versions lack, and their value in those runs
 NOT_RECORDED = ("out", "resume")  # options that belong to one call
 BY_CONTENT = ("model", "data")  # paths: a resumed run may have others, with the same model and texts there
 # Options that a resumed run may change: speed, and what is shown or kept.
@@ -372,8 +373,6 @@ def training_parser():
     Defaults that depend on the model or the machine are None: see complete_training.
     """
     p = ArgumentParser(description="Extend a model's context window with PoSE.")
-    switch = argparse.BooleanOptionalAction
-    dtypes = ("float32", "bfloat16")
     # fmt: off
     p.add_argument("--model", type=path_name,
         help="a Hugging Face folder, or tiny or smollm2-135m (default: smollm2-135m with a GPU, else tiny)")
@@ -384,8 +383,20 @@ def training_parser():
         help="a new folder for this run (default: out)")
     p.add_argument("--target_len", type=whole_number(1),
         help="tokens in the new window (default: 16 times the model's window, 8 times with tiny)")
+    # fmt: on
+    add_method(p.add_argument_group("the method"))
+    add_schedule(p.add_argument_group("training"))
+    add_interruptions(p.add_argument_group("interruptions"))
+    add_watching(p.add_argument_group("watching"))
+    add_speed(p.add_argument_group("speed and memory"))
+    return p
 
-    g = p.add_argument_group("the method")
+
+# Each of these adds the options of one group to it.
+
+
+# fmt: off
+def add_method(g):
     g.add_argument("--method", choices=pose.METHODS, default="pose",
         help="what an example is. pose: chunks of a short window with skips between their positions. full: "
         "a window of target_len. pi: a plain short window. randpos: a short text at random positions "
@@ -420,7 +431,8 @@ def training_parser():
         help="multiply the queries of token i by 1 + BETA ln(1 + floor(i / window)), as Llama 4 does "
         "(default: what the model has, else 0, which is not at all; 0.1 with smollm2-135m and ntk)")
 
-    g = p.add_argument_group("training")
+
+def add_schedule(g):
     g.add_argument("--steps", type=whole_number(0),
         help="optimizer steps; 0 writes the untrained model with its interpolation (default: 1000; 150 "
         "with tiny, 300 with smollm2-135m)")
@@ -434,7 +446,8 @@ def training_parser():
     g.add_argument("--seed", type=whole_number(0, LARGEST_SEED), default=0,
         help="seed of the examples (default: 0)")
 
-    g = p.add_argument_group("interruptions")
+
+def add_interruptions(g):
     g.add_argument("--save_every", type=whole_number(0), default=0, metavar="N",
         help="write a checkpoint every N steps (default: only when interrupted)")
     g.add_argument("--keep", type=whole_number(1), default=2, metavar="N",
@@ -442,7 +455,8 @@ def training_parser():
     g.add_argument("--resume", action="store_true",
         help="go on from the newest checkpoint in --out; options that are not given stay as they were")
 
-    g = p.add_argument_group("watching")
+
+def add_watching(g):
     g.add_argument("--eval_every", type=whole_number(0), default=0, metavar="N",
         help="measure the validation loss before the first step, every N steps and after the last "
         "(default: never)")
@@ -451,18 +465,20 @@ def training_parser():
     g.add_argument("--eval_lengths", type=token_counts(), metavar="TOKENS,…",
         help="windows of validation; all of them score the same last tokens, as many as the shortest holds "
         "(default: train_len)")
-    g.add_argument("--tensorboard", action=switch, default=False,
+    g.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
         help="also write TensorBoard events into OUT/tensorboard")
 
-    g = p.add_argument_group("speed and memory")
+
+def add_speed(g):
+    dtypes = ("float32", "bfloat16")
     g.add_argument("--micro_batch_size", type=whole_number(1),
         help="examples in one forward pass of a process (default: about 32,768 tokens)")
     g.add_argument("--activation_checkpointing", choices=("none", "selective", "full"), default="none",
         help="compute activations twice to save memory: all of a block (full), or all but its matrix "
         "products and attention (selective) (default: none)")
-    g.add_argument("--cpu_offload", action=switch, default=False,
+    g.add_argument("--cpu_offload", action=argparse.BooleanOptionalAction, default=False,
         help="keep weights and optimizer in host memory")
-    g.add_argument("--compile", action=switch,
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile each block (default: on a GPU)")
     g.add_argument("--dtype", choices=dtypes,
         help="dtype of the computation (default: bfloat16 on a GPU)")
@@ -471,17 +487,15 @@ def training_parser():
         "rounds each update to 3 digits of the weight, so that small ones are lost (default: float32)")
     g.add_argument("--device", choices=("cuda", "cpu"),
         help="where to compute (default: cuda if there is one)")
-    # fmt: on
-    return p
+# fmt: on
 
 
 @contextlib.contextmanager
-def own_out():
-    """Keep other runs from --out while the body runs: process 0 holds a lock there.
+def own_out(out):
+    """Keep other runs from the folder of --out while the body runs. Process 0 holds a lock there.
 
-    Raise InputError if another run has it, if it cannot be a folder, or if it is inside another run's.
+    Raise InputError if another run uses it, if it cannot be a folder, or if it is inside another run's.
     """
-    out = training_parser().parse_args().out
     check_out(out)
     busy = f"--out {out}: another run is using it; wait for its end, or name another folder"
     is_first = os.environ.get("RANK", "0") == "0"
@@ -489,17 +503,16 @@ def own_out():
         yield
 
 
-def training_arguments():
-    """Return the options of train.py as given; with --resume, the other ones as the run in --out had them.
+def training_arguments(args):
+    """Return the options of a run. With --resume, those that are not given are the earlier run's.
 
-    Raise InputError for an --out that holds another run, and for a resumed run whose options differ.
+    args: the options as given. Raise InputError for an --out that holds another run, and for a resumed run
+    whose options differ.
     """
-    parser = training_parser()
-    args = parser.parse_args()
     # torchrun --max_restarts gives the same command again after a process has died: then the run goes on.
     is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if args.resume or (is_restarted and (args.out / "args.json").exists()):
-        return options_of_earlier_run(args, parser)
+        return options_of_earlier_run(args)
     has_metrics = (args.out / "metrics.jsonl").is_file()
     if has_metrics or any((args.out / name).exists() for name in ("args.json", "checkpoints", "model")):
         raise InputError(
@@ -519,12 +532,13 @@ def check_out(out):
             raise InputError(f"--out {out}: {path.parent} is another run's; name a folder outside of it")
 
 
-def options_of_earlier_run(given, parser):
-    """Return the options of the run in --out, with those on top that are given and may change.
+def options_of_earlier_run(given):
+    """Return the options of the run in --out, replaced by those that are given.
 
-    given: parsed options. Raise InputError if there is no such run, if it is finished, or if others
-    differ.
+    given: the options as given. Raise InputError if there is no such run, if it is finished, or if an option
+    differs that must not change.
     """
+    parser = training_parser()
     out, record = given.out, given.out / "args.json"
     if not record.exists():
         raise InputError(f"--resume: {out} holds no run; leave --resume out to start one")
@@ -562,23 +576,27 @@ def options_of_earlier_run(given, parser):
 
 
 def words_of(option, value, given):
-    """Return an option of a record {option: value} as words of a command line, which are checked like one.
+    """Return a recorded option as words of a command line, so that it is checked like one.
 
-    given: parsed options. What they have of a list replaces the recorded one: argparse would add to it.
+    given: the options as given. Return no words for a list that is given too, since argparse would add to it.
     """
-    if option not in vars(given) or value is None or (isinstance(value, list) and getattr(given, option)):
+    if option not in vars(given) or value is None:
         return []
     if isinstance(value, bool):
         return [f"--{option}" if value else f"--no-{option}"]
-    if isinstance(value, list) and all(isinstance(part, int) for part in value):
-        return [f"--{option}={','.join(map(str, value))}"] if value else []
-    return [f"--{option}={part}" for part in (value if isinstance(value, list) else [value])]
+    if not isinstance(value, list):
+        return [f"--{option}={value}"]
+    if not value or getattr(given, option):
+        return []
+    if all(isinstance(part, int) for part in value):
+        return [f"--{option}={','.join(map(str, value))}"]
+    return [f"--{option}={part}" for part in value]
 
 
 def complete_training(args, config):
     """Fill in the options of train.py that depend on the model and the machine.
 
-    config: the model's. Raise InputError for what cannot run.
+    config: the model's Config. Raise InputError for options that cannot work together.
     """
     recipe = RECIPES.get(args.model, Recipe())
     window = config.max_position_embeddings
@@ -689,7 +707,7 @@ def refuse_contradictions(args):
     if args.eval_lengths and not args.eval_every:
         raise InputError("--eval_lengths belongs to --eval_every and --eval_data; leave it out or add them")
     if bool(args.eval_every) != bool(args.eval_data):
-        raise InputError("--eval_every and --eval_data belong together: how often, and on which texts")
+        raise InputError("--eval_every and --eval_data belong together: give both or neither")
     if args.beta_fast is not None and args.rope not in rope.RAMPED:
         raise InputError(f"--beta_fast: --rope {args.rope} does not have it; leave it out or choose yarn")
     if args.factor is not None and args.rope == "default":
@@ -706,10 +724,10 @@ def refuse_contradictions(args):
 
 
 def training_record(args, as_given):
-    """Return what a run is recorded with in args.json, {option: value}.
+    """Return the record of a run for args.json, {option: value}.
 
-    as_given: the options before they were completed. Those of MAY_CHANGE are recorded as they were, since
-    their defaults are those of a machine.
+    as_given: the options before they were completed. Those of MAY_CHANGE are recorded as given, since their
+    defaults depend on the machine.
     """
     record = {option: value for option, value in vars(args).items() if option not in NOT_RECORDED}
     for option in MAY_CHANGE:

@@ -9,9 +9,7 @@ import gzip
 import hashlib
 import math
 import os
-import shutil
 import sysconfig
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -26,14 +24,15 @@ from tqdm import tqdm
 
 import pose
 from storage.errors import InputError, naming, warn
-from storage.files import only_one_process
+from storage.files import new_folder, only_one_process
 from storage.values import check_characters, parse_json
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")  # what a folder is searched for
-JSON_LINES = (".jsonl", ".ndjson", ".json")  # a document a line; .gz may follow
-SPAN_IN_WINDOWS = 5  # an example's text lies within so many train_len, as in the official code
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")  # of the files that are read in a folder
+JSON_LINES = (".jsonl", ".ndjson", ".json")  # each line is a document; .gz may follow
+SPAN_IN_WINDOWS = 5  # the text of an example spans at most train_len times this, as in the official code
 CACHE_LAYOUT = b"3"  # version of the folders in the cache
-DOCUMENTS_AT_ONCE = 32  # that are tokenised together, by several threads
+TOKEN_FILES = ("tokens.bin", "starts.bin", "dtype", "sha256")  # the files in each of them
+DOCUMENTS_AT_ONCE = 32  # documents that are tokenised together, by several threads
 
 
 # ---------------------------------------------------------------- files -> documents
@@ -42,8 +41,8 @@ DOCUMENTS_AT_ONCE = 32  # that are tokenised together, by several threads
 def find_files(paths):
     """Return the files that the user named, and those of SUFFIXES in the folders among them.
 
-    Without any path: the source of the running Python's standard library. Raise InputError for a path that
-    is not there, a folder without texts, or a device or pipe: texts are read more than once.
+    Without any path, return the source of the running Python's standard library. Raise InputError for a path
+    that is not there, a folder without texts, or a device or pipe, since texts are read more than once.
     """
     if not paths:
         return standard_library()
@@ -56,15 +55,15 @@ def find_files(paths):
         elif path.exists():
             raise InputError(f"{path}: a device or a pipe; save the texts to a file and name that")
         else:
-            raise InputError(f"{path}: no such file or folder")
+            raise InputError(f"{path}: no such file or folder; check the path")
     return files
 
 
 def texts_in(folder):
     """Return the files of SUFFIXES in a folder and the folders inside, in the order of their paths.
 
-    What is passed over is said once: hidden files (editors keep copies there), linked folders (they may
-    lead back), files of other suffixes. Raise InputError if no file is left.
+    Warn of what is passed over: hidden files (editors keep copies there), linked folders (they may lead
+    back), files of other suffixes. Raise InputError if no file is left.
     """
     texts, passed_over = [], Counter()
     for path in sorted(folder.rglob("*")):
@@ -78,7 +77,7 @@ def texts_in(folder):
         else:
             passed_over[path.suffix.lower() or "without a suffix"] += 1
     if not texts:
-        raise InputError(f"{folder}: no {', '.join(SUFFIXES)} inside")
+        raise InputError(f"{folder}: no {', '.join(SUFFIXES)} inside; name the files to read")
     counts = ", ".join(f"{count} {kind}" for kind, count in passed_over.most_common() if count)
     if counts and os.environ.get("RANK", "0") == "0":
         warn(f"{folder}: {len(texts)} file(s) read; passed over: {counts} (name a file to read it)")
@@ -102,15 +101,15 @@ def fingerprint(files):
 
 
 def is_json_lines(path):
-    """Return whether a file is read as JSON Lines, a document a line: its name says so."""
+    """Return whether a file is JSON Lines by its name, so that each line is a document."""
     return path.name.lower().removesuffix(".gz").endswith(JSON_LINES)
 
 
 def read_documents(path):
-    """Yield the texts of a file: in JSON Lines each line is a document, any other file is one.
+    """Yield the texts of a file: one for each line of JSON Lines, a single one for any other file.
 
-    Empty texts are passed over. Raise InputError for what is no text, JSON of another name included: it would
-    be learnt with all its keys and brackets.
+    Empty texts are passed over. Raise InputError for what is no text. That includes JSON under another name,
+    which would be learnt with all its keys and brackets.
     """
     if is_json_lines(path):
         for text in read_json_lines(path, document_text, 'a JSON object with a string "text" in UTF-8'):
@@ -146,7 +145,7 @@ def is_json(text):
 
 
 def document_text(line):
-    """Return the text of a line's JSON object. Raise TypeError, KeyError or ValueError if it is none."""
+    """Return the text in a line's JSON object. Raise TypeError, KeyError or ValueError if there is none."""
     text = line["text"]
     if not isinstance(text, str):
         raise TypeError("text is not a string")
@@ -155,10 +154,10 @@ def document_text(line):
 
 
 def read_json_lines(path, convert, expected):
-    """Yield convert(value) for every JSON value in a file of JSON Lines, packed by gzip if it ends in .gz.
+    """Yield convert(value) for every JSON value in a file of JSON Lines, which is gzipped if it ends in .gz.
 
-    Blank lines are passed over. Raise InputError with the number of a line that is not JSON or that
-    `convert` raises an error for. expected: what a line should be, in words.
+    expected: what a line should be, in words. Blank lines are passed over. Raise InputError with the number
+    of a line that is not JSON, or that `convert` raises an error for.
     """
     number = 0
     open_file = gzip.open if path.suffix.lower() == ".gz" else open
@@ -188,8 +187,7 @@ def read_json_lines(path, convert, expected):
 class Documents:
     """Tokenised texts: document i is tokens[starts[i] : starts[i + 1]].
 
-    `tokens` holds all ids one after the other (memory-mapped). `sha256` is 16 digits of the hash of them
-    all.
+    `tokens` holds all ids one after the other, memory-mapped. `sha256` is 16 digits of their hash.
     """
 
     def __init__(self, folder):
@@ -206,10 +204,10 @@ class Documents:
 
 
 def tokenised(paths, tokenizer, cache):
-    """Return the Documents in `paths` (see find_files).
+    """Return the Documents in `paths` (see find_files), tokenised into a folder under `cache`.
 
-    They are tokenised into a folder under `cache` unless they are there already, whole. What counts is what
-    the files hold, not where they are or when they were written.
+    A folder that is there already and whole is reused. Its name depends on what the files and the tokenizer
+    hold, not on where they are or when they were written.
     """
     files = find_files(paths)
     key = hashlib.sha256(CACHE_LAYOUT)
@@ -218,55 +216,44 @@ def tokenised(paths, tokenizer, cache):
     key.update(fingerprint(files).encode())
     key.update(bytes(is_json_lines(path) for path in files))
     folder = Path(cache) / "tokens" / key.hexdigest()[:24]
+    was_there = folder.exists()
     documents = whole_documents(folder)
     if documents is not None:
         return documents
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = Path(cache) / f"tokens-{folder.name}.lock"
-    with only_one_process(lock):  # under torchrun the other processes wait here and find the folder
+    with only_one_process(Path(cache) / f"tokens-{folder.name}.lock"):
+        # Under torchrun one process tokenises while the others wait, and they need not check what it wrote.
+        if folder.exists() and not was_there:
+            return Documents(folder)
         documents = whole_documents(folder)
         if documents is not None:
             return documents
         if folder.exists():
             warn(f"{folder}: damaged; the texts are tokenised again")
-            shutil.rmtree(folder)
-        with naming(folder), tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-            new = Path(aside) / "tokens"
-            tokenise(files, tokenizer, new)
-            try:
-                new.rename(folder)
-            except OSError:
-                # On some shared file systems the lock holds on one machine alone, and another was faster.
-                if not folder.exists():
-                    raise
+        with new_folder(folder, is_ours=lambda name: name in TOKEN_FILES) as aside:
+            tokenise(files, tokenizer, aside)
         return Documents(folder)
 
 
 def whole_documents(folder):
-    """Return the Documents of a folder, None if it is not there or not as it was written.
+    """Return the Documents of a folder, None if it is not there or is damaged.
 
-    All tokens are read for that, about a second a gigabyte: a run on damaged ones would be worth nothing.
+    It reads all tokens, about a second a gigabyte, because a run on damaged ones would be worth nothing.
     """
     digest = hashlib.sha256()
     try:
         for name in ("tokens.bin", "starts.bin"):
             with open(folder / name, "rb") as f:
                 hashlib.file_digest(f, lambda: digest)
-        if digest.hexdigest()[:16] != (folder / "sha256").read_text():
-            return None
         documents = Documents(folder)
     except (OSError, ValueError, TypeError):
         return None
-    return documents if documents.starts[-1] == len(documents.tokens) else None
+    is_whole = documents.sha256 == digest.hexdigest()[:16] and documents.starts[-1] == len(documents.tokens)
+    return documents if is_whole else None
 
 
 def tokenise(files, tokenizer, folder):
-    """Tokenise files into a new folder of the layout that Documents reads.
-
-    Raise InputError if there is no text in them.
-    """
+    """Write TOKEN_FILES for some files into an empty folder. Raise InputError if there is no text in them."""
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
-    folder.mkdir()
     (folder / "dtype").write_text(dtype.name)
     starts, digest = [0], hashlib.sha256()
     n_bytes = sum(path.stat().st_size for path in files)
@@ -297,9 +284,9 @@ def tokenise(files, tokenizer, folder):
 class Episodes:
     """Which examples of a run are retrieval episodes, and how they are made (retrieval.py).
 
-    share: of all examples. batch_size: examples in a global batch. length: tokens of an episode, a divisor of
-    the tokens of an example, which holds as many episodes as fit. make(rng, document): returns the window of
-    one episode, as retrieval.episode does, in a text of more than `length` tokens.
+    share: the share of all examples. batch_size: examples in a global batch. length: tokens in an episode. It
+    divides the tokens of an example, which holds as many episodes as fit. make(rng, document): returns one
+    episode, as retrieval.episode does, made in a text of more than `length` tokens.
     """
 
     share: float
@@ -308,16 +295,16 @@ class Episodes:
     make: Callable
 
     def includes(self, step, i):
-        """Return whether example i of a step's global batch is made of episodes: they are spread evenly."""
+        """Return whether example i of a step's global batch is made of episodes. They are spread evenly."""
         earlier = step * self.batch_size + i  # examples of the run before this one
         return math.floor((earlier + 1) * self.share) > math.floor(earlier * self.share)
 
 
 class Batches:
-    """The batches of a run: calling it with a step gives that step's examples.
+    """The batches of a run. Calling it with a step and indices returns examples of that step.
 
-    An example has train_len tokens. It is one window, or several episodes. Documents too short for one
-    window are left out: `n_too_short` counts them, and `usable_tokens` the tokens of the others.
+    An example has train_len tokens, in one window or in several episodes. Documents too short for a window
+    are left out: `n_too_short` counts them, and `usable_tokens` the tokens of the others.
     """
 
     def __init__(self, documents, seed, bos_id=None, episodes=None, **sampling):
@@ -398,7 +385,7 @@ class Batches:
 
 
 def micro_batches(examples, size):
-    """Yield the examples of Batches, `size` of them together as one: a tuple of arrays as theirs."""
+    """Yield micro-batches: tuples of arrays like an example's, each of `size` examples put together."""
     for i in range(0, len(examples), size):
         yield tuple(np.concatenate(column) for column in zip(*examples[i : i + size]))
 
@@ -406,9 +393,9 @@ def micro_batches(examples, size):
 def prefetched(batches, first_step, indices, micro_batch_size, device):
     """Yield the micro-batches of batches(step, indices), for first_step and all steps after it.
 
-    Those of a step are a list. Each is tokens, positions, targets and token weights of micro_batch_size
-    examples, tensors on `device` of shape (windows, tokens of a window). A thread makes the next step's while
-    the device works on these.
+    Those of a step are a list. Each is a tuple of tokens, positions, targets and token weights of
+    micro_batch_size examples: tensors on `device` of shape (windows, tokens of a window). A thread makes the
+    micro-batches of the next step meanwhile.
     """
 
     def make(step):

@@ -1,6 +1,4 @@
-"""Spread training over processes and save memory.
-
-It does so with a process group, FSDP2, activation checkpointing and CPU offload.
+"""Spread training over processes and save memory: FSDP2, activation checkpointing, CPU offload.
 
 Notable choices:
 - There is one code path for 1 and N processes, but a single process without offload is not sharded: it has
@@ -43,7 +41,7 @@ PEAK_FLOPS = {
 def start(device_type):
     """Join the process group that torchrun set up, or make one of a single process.
 
-    Return this process's device. Raise InputError if the environment tells only a part of what torchrun does.
+    Return this process's device. Raise InputError if the environment has only some of torchrun's variables.
     """
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -66,7 +64,7 @@ def start(device_type):
 
 
 def peak_flops(device):
-    """Return the operations a second that the card's maker names, None for other cards and for a CPU."""
+    """Return the card's peak in operations a second (see PEAK_FLOPS), None for other cards and for a CPU."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for card, flops in PEAK_FLOPS.items():
@@ -178,17 +176,14 @@ def own_rows(parameter):
 def adamw(model, lr):
     """Return the optimizer, without weight decay.
 
-    Where matrices are sharded and vectors are not, they must be groups of their own.
+    Matrices and vectors must be groups of their own, because only the matrices may be sharded.
     """
     groups = [{"params": parameters} for parameters in (matrices(model), vectors(model))]
     return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)
 
 
 def average_vector_gradients(model):
-    """Average the gradients of the vectors over processes, in float32.
-
-    FSDP has done so with those of the matrices.
-    """
+    """Average the gradients of the vectors over processes, in float32. FSDP averages the others."""
     gradients = [p.grad for p in vectors(model)]
     together = torch.cat([gradient.float() for gradient in gradients])
     dist.all_reduce(together)
@@ -213,10 +208,10 @@ def clip_gradients(model, max_norm):
 
 
 def skip_update_unless_finite(optimizer, loss, grad_norm):
-    """Have the optimizer's next step change nothing if the loss or the gradient's norm is not finite.
+    """Make the optimizer's next step change nothing if the loss or the gradient's norm is not finite.
 
-    It is how torch.amp.GradScaler tells the fused kernel to skip a step: nothing has to wait for the
-    device. Must be called before each step.
+    torch.amp.GradScaler tells the fused kernel to skip a step in the same way: nothing waits for the device.
+    Call it before each step.
     """
     is_bad = ~(loss.isfinite() & grad_norm.isfinite())
     a_matrix = optimizer.param_groups[0]["params"][0]

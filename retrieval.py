@@ -28,15 +28,15 @@ import numpy as np
 from hf.tokenizer import ids_of_line, line_ends, token_texts
 
 ANSWER_WEIGHT = 6.0
-CHUNKS = (2, 2, 3, 4)  # one of these is drawn
-LAST_CHUNK = (0.1, 0.45)  # the share of the window that the last chunk has, uniform
+CHUNKS = (2, 2, 3, 4)  # chunks in a window, one of these
+LAST_CHUNK = (0.1, 0.45)  # the last chunk's share of the window, uniform
 FEWEST_IN_LAST_CHUNK = 96  # tokens; a question with its answer has about 30
-NO_SKIP, SHORT_SKIP = 0.15, 0.15  # shares of windows without a skip, and with log-uniform ones
-DENSE, REPEATED = 0.15, 0.1  # shares of windows of facts with little text, and of one passage again and again
+NO_SKIP, SHORT_SKIP = 0.15, 0.15  # shares of windows without skips, and with log-uniform skips
+DENSE, REPEATED = 0.15, 0.1  # shares of windows nearly full of facts, and of windows that repeat one passage
 TOKENS_A_FACT = (50, 300)  # before the last chunk, log-uniform
 TOKENS_BETWEEN_QUESTIONS = (4, 50)  # log-uniform
 BLOCK = 0.3  # share of windows in which all questions follow one another
-NEAR = 0.35  # share of lookups whose names are nearly equal; half as often the values are
+NEAR = 0.35  # share of lookups whose names are nearly equal; in half as many, the values are
 SEVERAL = 0.15  # share of lookups in which a name has several values
 GROUPED = 0.15  # share of the questions of other lookups that ask for several names at once
 
@@ -45,17 +45,17 @@ GROUPED = 0.15  # share of the questions of other lookups that ask for several n
 
 
 def episode(rng, document, length, target_len, tokenizer):
-    """Draw an episode: which tokens it has, and which position and weight each of them gets.
+    """Draw an episode and return (tokens, positions, targets, weights), each of shape (length,).
 
-    rng: a numpy Generator, which decides everything. document: at least length + 1 ids of one text, a 1-d
-    array. length: tokens in the window. target_len: where positions end, at least `length`.
+    The first three are int64, the weights float32. Positions are strictly increasing and below target_len.
+    targets[i] is the token that follows tokens[i], and weights[i] is its weight in the loss. Return None if
+    the window is too short for a fact and its question.
 
-    Returns (tokens, positions, targets, weights): int64 (length,) thrice, float32 (length,). Positions are
-    strictly increasing and below target_len. targets[i] is the token that follows tokens[i], and weights[i]
-    its weight. Returns None if the window is too short for a fact and a question that were drawn.
+    rng: the numpy Generator that everything is drawn with. document: at least length + 1 ids of one text, a
+    1-d array. length: tokens in the window. target_len: where positions end, at least `length`.
     """
     last = max(round(rng.uniform(*LAST_CHUNK) * length), min(FEWEST_IN_LAST_CHUNK, length // 2))
-    first = length + 1 - last  # tokens before the last chunk; the last target makes one more than the window
+    first = length + 1 - last  # tokens before the last chunk; with the last target there are length + 1
     style = rng.choice(("plain", "dense", "repeated"), p=(1 - DENSE - REPEATED, DENSE, REPEATED))
     facts, questions = draw_lines(rng, tokenizer, first, last, style == "dense")
     if not questions:
@@ -64,7 +64,7 @@ def episode(rng, document, length, target_len, tokenizer):
     lengths = [line.shape[1] for line in lines]
 
     n_text = length + 1 - sum(lengths)
-    seam = first - sum(lengths[: len(facts)])  # so much of the text stands before the last chunk
+    seam = first - sum(lengths[: len(facts)])  # tokens of the text before the last chunk
     text = np.stack([document[:n_text], np.ones(n_text)])  # ids and weights
     ends = line_ends(tokenizer, document[:n_text])
     if style == "repeated":
@@ -80,21 +80,21 @@ def episode(rng, document, length, target_len, tokenizer):
     window = np.insert(text, np.repeat(places, lengths), np.concatenate(lines, axis=1), axis=1)
     ids, weights = window[0].astype(np.int64), window[1].astype(np.float32)
 
-    begins = places + np.cumsum(lengths) - lengths  # of the lines, in the window
+    begins = places + np.cumsum(lengths) - lengths  # where each line begins in the window
     positions = draw_positions(rng, length, target_len, begins[: len(facts)], first)
     return ids[:-1], positions, ids[1:], weights[1:]
 
 
 def draw_lines(rng, tokenizer, room_for_facts, room_for_questions, dense):
-    """Draw facts and their questions, as many of both as fit beside the text. Return two lists of lines.
+    """Draw facts and questions about them, and return two lists of encoded lines, in their order.
 
-    dense: whether facts take nearly all of their room, or half of it at most. The lines are encoded and in
-    the order in which they are to stand. A fact is asked for once at most.
+    The rooms are in tokens. dense: whether facts take nearly all of their room, or half of it at most. There
+    are as many questions as fit, and a fact is asked for once at most.
     """
     free = room_for_facts * (0.93 if dense else 0.5)
     most_facts = room_for_facts if dense else room_for_facts / log_uniform(rng, *TOKENS_A_FACT)
     kinds = kinds_of_facts(rng, dense)
-    ranked, drawn, misfits = [], [], 0  # facts with their places, and the questions about them
+    ranked, drawn, misfits = [], [], 0  # (rank, encoded fact) pairs, and the questions about them
     while len(ranked) < most_facts and misfits < 10:
         facts, question = next(kinds)
         encoded = [encode_line(tokenizer, [(fact, "")]) for fact in facts]
@@ -120,9 +120,9 @@ def draw_lines(rng, tokenizer, room_for_facts, room_for_questions, dense):
 
 
 def encode_line(tokenizer, segments):
-    """Return the ids and the weights, (2, n), of a line with the line breaks on both sides of it.
+    """Return the ids and the weights of a line with a line break on both sides, an array of shape (2, n).
 
-    segments: a list of (given, answer), strings that follow one another.
+    segments: the line as a list of (given, answer), strings that follow one another.
     """
     ids = ids_of_line(tokenizer, "".join(given + answer for given, answer in segments) + "\n")
     texts = token_texts(tokenizer)
@@ -132,16 +132,17 @@ def encode_line(tokenizer, segments):
     place = 1  # behind the first line break
     for given, answer in segments:
         place += len(given)
-        if answer:  # its tokens, and the one that begins where it ends
+        if answer:  # The token that begins where the answer ends is weighted too.
             weights[(ends > place) & (begins <= place + len(answer))] = ANSWER_WEIGHT
         place += len(answer)
     return np.stack([ids, weights])
 
 
 def draw_positions(rng, length, target_len, fact_begins, last_begin):
-    """Draw the positions of a window, int64 (length,). Chunks begin at facts, the last one at last_begin.
+    """Draw the positions of a window, int64 (length,).
 
-    The skips are nondecreasing, from 0 to target_len - length. A single uniform one is the u of pose.sample.
+    The last chunk begins at last_begin, and those between it and the first one at facts. What the skips add
+    never decreases, from 0 to target_len - length. A single uniform one is the u of pose.sample.
     """
     inner = np.unique(fact_begins[fact_begins > 0])
     n_inner = min(rng.choice(CHUNKS) - 2, len(inner))
@@ -162,9 +163,10 @@ def draw_positions(rng, length, target_len, fact_begins, last_begin):
 def kinds_of_facts(rng, dense):
     """Yield (facts, question) without end: facts are lines, a question is a list of (given, answer).
 
-    A window mixes one to four kinds; a dense one has a lookup alone. Where names run out, a new one begins.
+    A window mixes one to four kinds, and a dense one has a single lookup. A kind whose names run out is
+    replaced by a new lookup.
     """
-    used = set()  # in the whole window, for a name must have one meaning
+    used = set()  # (attribute, name) pairs of the whole window: a name must have one meaning in it
     n = 1 if dense else rng.integers(1, 4, endpoint=True)
     drawn = [lookup] if dense else rng.choice((lookup, chain, lone), n, p=(0.82, 0.12, 0.06))
     kinds = [kind(rng, used) for kind in drawn]
@@ -178,7 +180,7 @@ def kinds_of_facts(rng, dense):
 
 
 def lookup(rng, used):
-    """Yield facts that give a name one value, or two to six, which the question asks for in order."""
+    """Yield facts that give a name one value or several. The question asks for the values in their order."""
     in_words, several = rng.random() < 0.15, rng.random() < SEVERAL
     key_parts = draw_parts(rng, KEYS, near=rng.random() < NEAR)
     value_parts = draw_parts(rng, WORD_VALUES if in_words else VALUES, near=rng.random() < NEAR / 2)
@@ -208,7 +210,7 @@ def lookup(rng, used):
 
 
 def chain(rng, used):
-    """Yield facts that hand a value on from name to name. The question asks for all names, or the value."""
+    """Yield facts that hand a value on from name to name. The question asks for all names or the value."""
     name_parts, value_parts = draw_parts(rng, CHAIN_NAMES), draw_parts(rng, VALUES)
     first_step, next_step = pick(rng, CHAIN_STEPS)
     while True:
@@ -236,7 +238,7 @@ def lone(rng, used):
 
 
 def ask(sentence, answer, **names):
-    """Return a question, a list of (given, answer). An answer begins with the space before it."""
+    """Return the question as a list of (given, answer). The space before an answer belongs to the answer."""
     before, after = [part.format(**names) for part in sentence.split("{value}")]
     given = before.rstrip(" ")
     return [(given, before[len(given) :] + answer), (after, "")]
@@ -253,9 +255,10 @@ def enumerated(rng, items):
 
 
 def draw_parts(rng, patterns, near=False):
-    """Draw a pattern. Return what each of its characters can stand for, a list of strings each.
+    """Draw a pattern, and return for each of its characters the list of strings that it can stand for.
 
-    near: the strings made of them are nearly equal. A word is one of five, of characters the last two vary.
+    near: make all strings of the pattern nearly equal. A word is one of five then, and of single characters
+    only the last two vary.
     """
     parts = [PARTS.get(character, [character]) for character in pick(rng, patterns)]
     if near:
@@ -268,9 +271,9 @@ def draw_parts(rng, patterns, near=False):
 
 
 def draw_unused(rng, parts, n, used, attribute=""):
-    """Return n strings, one choice of each part, that are not in `used` for this attribute, and add them.
+    """Return n strings that are not in `used` for this attribute, and add them to it.
 
-    Return [] if there are hardly any left.
+    A string has one choice of each part. Return [] if hardly any are left.
     """
     strings = []
     for _ in range(20 * n):
@@ -284,7 +287,7 @@ def draw_unused(rng, parts, n, used, attribute=""):
 
 
 def pick(rng, choices):
-    """Return one of the choices, each as likely as any other."""
+    """Draw one of the choices, all equally likely."""
     return choices[rng.integers(len(choices))]
 
 

@@ -4,8 +4,8 @@
     python train.py --model my-llama --data texts/    # one GPU
     torchrun --nproc_per_node=8 train.py --model my-llama --target_len 131072
 
-OUT/metrics.jsonl gets a line a step, OUT/model is a Hugging Face folder at the end, OUT/checkpoints lets
---resume go on, and OUT/finished.json says that nothing is left to do.
+OUT/metrics.jsonl gets a line for each step, OUT/model is a Hugging Face folder at the end, OUT/checkpoints is
+what --resume goes on from, and OUT/finished.json says that nothing is left to do.
 """
 
 import copy
@@ -34,9 +34,9 @@ from storage.values import describe_changes, read_json
 from tasks.validation import Validation
 
 MAX_GRAD_NORM = 1.0
-MANY_PASSES = 10  # over the texts, of which a run warns
-MAX_SKIPPED = 10  # updates in a row that are not finite before a run gives up
-STEADY_STEP = 3  # the first step of a call whose time tells that of the others
+MANY_PASSES = 10  # A run that goes over its texts more often than this warns.
+MAX_SKIPPED = 10  # A run gives up after so many updates in a row that are not finite.
+STEADY_STEP = 3  # The step of a call, counted from 1, whose time is that of later steps.
 
 
 # ---------------------------------------------------------------- the loop
@@ -45,10 +45,9 @@ STEADY_STEP = 3  # the first step of a call whose time tells that of the others
 def train(args, model, optimizer, batches, validation, checkpoints, first_step, device, signals):
     """Train from first_step (steps count from 0) to args.steps, and return how many steps are done then.
 
-    batches: data.Batches. validation: None, or a function of model and device that returns
-    {length: nats a token}. signals: what catch_signals returns; once a process has caught one, all
-    stop after the same step, with a checkpoint. Raise InputError after MAX_SKIPPED updates in a
-    row that were not finite.
+    batches: data.Batches. validation: None, or a function of model and device that returns {length: nats a
+    token}. signals: the list of catch_signals. Once a process has caught one, all stop after the same step,
+    with a checkpoint. Raise InputError after MAX_SKIPPED updates in a row that were not finite.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     log = Log(args.out, first_step, args.tensorboard) if rank == 0 else None
@@ -122,7 +121,7 @@ def learning_rate(step, args):
 
 
 def raise_if_diverged(skipped_in_a_row, done, steps):
-    """Raise InputError if too many updates in a row were left out, or all. done: steps so far, of `steps`."""
+    """Raise InputError if too many updates in a row were left out, or all `steps`. done: steps so far."""
     if skipped_in_a_row == min(MAX_SKIPPED, steps):
         raise InputError(
             f"step {done}: loss or gradient was not finite {skipped_in_a_row} times in a row, these updates "
@@ -133,7 +132,7 @@ def raise_if_diverged(skipped_in_a_row, done, steps):
 def say_if_nothing_is_saved(args, first_step, figures):
     """Say once what a crash would cost, if hours are left and no checkpoint will be written.
 
-    figures: of the step that was just done.
+    figures: those of the step that was just done.
     """
     tokens_left = (args.steps - figures["step"]) * args.batch_size * args.train_len
     hours = tokens_left / figures["tokens_per_second"] / 3600
@@ -145,7 +144,7 @@ def say_if_nothing_is_saved(args, first_step, figures):
 
 
 def any_process(signals, device):
-    """Return whether any process has caught a signal: all of them stop then, at the same step."""
+    """Return whether any process has caught a signal, so that all decide the same."""
     caught = torch.tensor(float(bool(signals)), device=device)
     dist.all_reduce(caught)
     return bool(caught.item())
@@ -180,7 +179,7 @@ def speed_and_memory(model, args, seconds, device):
 
 
 def peak_memory_gib(device):
-    """Return the most memory that this process had in use so far, in GiB: of the GPU, else of the host."""
+    """Return this process's peak memory so far, in GiB: the GPU's if it computes there, else the host's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
@@ -197,12 +196,13 @@ def say(line):
 
 
 def main():
-    with cli.own_out():
-        run(cli.training_arguments())
+    given = cli.training_parser().parse_args()
+    with cli.own_out(given.out):
+        run(cli.training_arguments(given))
 
 
 def run(args):
-    """Do what the options say. The folder args.out is this run's alone."""
+    """Train as the options say. The folder args.out must belong to this run alone."""
     as_given = copy.copy(args)
     args.device = cli.device(args.device)
     args.model = args.model or builtin.default_model(args.device)
@@ -219,7 +219,7 @@ def run(args):
     if args.resume:
         check_same_model_and_texts(args.out, record)
 
-    # All that a user can get wrong has been looked at. What follows takes memory and writes into --out.
+    # All that a user can get wrong has been checked. What follows takes memory and writes into --out.
     device = fsdp.start(args.device)
     check_agreement(record)
     model = load_sharded(args, folder, config, device)
@@ -245,9 +245,9 @@ def run(args):
             done = train(
                 args, model, optimizer, batches, validation, checkpoints, first_step, device, signals
             )
-        finally:  # what goes wrong later does not undo a checkpoint that is still being written
+        finally:  # An error in a step must not cost the checkpoint that is still being written.
             checkpoints.finish()
-    finally:  # nor does a disk that is too full for the last checkpoint cost the model
+    finally:  # A disk too full for the last checkpoint must not cost the model.
         if done is not None:
             weights.save(model, tokenizer, args.out / "model")
             if dist.get_rank() == 0 and done == args.steps:
@@ -282,7 +282,7 @@ def read_texts(args, tokenizer):
 
 
 def load_sharded(args, folder, config, device):
-    """Return the model of a CheckpointFolder, with this Config instead of its own, ready for training."""
+    """Return the model in a CheckpointFolder, but with this Config, sharded and ready for training."""
     model = empty_transformer(config)
     fsdp.shard(
         model,
@@ -298,16 +298,16 @@ def load_sharded(args, folder, config, device):
 
 
 def extended_config(config, args):
-    """Return the Config of the model with its window stretched as the options say.
+    """Return the Config of the model with its window extended as the options say.
 
-    Raise InputError if no stock class would compute it.
+    Raise InputError if no stock class of transformers would compute it.
     """
     settings = {}
     for option in ("factor", "beta_fast"):
         if getattr(args, option) is not None:
             settings[option] = getattr(args, option)
     extended = scaling.extend(config, args.rope, args.target_len, args.llama_4_scaling_beta, **settings)
-    families.as_written(extended)  # only checked, so that a run does not fail when it saves
+    families.as_written(extended)  # This only checks it, so that a run does not fail when it saves.
     return extended
 
 
@@ -348,7 +348,7 @@ def check_agreement(record):
 
 
 def announce(args, base, config, batches, first_step):
-    """Say what will be done. base, config: the Config before and after the window was stretched."""
+    """Say what will be done. base, config: the Config before and after the window was extended."""
     if args.resume and not first_step:
         say(f"--resume: {args.out} holds no checkpoint yet; starting with the first step")
     stretch = f"{args.rope} by {args.factor:g}" if args.factor else args.rope
@@ -378,7 +378,7 @@ def announce(args, base, config, batches, first_step):
 
 
 def warn_of_loaders(args, base, config):
-    """Say in one line which loaders will compute another model than this one, and what mends that."""
+    """Say in one line which loaders will compute a different model, and which options mend that."""
     remarks = []
     for what, mending in loaders.differences(config, args.target_len / base.max_position_embeddings):
         options = "".join(f" (--{option} {value} mends it)" for option, value in mending.items())
@@ -388,9 +388,9 @@ def warn_of_loaders(args, base, config):
 
 
 def catch_signals(checkpoints):
-    """Return a list to which every SIGINT or SIGTERM adds its number from here on.
+    """Catch SIGINT and SIGTERM from here on, and return the list to which each adds its number.
 
-    The first one does not end the process. checkpoints: tell what a second one costs.
+    The first one does not end the process. checkpoints: tells what a second one would cost.
     """
     caught = []
     speaks = dist.get_rank() == 0

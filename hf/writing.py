@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from hf import families, tokenizer
 from hf.folder import INDEX, CheckpointFolder, check_finite
-from storage.errors import good_to_have
+from storage.errors import best_effort
 from storage.files import new_folder
 
 SHARD_BYTES = 5 * 2**30  # the largest safetensors file
@@ -50,7 +50,7 @@ def save_tensors(tensors, path):
         if number:
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
         raise
-    with good_to_have("making files readable for others"):
+    with best_effort("making files readable for others"):
         path.chmod(0o644)  # the library makes it readable by its owner alone
 
 

@@ -1,11 +1,11 @@
 """Checkpoints of a run: sharded, written in the background, checked when they are read.
 
 Notable choices:
-- A checkpoint is written aside by torch.distributed.checkpoint, and renamed when all of it is on disk. The
-  newest folder is the pointer to it.
+- torch.distributed.checkpoint writes into a temporary folder, which is renamed to step-N when all of it is on
+  disk. No file names the newest checkpoint: it is the folder with the largest N.
 - checkpoint.json beside its files records what the run was started with, and a checksum of each file.
-- A checkpoint is data. PyTorch reads its .metadata with pickle, which would run code that somebody put
-  there: here only the classes of METADATA_CLASSES are read, and only tensors and plain values besides.
+- A checkpoint is data. PyTorch reads its .metadata with pickle, which would run code that somebody put there.
+  So only METADATA_CLASSES, tensors and plain values are read.
 """
 
 import errno
@@ -29,7 +29,7 @@ from storage.values import describe_changes, read_json
 
 MANIFEST = "checkpoint.json"
 
-METADATA_CLASSES = {  # module: what a .metadata names of it
+METADATA_CLASSES = {  # {module: the names in it that a .metadata may use}
     "pathlib": ("PosixPath",),
     "torch": ("Size", "bfloat16", "float32"),
     "torch.serialization": ("_get_layout",),
@@ -47,13 +47,12 @@ class Checkpoints:
     def __init__(self, folder, record, keep):
         """Prepare to write into `folder`, and start the background thread.
 
-        record: what the run was started with, {setting: value}. keep: how many checkpoints stay, the
-        newest.
+        record: what the run was started with, {setting: value}. keep: how many checkpoints, the newest, stay.
         """
         self.folder, self.record, self.keep = Path(folder), record, keep
-        self.newest = 0  # the step of the newest one that is complete
-        self.writing = None  # the future of the checkpoint that is being written, into the folder `aside`
-        self.aside = None
+        self.newest = 0  # the step of the newest checkpoint that is complete
+        self.writing = None  # the future of the checkpoint that is being written
+        self.aside = None  # the temporary folder into which it is written
         self.background = ThreadPoolExecutor(1)
         # The background thread's collectives must not meet those of training, so they have a group of
         # their own.
@@ -64,38 +63,23 @@ class Checkpoints:
     def save(self, model, optimizer, step):
         """Copy the state and begin to write it. Training may go on at once."""
         self.finish()  # one at a time
-        aside = [None]
-        if dist.get_rank() == 0:
-            aside = [temporary_folder(self.folder / f"step-{step}")]
-        dist.broadcast_object_list(aside)
-        (self.aside,) = aside
+        self.aside = _of_process_0(lambda: temporary_folder(self.folder / f"step-{step}"))
         weights, moments = get_state_dict(model, optimizer)
         state = {"model": weights, "optimizer": moments}
         written = dcp.async_save(state, checkpoint_id=self.aside, process_group=self.group)
         self.writing = self.background.submit(self._complete, written, self.aside, step)
 
     def _complete(self, written, aside, step):
-        """Once all processes have written their parts, give the folder its name.
-
-        The checkpoints that do not stay are removed then. An error of process 0 is raised in all.
-        """
+        """Wait until all processes have written their parts. Then give the folder its name."""
         written.result()
         mine = {path.name: _checksum(path) for path in aside.glob(f"__{dist.get_rank()}_*.distcp")}
         from_all = [None] * dist.get_world_size()
         dist.all_gather_object(from_all, mine, group=self.group)
-        failure = [None]
-        if dist.get_rank() == 0:
-            try:
-                self._give_name(aside, step, from_all)
-            except OSError as error:
-                failure = [error]
-        dist.broadcast_object_list(failure, group=self.group)
-        if failure[0]:
-            raise failure[0]
+        _of_process_0(lambda: self._give_name(aside, step, from_all), self.group)
         self.newest = step
 
     def _give_name(self, aside, step, parts):
-        """Write checkpoint.json into the folder `aside` and rename it.
+        """Write checkpoint.json into the folder `aside`, rename it, and remove checkpoints that do not stay.
 
         parts: {name of a file: its checksum} from each process.
         """
@@ -105,7 +89,7 @@ class Checkpoints:
         manifest = {"run": self.record, "crc32": checksums}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
         folder = self.folder / f"step-{step}"
-        if folder.exists():  # it is damaged, else this run would have gone on from it
+        if folder.exists():  # It is damaged: else this run would have gone on from it.
             remove_folder(folder)
         # The new checkpoint must be on disk before an older one is removed.
         replace_folder(aside, folder)
@@ -122,33 +106,32 @@ class Checkpoints:
             remove_folder(self.folder / f"step-{other}")
 
     def raise_if_failed(self):
-        """Raise what `finish` raises if writing in the background has failed. Does not wait."""
+        """Raise what `finish` raises if writing has failed so far. Do not wait."""
         if self.writing is not None and self.writing.done():
             self.finish()
 
     def finish(self):
-        """Wait until the checkpoint in the background is written. Raise OSError if that was not possible."""
+        """Wait until the checkpoint is written. Raise OSError if that was not possible."""
         if self.writing is None:
             return
         future, self.writing = self.writing, None
         try:
             with naming(self.folder):
                 future.result()
-        except (Exception, dcp.api.CheckpointException) as error:  # dcp's is no Exception
+        except (Exception, dcp.api.CheckpointException) as error:  # CheckpointException is no Exception
             if (self.aside / MARK).exists():  # it is not complete
                 shutil.rmtree(self.aside, ignore_errors=True)
-            for cause, _ in getattr(error, "failures", {}).values():  # of each process
-                number = _system_error(cause)
-                if number:
+            for cause, _ in getattr(error, "failures", {}).values():  # one for each process that failed
+                if number := _errno_of(cause):
                     raise OSError(number, os.strerror(number), str(self.folder)) from None
             raise
 
     # ------------------------------------------------------------ resuming
 
     def load(self, model, optimizer, say):
-        """Restore the newest checkpoint that is whole, and return its step; 0 if there is none at all.
+        """Restore the newest checkpoint that is whole, and return its step. Return 0 if there are none.
 
-        say(line) is called for each one that is passed over. Raise InputError if none can be used, or
+        say(line) is called for each damaged one, which is passed over. Raise InputError if all are damaged or
         if it is of another run.
         """
         if dist.get_rank() == 0:
@@ -163,7 +146,7 @@ class Checkpoints:
                     "the one before"
                 )
                 continue
-            # A checkpoint of an earlier version lacks what is newer: args.json was compared with that.
+            # A checkpoint of an earlier version lacks newer settings. They were compared with args.json.
             comparable = {key: value for key, value in self.record.items() if key in manifest["run"]}
             if changed := describe_changes(manifest["run"], comparable):
                 raise InputError(f"{folder} is of another run: {changed}; start again with another folder")
@@ -181,14 +164,10 @@ class Checkpoints:
 
         All processes take process 0's view, since that of another machine may lag behind.
         """
-        found = [None]
-        if dist.get_rank() == 0:
-            found = [[(step, self._manifest(step)) for step in self._steps()]]
-        dist.broadcast_object_list(found)
-        return found[0]
+        return _of_process_0(lambda: [(step, self._manifest(step)) for step in self._steps()])
 
     def _damaged_file(self, folder, checksums):
-        """Return the name of a file that is not what was written, or None. Each process reads some files."""
+        """Return the name of a file that differs from its checksum, or None. The processes share the work."""
         mine = sorted(checksums)[dist.get_rank() :: dist.get_world_size()]
         damaged = []
         for name in mine:
@@ -199,7 +178,7 @@ class Checkpoints:
         return next((name for part in from_all for name in part), None)
 
     def _manifest(self, step):
-        """Return the content of a checkpoint's checkpoint.json, None if it is not what `_complete` writes."""
+        """Return the content of a checkpoint's checkpoint.json, None if it is not what _give_name writes."""
         try:
             manifest = read_json(self.folder / f"step-{step}" / MANIFEST)
             names = set(manifest["crc32"])
@@ -209,33 +188,48 @@ class Checkpoints:
             return None
 
     def _steps(self):
-        """Return the steps of the checkpoints that are there, the newest first."""
+        """Return the steps of all checkpoints, the newest first."""
         numbers = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
         return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
+
+
+def _of_process_0(action, group=None):
+    """Return, in all processes, what action() returns in process 0. Raise its OSError in all of them."""
+    outcome = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [action()]
+        except OSError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, group=group)
+    if isinstance(outcome[0], OSError):
+        raise outcome[0]
+    return outcome[0]
 
 
 # ---------------------------------------------------------------- a checkpoint is data
 
 
 def read_as_data(state, folder, names):
-    """Read a checkpoint into `state`, nested dicts of tensors and values. names: of its files.
+    """Read a checkpoint into `state`, nested dicts of tensors and values.
 
-    Raise InputError if it holds anything but tensors and plain values, or leads to other files.
+    names: the names of its files. Raise InputError if it holds anything but tensors and plain values, or
+    leads to other files.
     """
     try:
         dcp.load(state, storage_reader=DataReader(folder, names), planner=DataPlanner())
     except dcp.api.CheckpointException as error:
-        # Its checksums are right, so this is no damage: somebody else wrote it, or other code did.
+        # Its checksums are right, so it is not damaged: somebody else, or other code, wrote it.
         cause = next(cause for cause, _ in error.failures.values())
         reason = f"{type(cause).__name__}: {str(cause).splitlines()[0]}" if str(cause) else repr(cause)
         raise InputError(f"{folder} is no checkpoint of this run ({reason}); do not use it") from None
 
 
 class DataReader(dcp.FileSystemReader):
-    """dcp's reader of a folder, but for .metadata, which it reads with MetadataUnpickler."""
+    """A FileSystemReader that reads .metadata with MetadataUnpickler."""
 
     def __init__(self, folder, names):
-        """Read .metadata. Raise InputError if it holds anything else, or leads to files not in `names`."""
+        """Read .metadata. Raise InputError if it is none, or leads to files that are not in `names`."""
         super().__init__(folder)
         path = folder / ".metadata"
         try:
@@ -250,13 +244,13 @@ class DataReader(dcp.FileSystemReader):
             raise InputError(f"{path}: leads to {min(strange)!r}, not one of its files; do not use it")
 
     def read_metadata(self, *args, **kwargs):
-        """Return the Metadata, as dcp asks for it."""
+        """Return the Metadata that was read, with the number by which dcp knows this load."""
         self.metadata.storage_meta.load_id = self.load_id
         return self.metadata
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """An unpickler that knows METADATA_CLASSES alone: what a pickle can run, it has to find first."""
+    """An unpickler that finds METADATA_CLASSES alone. What a pickle runs, it has to find first."""
 
     def find_class(self, module, name):
         if name not in METADATA_CLASSES.get(module, ()):
@@ -265,7 +259,7 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 class DataPlanner(dcp.DefaultLoadPlanner):
-    """dcp's planner, which reads values that are no tensors with weights_only=True before it takes them."""
+    """A DefaultLoadPlanner that reads values other than tensors with weights_only=True first."""
 
     def load_bytes(self, read_item, value):
         torch.load(value, weights_only=True)
@@ -276,11 +270,11 @@ class DataPlanner(dcp.DefaultLoadPlanner):
 # ---------------------------------------------------------------- files
 
 
-def _system_error(error):
-    """Return the number of the system's error behind an exception of dcp's writer, 0 if there is none.
+def _errno_of(error):
+    """Return the errno of the system's error behind an exception of dcp's writer, 0 if there is none.
 
-    PyTorch's zip writer hides it: its "unexpected pos" is a write that came out short, on a full disk or
-    where files may not be so large.
+    PyTorch's zip writer hides it. Its "unexpected pos" means that a write came out short, because the disk is
+    full or files may not be so large.
     """
     if isinstance(error, OSError):
         return error.errno

@@ -1,7 +1,7 @@
-"""What is said of errors: one line that says what, where, and what to do.
+"""Errors and warnings for users: one line that says what, where, and what to do.
 
-Whatever comes from outside and cannot be used raises InputError, so that a mistake of the user and a bug of
-ours stay apart.
+Whatever comes from outside and cannot be used raises InputError. So a mistake of the user and a bug of ours
+stay apart.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ class InputError(ValueError):
 
 
 class LocalError(InputError):
-    """An InputError that the other processes of a run need not meet, so that each says its own."""
+    """An InputError that the other processes of a run need not meet, so that each process prints its own."""
 
 
 def printable(text):
-    """Return a text in which control characters are escaped: a name in a file must not steer a terminal.
+    """Return the text with control characters escaped, because a name in a file must not steer a terminal.
 
-    Of a long one the middle is left out.
+    The middle of a long text is left out.
     """
     if len(text) > 1000:
         text = f"{text[:600]} ... {text[-300:]}"
@@ -30,15 +30,15 @@ _warnings = set()
 
 
 def warn(line):
-    """Print a warning on stderr, each one once in a process."""
+    """Print a warning on stderr, unless this process has printed the same one before."""
     if line not in _warnings:
         _warnings.add(line)
         print(f"warning: {printable(line)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def good_to_have(action):
-    """Try the body. An OSError there is a warning with what was tried (once), and not the end of the work."""
+def best_effort(action):
+    """Turn an OSError of the body into a warning that the action, given in words, is not possible here."""
     try:
         yield
     except OSError as error:
@@ -46,10 +46,11 @@ def good_to_have(action):
 
 
 @contextlib.contextmanager
-def naming(path, aside=None):
-    """Have an OSError of the body name `path` where it names no file, as those of open files, or `aside`.
+def naming(path, aside=None, stays=False):
+    """Make an OSError of the body name `path`, the one that the user knows.
 
-    aside: the temporary name of `path`.
+    It takes the place of the temporary name `aside`, and is added where an error names no file, as errors of
+    open files do not. stays: say, too, that what was written stays in `aside`.
     """
     try:
         yield
@@ -57,14 +58,6 @@ def naming(path, aside=None):
         error.filename = str(error.filename or path)
         if aside:
             error.filename = error.filename.replace(str(aside), str(path))
-        raise
-
-
-@contextlib.contextmanager
-def keeping(written):
-    """Have an OSError of the body say where that lies which was written before."""
-    try:
-        yield
-    except OSError as error:
-        error.strerror = f"{error.strerror or error}; what was written stays in {written}"
+        if stays:
+            error.strerror = f"{error.strerror or error}; what was written stays in {aside}"
         raise

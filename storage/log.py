@@ -14,12 +14,12 @@ FINISHED = "finished.json"  # what a run writes last, once it has made all its s
 
 
 class Log:
-    """metrics.jsonl of a run, a JSON object a line and step."""
+    """The file metrics.jsonl of a run: a line for each step, a JSON object."""
 
     def __init__(self, out, first_step, tensorboard=False):
         """Open the file in the folder `out` and cut it back to its first `first_step` lines.
 
-        The steps after them will be done again. tensorboard: write events into out/tensorboard too.
+        The steps after them will be done again. tensorboard: also write events into out/tensorboard.
         """
         self.path = out / "metrics.jsonl"
         self.file = open(self.path, "a+b", buffering=0)  # each line is written at once
@@ -34,7 +34,7 @@ class Log:
             self.board = SummaryWriter(out / "tensorboard", purge_step=first_step + 1)
 
     def write(self, line):
-        """Write the figures of a step, a dict with its number as `step`."""
+        """Write the figures of a step, a dict in which `step` is its number."""
         line = without_nan(line)
         with naming(self.path):
             self.file.write(json.dumps(line).encode() + b"\n")
@@ -57,15 +57,11 @@ def without_nan(value):
 
 
 def show_progress(bar, line):
-    """Show the figures of a step beside tqdm's bar.
-
-    Where there is no terminal, show them as a line of text now and then.
-    """
-    mfu = f"{line['mfu']:.0%}" if line["mfu"] else "-"
+    """Show the figures of a step beside tqdm's bar, or without a terminal as about 20 lines in all."""
     shown = {
         "loss": f"{line['loss']:.3f}",
         "tok/s": f"{line['tokens_per_second']:,.0f}",
-        "MFU": mfu,
+        "MFU": f"{line['mfu']:.0%}" if line["mfu"] else "-",
         "GiB": f"{line['peak_memory_gib']:.1f}",
     }
     bar.set_postfix(shown, refresh=False)
@@ -75,15 +71,15 @@ def show_progress(bar, line):
 
 
 def mark_finished(out, steps):
-    """Note that the run in `out` made all its steps and wrote its model.
+    """Write the file that says that the run in `out` made all its steps and wrote its model.
 
-    The model alone does not say so: an interrupted run writes one too.
+    The model alone does not tell: an interrupted run writes one too.
     """
     write_json(out / FINISHED, {"steps": steps})
 
 
 def unmark_finished(out):
-    """Take the note away: the run in `out` goes on."""
+    """Remove that file, because the run in `out` goes on."""
     (out / FINISHED).unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""Values from outside: JSON, and the numbers in it, read with one-line errors."""
+"""Reading JSON files and the numbers in them, with one-line errors."""
 
 import json
 import math
@@ -7,15 +7,12 @@ from pathlib import Path
 from storage.errors import InputError
 
 MAX_JSON_BYTES = 2**28
-MAX_DEPTH = 100  # of lists and objects inside each other
-MAX_DIGITS = 400  # of a whole number
+MAX_DEPTH = 100  # lists and objects inside each other
+MAX_DIGITS = 400  # digits of a whole number
 
 
 def read_json(path):
-    """Return the JSON object in a file as a dict.
-
-    Raise InputError if the file cannot be read or holds something else, see parse_object.
-    """
+    """Return the JSON object in a file as a dict. Raise InputError if there is none, see parse_object."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: {'not a regular file' if path.exists() else 'missing'}; copy it again")
@@ -32,8 +29,8 @@ def read_json(path):
 def parse_object(content):
     """Return the JSON object in bytes as a dict.
 
-    Raise ValueError if they hold something else, or what no program can use: numbers that are not finite or
-    have thousands of digits, halves of characters, lists inside lists without end.
+    Raise ValueError if they hold something else, or values that this code refuses: numbers that are NaN,
+    infinite or thousands of digits long, lone surrogates, lists and objects nested deeper than MAX_DEPTH.
     """
     parsed = parse_json(content)
     if not isinstance(parsed, dict):
@@ -57,7 +54,7 @@ def parse_object(content):
 
 
 def parse_json(content):
-    """Return the value that JSON in UTF-8 bytes describes. Raise ValueError if they are something else."""
+    """Return the value of JSON in UTF-8 bytes. Raise ValueError if they are something else."""
     try:
         return json.loads(content.decode("utf-8-sig"), parse_int=_whole_number)
     except UnicodeDecodeError as error:
@@ -69,7 +66,7 @@ def parse_json(content):
 
 
 def check_characters(text):
-    """Raise ValueError for half a character: a surrogate alone, which JSON can spell and UTF-8 cannot."""
+    """Raise ValueError for a lone surrogate: half a character, which JSON can spell and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -77,7 +74,7 @@ def check_characters(text):
 
 
 def _whole_number(digits):
-    """Return the int that digits spell. Raise ValueError if there are more than MAX_DIGITS."""
+    """Return the int that the digits spell. Raise ValueError if there are more than MAX_DIGITS."""
     if len(digits) > MAX_DIGITS:
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
@@ -86,12 +83,10 @@ def _whole_number(digits):
 def positive(values, key, kind=float, most=1e30, default=None):
     """Return the positive number under a key of a dict that was read from a file.
 
-    kind: int for whole numbers alone, float for any. default: for a key that is absent or null. Raise
-    ValueError if there is no number, or one that is not positive or larger than `most`.
+    kind: int for whole numbers alone, float for any. default: what stands for a key that is absent or null.
+    Raise ValueError if there is no number, or one that is not positive or larger than `most`.
     """
-    value = values.get(key)
-    if value is None:
-        value = default
+    value = default if values.get(key) is None else values[key]
     if value is None:
         raise ValueError(f"{key} is missing")
     allowed = (int,) if kind is int else (int, float)
@@ -103,9 +98,9 @@ def positive(values, key, kind=float, most=1e30, default=None):
 
 
 def describe_changes(earlier, now):
-    """Return in words where two records {setting: value} differ, "" where they do not.
+    """Return in words which settings of `now` have another value in `earlier`, "" if none.
 
-    Settings that `now` lacks are not compared.
+    Both are records {setting: value}. Settings that `now` lacks are not compared.
     """
     differences = []
     for key, value in now.items():

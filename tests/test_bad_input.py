@@ -859,6 +859,23 @@ def test_an_error_of_the_system_is_one_line(capfd, error, says):
     assert all(word in told for word in says)
 
 
+def test_a_process_that_meets_an_error_alone_reports_it(capfd, monkeypatch):
+    """As the one that tokenises does, while others wait for it. It gives them time to report it first."""
+    waited = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(cli.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+
+    def fail():
+        raise InputError("texts.jsonl, line 7: not JSON; mend or remove the line")
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(fail)
+    assert end.value.code == 2 and waited
+    assert capfd.readouterr().err == "error: texts.jsonl, line 7: not JSON; mend or remove the line\n"
+
+
 def test_an_unknown_error_stays_a_trace():
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda: 1 / 0)

@@ -22,7 +22,7 @@ def parse(monkeypatch):
 
     def start(*arguments):
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        return cli.training_arguments()
+        return cli.training_arguments(cli.training_parser().parse_args())
 
     return start
 

@@ -4,10 +4,12 @@ A batch is a pure function of (seed, step, index).
 """
 
 import argparse
+import contextlib
 import gzip
 import itertools
 import json
 import os
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 import data
 from hf import tokenizer
 from storage.errors import InputError
+from storage.files import temporary_folder
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -381,6 +384,32 @@ def test_nothing_half_written_is_left_behind(tmp_path, stop):
     assert [documents[i].tolist() for i in range(len(documents))] == [list(range(*span)) for span in spans]
     (folder,) = (tmp_path / "cache" / "tokens").iterdir()
     assert {path.name for path in folder.iterdir()} == {"tokens.bin", "starts.bin", "dtype", "sha256"}
+
+
+def test_what_a_kill_left_of_tokens_is_removed(tmp_path):
+    file = write(tmp_path / "a.jsonl", jsonl("10 20"))
+    data.tokenised([file], FakeTokenizer(), tmp_path / "cache")
+    (folder,) = (tmp_path / "cache" / "tokens").iterdir()
+    shutil.rmtree(folder)
+    write(temporary_folder(folder) / "tokens.bin", b"half")
+    data.tokenised([file], FakeTokenizer(), tmp_path / "cache")
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_process_that_waited_for_tokens_does_not_check_them(tmp_path, monkeypatch):
+    """One after the other, eight processes would read all of them eight times."""
+    file = write(tmp_path / "a.jsonl", jsonl("10 20"))
+    lock = data.only_one_process
+
+    @contextlib.contextmanager
+    def wait_for_another_process(path):
+        monkeypatch.setattr(data, "only_one_process", lock)
+        data.tokenised([file], FakeTokenizer(), tmp_path / "cache")
+        monkeypatch.setattr(data, "whole_documents", None)
+        yield
+
+    monkeypatch.setattr(data, "only_one_process", wait_for_another_process)
+    assert data.tokenised([file], FakeTokenizer(), tmp_path / "cache")[0].tolist() == list(range(10, 20))
 
 
 # ---------------------------------------------------------------- batches

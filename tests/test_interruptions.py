@@ -249,6 +249,15 @@ def test_a_death_inside_the_writing_of_a_checkpoint(killed_inside, train, tmp_pa
     assert len(train("run", *arguments, "--resume")) == 9
 
 
+def test_a_checkpoint_that_process_0_cannot_begin(killed_inside, tmp_path):
+    """The others, which wait for the name of the folder, end with the same line and no trace."""
+    place = "def die(path): raise OSError(28, 'No space left on device', str(path))\n"
+    place += "storage.checkpoint.temporary_folder = die"
+    done = killed_inside(place, "--steps", 2, "--save_every", 1, "--out", tmp_path / "run", processes=2)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "error: the disk is full" in done.stderr
+
+
 def test_an_error_while_a_checkpoint_is_written(call, short, train, tmp_path, monkeypatch):
     """The checkpoint is finished first."""
     out, arguments = tmp_path / "run", ("--steps", 8, "--save_every", 4)
@@ -519,6 +528,8 @@ def test_the_death_of_a_process_ends_all(torchrun):
     assert wait_for(lambda: process.poll() is not None, seconds=60)
     assert process.poll() == 1
     assert wait_for(lambda: not os.path.exists(f"/proc/{workers[0]}"), seconds=40)
+    told = process.wait().stderr
+    assert "error: another process of this run has ended" in told and "[rank0]" not in told
 
 
 def test_the_death_of_a_process_when_torchrun_may_start_them_again(torchrun, tmp_path):

