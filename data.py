@@ -5,10 +5,12 @@ tokenizer change. A training example depends on (seed, step, its index in the gl
 resuming is exact, and the loss curve does not depend on how many processes share the work.
 """
 
+import errno
 import gzip
 import hashlib
 import math
 import os
+import shutil
 import sysconfig
 import zlib
 from collections import Counter
@@ -31,7 +33,6 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")  # of the fi
 JSON_LINES = (".jsonl", ".ndjson", ".json")  # each line is a document; .gz may follow
 SPAN_IN_WINDOWS = 5  # the text of an example spans at most train_len times this, as in the official code
 CACHE_LAYOUT = b"3"  # version of the folders in the cache
-TOKEN_FILES = ("tokens.bin", "starts.bin", "dtype", "sha256")  # the files in each of them
 DOCUMENTS_AT_ONCE = 32  # documents that are tokenised together, by several threads
 
 
@@ -229,8 +230,16 @@ def tokenised(paths, tokenizer, cache):
             return documents
         if folder.exists():
             warn(f"{folder}: damaged; the texts are tokenised again")
-        with new_folder(folder, is_ours=lambda name: name in TOKEN_FILES) as aside:
-            tokenise(files, tokenizer, aside)
+            shutil.rmtree(folder)
+        try:
+            with new_folder(folder) as aside:
+                tokenise(files, tokenizer, aside)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            # On some shared file systems a lock holds on one machine alone. Another was faster, and its
+            # folder must stay: it may be in use there.
+            shutil.rmtree(aside)
         return Documents(folder)
 
 
@@ -252,7 +261,7 @@ def whole_documents(folder):
 
 
 def tokenise(files, tokenizer, folder):
-    """Write TOKEN_FILES for some files into an empty folder. Raise InputError if there is no text in them."""
+    """Tokenise files into an empty folder, as Documents reads it. Raise InputError if they hold no text."""
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
     (folder / "dtype").write_text(dtype.name)
     starts, digest = [0], hashlib.sha256()

@@ -396,6 +396,24 @@ def test_what_a_kill_left_of_tokens_is_removed(tmp_path):
     assert list(folder.parent.iterdir()) == [folder]
 
 
+def test_another_machine_that_was_faster(tmp_path, monkeypatch):
+    """Where locks do not reach other machines, the folder that is there first stays: it may be in use."""
+    file = write(tmp_path / "a.jsonl", jsonl("10 20"))
+    monkeypatch.setattr(data, "only_one_process", lambda lock: contextlib.nullcontext())
+    fake, first = FakeTokenizer(), []
+
+    def encode_slowly(texts):
+        data.tokenised([file], FakeTokenizer(), tmp_path / "cache")
+        (folder,) = (path for path in (tmp_path / "cache" / "tokens").iterdir() if not path.suffix)
+        first.append(folder.stat().st_ino)
+        return FakeTokenizer.encode_batch(fake, texts)
+
+    fake.encode_batch = encode_slowly
+    assert data.tokenised([file], fake, tmp_path / "cache")[0].tolist() == list(range(10, 20))
+    (folder,) = (tmp_path / "cache" / "tokens").iterdir()
+    assert first == [folder.stat().st_ino]
+
+
 def test_a_process_that_waited_for_tokens_does_not_check_them(tmp_path, monkeypatch):
     """One after the other, eight processes would read all of them eight times."""
     file = write(tmp_path / "a.jsonl", jsonl("10 20"))
