@@ -12,6 +12,7 @@ import copy
 import math
 import os
 import resource
+import shlex
 import signal
 import sys
 import time
@@ -256,7 +257,8 @@ def run(args):
     # one that leaves with another code than 0.
     if any_process([number for number in signals if number == signal.SIGINT], device):
         sys.exit(130)  # so that a shell does not go on to the next command
-    hint = "" if signals else f"; next: python eval.py --task passkey --model {args.out / 'model'}"
+    next_model = shlex.quote(str(args.out / "model"))
+    hint = "" if signals else f"; next: python eval.py --task passkey --model {next_model}"
     say(f"wrote {args.out / 'model'}{hint}")
 
 
@@ -354,7 +356,8 @@ def announce(args, base, config, batches, first_step):
     stretch = f"{args.rope} by {args.factor:g}" if args.factor else args.rope
     going_on = f", going on after step {first_step}" if first_step else ""
     windows = f"window {base.max_position_embeddings:,} -> {args.target_len:,}"
-    say(f"{args.model}: {windows}, {args.method}, {stretch}{going_on}")
+    episodes = f", {args.retrieval:.0%} of the examples are episodes" if args.retrieval else ""
+    say(f"{args.model}: {windows}, {args.method}, {stretch}{episodes}{going_on}")
     earlier = base.rope_scaling or {}
     if "factor" in earlier:
         if args.factor:
