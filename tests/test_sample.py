@@ -437,7 +437,8 @@ SAMPLE = f"""
 sys.path[0] = {str(ROOT)!r}
 runpy.run_path({str(ROOT / "sample.py")!r}, run_name="__main__")
 """
-SLOW = f"""import runpy, sys, time
+SLOW = f"""import runpy, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path[0] = {str(ROOT)!r}
 import model
 read = model.Transformer.hidden
