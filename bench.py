@@ -161,7 +161,7 @@ def our_step(config, args, sampling, device):
     """
     on_gpu = device.type == "cuda"
     model = empty_transformer(config)
-    compute_dtype = torch.bfloat16 if on_gpu else torch.float32
+    compute_dtype = getattr(torch, cli.compute_dtype(device.type))
     param_dtype = getattr(torch, args.param_dtype)
     checkpointing, offload = args.activation_checkpointing, args.cpu_offload
     fsdp.shard(model, device, compute_dtype, param_dtype, checkpointing, offload, compile=on_gpu)
@@ -376,7 +376,7 @@ def prefill(config, args, device):
 
     Beside ours stand its kernels alone, and transformers if it is asked for.
     """
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, cli.compute_dtype(device.type))
     model = empty_transformer(config).to(dtype)
     model.to_empty(device=device)
     randomise(model, device)

@@ -184,6 +184,11 @@ def device(named):
     return kind
 
 
+def compute_dtype(kind):
+    """Return the name of the dtype in which a model computes on "cuda" or "cpu", unless told otherwise."""
+    return "bfloat16" if kind == "cuda" else "float32"
+
+
 def process_count():
     """Return how many processes torchrun started, 1 without it. There need not be a process group yet."""
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -612,9 +617,8 @@ def complete_training(args, config):
     if args.beta_fast is None and args.rope in rope.RAMPED:
         args.beta_fast = recipe.beta_fast  # it suits the model's size, not one interpolation
     refuse_contradictions(args)
-    on_gpu = args.device == "cuda"
-    args.compile = on_gpu if args.compile is None else args.compile
-    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    args.compile = args.device == "cuda" if args.compile is None else args.compile
+    args.dtype = args.dtype or compute_dtype(args.device)
 
 
 def complete_lengths(args, window, recipe):

@@ -657,7 +657,7 @@ def measure_model(args, name, folder, units, missing):
     if not missing:
         return  # without loading the model
     task = TASKS[args.task]
-    model = weights.load(name, args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+    model = weights.load(name, args.device, getattr(torch, cli.compute_dtype(args.device)))
     measure = task.prepare(args, model, folder.load_tokenizer(), units)
     for unit in missing:
         result = measure(unit)

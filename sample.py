@@ -258,7 +258,7 @@ def main():
     if asked is not None:  # what cannot be asked is refused before the weights are read
         messages = [{"role": "user", "content": text + checked(asked)}]
         prompt = prompt_ids(tokenizer, messages, folder.config, args.raw)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    dtype = getattr(torch, cli.compute_dtype(args.device))
     session = Session(weights.load(args.model, args.device, dtype))
     if asked is None:
         converse(session, tokenizer, text, args)

@@ -23,7 +23,7 @@ from hf.families import (
     split_name,
     stored_parameters,
 )
-from hf.folder import check_dtype, read_index
+from hf.folder import check_dtype, first_of, read_index
 from hf.writing import write_converted, write_folder
 from model import Config
 from storage.errors import InputError
@@ -234,11 +234,10 @@ class MetaCheckpoint:
         """Raise InputError if a file holds a weight that the Config has no place for."""
         expected = {meta_name(name) for name in self.shapes}
         for path, rank in zip(self.paths, self.ranks):
-            extra = sorted(name for name in rank if name not in expected and not _is_rotary_table(name))
+            extra = [name for name in rank if name not in expected and not _is_rotary_table(name)]
             if extra:
-                more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
                 described = f"what params.json describes ({self.config.n_layers} layers)"
-                raise InputError(f"{path}: {extra[0]}{more} not part of {described}; copy it again")
+                raise InputError(f"{path}: {first_of(extra)} not part of {described}; copy it again")
 
     def _check_heads(self):
         """Raise InputError if params.json has another number of heads than the weights.

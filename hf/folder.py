@@ -125,9 +125,8 @@ class CheckpointFolder:
         missing, unexpected = self._shapes.keys() - found.keys(), found.keys() - self._shapes.keys()
         for what, names in (("missing", missing), ("unexpected", unexpected)):
             if names:
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 remedy = "config.json and the weights are of different models"
-                raise InputError(f"{self.path}: weight {min(names)}{more} {what}; {remedy}")
+                raise InputError(f"{self.path}: weight {first_of(names)} {what}; {remedy}")
         for name, shape in found.items():
             if shape != self._shapes[name]:
                 expected = self._shapes[name]
@@ -157,6 +156,12 @@ class CheckpointFolder:
 
 
 # ---------------------------------------------------------------- what the files hold
+
+
+def first_of(names):
+    """Return the first of these names, and how many more there are, as text."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return min(names) + more
 
 
 def find_tensors(folder, needed):
