@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 import pose
 import rope
+from model import TRAINED_BESIDE, linear_layers
 from storage.errors import InputError, LocalError, printable
 from storage.files import is_stream, only_one_process
 from storage.log import is_finished
@@ -31,6 +32,7 @@ LARGEST = 2**31  # length in tokens, or factor
 LARGEST_SEED = 2**63 - 1
 LARGEST_LR = 1  # AdamW moves every weight by about so much in a step
 LARGEST_BATCH_TOKENS = 2**28  # in a step, over all processes
+LORA_LR = 10  # the default learning rate of adapters, in learning rates of the whole model
 MICRO_BATCH_TOKENS = 32768  # tokens that a process takes through the model at once, unless told otherwise
 
 
@@ -102,6 +104,22 @@ def token_counts(least=1):
         if lengths[0] < least or lengths[-1] > LARGEST:
             raise argparse.ArgumentTypeError(f"each must be from {least} to {LARGEST} tokens, not {text}")
         return lengths
+
+    return parse
+
+
+def names_of(*known):
+    """Return the type of an option such as q,v: some of the known names, comma-separated.
+
+    The value is a text too, with each name once and in the order in which they are known.
+    """
+
+    def parse(text):
+        named = text.split(",")
+        for name in named:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"must be some of {','.join(known)}, not {name[:40]!r}")
+        return ",".join(name for name in known if name in named)
 
     return parse
 
@@ -362,13 +380,17 @@ RECIPES = {
     ),
 }
 
-NEWER = {"retrieval": 0.0}  # options that records of earlier versions lack, and their value in those runs
+# Options that records of earlier versions lack, and their value in those runs.
+NEWER = {
+    "retrieval": 0.0, "lora_rank": 0, "lora_alpha": None, "lora_targets": None, "lora_train": None,
+    "adapter": False,
+}  # fmt: skip
 NOT_RECORDED = ("out", "resume")  # options that belong to one call
 BY_CONTENT = ("model", "data")  # paths: a resumed run may have others, with the same model and texts there
 # Options that a resumed run may change: speed, and what is shown or kept.
 MAY_CHANGE = (
     "micro_batch_size", "device", "compile", "activation_checkpointing", "cpu_offload", "save_every", "keep",
-    "tensorboard", "eval_every", "eval_data", "eval_lengths",
+    "tensorboard", "eval_every", "eval_data", "eval_lengths", "adapter",
 )  # fmt: skip
 
 
@@ -391,6 +413,7 @@ def training_parser():
     # fmt: on
     add_method(p.add_argument_group("the method"))
     add_schedule(p.add_argument_group("training"))
+    add_lora(p.add_argument_group("adapters (LoRA)"))
     add_interruptions(p.add_argument_group("interruptions"))
     add_watching(p.add_argument_group("watching"))
     add_speed(p.add_argument_group("speed and memory"))
@@ -445,11 +468,27 @@ def add_schedule(g):
         help="examples in a step, over all processes (default: 64, 32 with tiny, 16 with smollm2-135m, and "
         "fewer where an example is longer than the model's window)")
     g.add_argument("--lr", type=number(0, LARGEST_LR),
-        help="peak learning rate of AdamW (default: 2e-5; 2e-4 with tiny, 4e-4 with smollm2-135m)")
+        help="peak learning rate of AdamW (default: 2e-5; 2e-4 with tiny, 4e-4 with smollm2-135m; with "
+        f"--lora_rank {LORA_LR} times that)")
     g.add_argument("--warmup_steps", type=whole_number(0),
         help="steps of linear warm-up, before linear decay to 0 (default: 10)")
     g.add_argument("--seed", type=whole_number(0, LARGEST_SEED), default=0,
         help="seed of the examples (default: 0)")
+
+
+def add_lora(g):
+    g.add_argument("--lora_rank", type=whole_number(0), default=0, metavar="R",
+        help="train low-rank adapters beside frozen weights: 16 is usual (default: 0, which trains all "
+        "weights)")
+    g.add_argument("--lora_alpha", type=whole_number(1), metavar="ALPHA",
+        help="adapters count ALPHA / R times (default: 2 R, so that a higher rank changes nothing else)")
+    g.add_argument("--lora_targets", type=names_of("q", "k", "v", "o", "gate", "up", "down"), metavar="q,v,…",
+        help="linear layers that get an adapter, of q,k,v,o,gate,up,down (default: all)")
+    g.add_argument("--lora_train", type=names_of(*TRAINED_BESIDE), metavar="embed,norm",
+        help="train the embedding, the norms or both as well, which LongLoRA found to be needed at 100,000 "
+        "tokens (default: neither)")
+    g.add_argument("--adapter", action=argparse.BooleanOptionalAction, default=False,
+        help="also write the adapters by themselves, for PEFT, into OUT/adapter; OUT/model has them merged")
 
 
 def add_interruptions(g):
@@ -605,9 +644,12 @@ def complete_training(args, config):
     """
     recipe = RECIPES.get(args.model, Recipe())
     window = config.max_position_embeddings
-    for option in ("steps", "lr", "warmup_steps", "rope"):
+    for option in ("steps", "warmup_steps", "rope"):
         if getattr(args, option) is None:
             setattr(args, option, getattr(recipe, option))
+    if args.lr is None:
+        args.lr = LORA_LR * recipe.lr if args.lora_rank else recipe.lr
+    complete_lora(args, config)
     complete_lengths(args, window, recipe)
     complete_episodes(args, window, recipe)
     complete_batch(args, window, recipe)
@@ -619,6 +661,28 @@ def complete_training(args, config):
     refuse_contradictions(args)
     args.compile = args.device == "cuda" if args.compile is None else args.compile
     args.dtype = args.dtype or compute_dtype(args.device)
+
+
+def complete_lora(args, config):
+    """Fill in lora_alpha and lora_targets where there are adapters. config: the model's Config."""
+    if not args.lora_rank:
+        for option in ("lora_alpha", "lora_targets", "lora_train", "adapter"):
+            if getattr(args, option):
+                raise InputError(f"--{option} belongs to --lora_rank; leave it out or give a rank")
+        return
+    if args.lora_rank > config.hidden_dim:
+        raise InputError(
+            f"--lora_rank {args.lora_rank}: this model's weights have at most rank {config.hidden_dim}; "
+            "lower it, or leave it out to train them all"
+        )
+    if args.lora_alpha is None:
+        args.lora_alpha = 2 * args.lora_rank
+    layers = ",".join(linear_layers(config))
+    if args.lora_targets is None:
+        args.lora_targets = layers
+    for target in args.lora_targets.split(","):
+        if target not in layers.split(","):
+            raise InputError(f"--lora_targets: this model has no {target}; choose of {layers}")
 
 
 def complete_lengths(args, window, recipe):

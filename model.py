@@ -76,16 +76,18 @@ class Config:
         recorded = (self.rope_scaling or {}).get("original_max_position_embeddings")
         return recorded or self.max_position_embeddings
 
-    def flops_per_token(self, T):
+    def flops_per_token(self, T, frozen=False):
         """Return the operations of a training step per token, with causal attention over T tokens.
 
         That is 6 for each weight in a matrix product, and attention counted without its masked half.
+        frozen: the weights are, and so need 4 each: 2 forward, 2 for the gradient of what they are multiplied
+        with. Adapters, of which there are far fewer, are not counted.
         """
         n_mlp_products = 3 if self.mlp == "swiglu" else 2
         mlp = n_mlp_products * self.hidden_dim * self.intermediate_dim
         attention = self.hidden_dim * (2 * self.n_heads + 2 * self.n_kv_heads) * self.head_dim
         weights = self.n_layers * (attention + mlp) + self.vocab_size * self.hidden_dim
-        return 6 * weights + 6 * self.n_layers * self.n_heads * self.head_dim * T
+        return (4 if frozen else 6) * weights + 6 * self.n_layers * self.n_heads * self.head_dim * T
 
 
 # ---------------------------------------------------------------- layers
@@ -97,12 +99,37 @@ class Linear(nn.Linear):
     Master weights in float32 are rounded where they are used, and their gradients arrive in float32.
     """
 
+    def __init__(self, in_features, out_features, bias=True):
+        super().__init__(in_features, out_features, bias)
+        self.adapter = None  # an Adapter, where add_adapters has put one
+
     def weight_and_bias(self, dtype):
         """Return both in a dtype, the bias None if there is none."""
         return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
     def forward(self, x):
-        return F.linear(x, *self.weight_and_bias(x.dtype))
+        y = F.linear(x, *self.weight_and_bias(x.dtype))
+        return y if self.adapter is None else y + self.adapter(x)
+
+
+class Adapter(nn.Module):
+    """What LoRA adds to a linear layer's result: alpha / rank * B A x (Hu et al. 2021, section 4.1).
+
+    a: (rank, in_features). b: (out_features, rank), which begins at zero: see add_adapters.
+    """
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.scale = alpha / rank
+        device = linear.weight.device
+        self.a = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
+        self.b = nn.Parameter(torch.empty(linear.out_features, rank, device=device))
+
+    def forward(self, x):
+        # The gradients of a and b need x, which q, k and v share, and this small result. Of a frozen weight
+        # nothing is kept but itself.
+        narrow = self.scale * F.linear(x, self.a.to(x.dtype))  # (..., rank)
+        return F.linear(narrow, self.b.to(x.dtype))
 
 
 class Head(Linear):
@@ -411,6 +438,43 @@ def empty_transformer(config):
         return Transformer(config)
 
 
+# ---------------------------------------------------------------- adapters (LoRA)
+
+TRAINED_BESIDE = {"embed": (nn.Embedding,), "norm": (nn.RMSNorm, nn.LayerNorm)}
+
+
+def linear_layers(config):
+    """Return the names of the linear layers of a block."""
+    return ("q", "k", "v", "o", *(("gate",) if config.mlp == "swiglu" else ()), "up", "down")
+
+
+def add_adapters(model, rank, alpha, targets, train=()):
+    """Freeze a Transformer and give the linear layers of its blocks that `targets` names an Adapter each.
+
+    targets: names of linear_layers. train: what learns nevertheless, of "embed" (the embedding, and with it a
+    head that is tied to it) and "norm" (all norms).
+    The adapters are uninitialised. With `a` drawn by initial_a and `b` zero, the model is what it was.
+    """
+    model.requires_grad_(False)
+    for block in model.blocks:
+        for name, module in list(block.named_modules()):
+            if isinstance(module, Linear) and name.rpartition(".")[2] in targets:
+                module.adapter = Adapter(module, rank, alpha)
+    for module in model.modules():
+        if any(isinstance(module, TRAINED_BESIDE[kind]) for kind in train):
+            module.requires_grad_(True)
+
+
+def initial_a(shape, generator):
+    """Return the first value of an Adapter's `a` of this shape, float32.
+
+    It is uniform between -1 and 1 over the root of in_features, as in the LoRA authors' code and in PEFT.
+    (Their paper has a Gaussian.)
+    """
+    bound = shape[1] ** -0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
 # ---------------------------------------------------------------- the loss
 
 
@@ -433,31 +497,33 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     The logits are hidden @ weight.T + bias, with weight (V, C) and bias (V,) or None. token_weights: (N,).
     The gradients are computed in the forward pass, where a chunk's logits are at hand. So the backward pass
-    neither keeps them nor computes them again.
+    neither keeps them nor computes them again. A frozen weight or bias gets none.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, token_weights, chunk_size, cross_entropy):
         total = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        _, weight_learns, bias_learns, *_ = ctx.needs_input_grad
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_learns else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias_learns else None
         for h, d_h, t, w in zip(*(x.split(chunk_size) for x in (hidden, d_hidden, targets, token_weights))):
             loss, d_logits = cross_entropy(F.linear(h, weight, bias), t, w)
             total += loss
             torch.mm(d_logits, weight, out=d_h)
-            d_weight += d_logits.T @ h
-            if bias is not None:
+            if weight_learns:
+                d_weight += d_logits.T @ h
+            if bias_learns:
                 d_bias += d_logits.sum(0)
-        d_bias = None if bias is None else d_bias.to(bias.dtype)
-        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype), d_bias)
+        d_weight = d_weight.to(weight.dtype) if weight_learns else None
+        d_bias = d_bias.to(bias.dtype) if bias_learns else None
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        d_hidden, d_weight, d_bias = ctx.saved_tensors
-        d_bias = None if d_bias is None else d_bias * grad
-        return d_hidden * grad, d_weight * grad, d_bias, None, None, None, None
+        gradients = [None if d is None else d * grad for d in ctx.saved_tensors]
+        return *gradients, None, None, None, None
 
 
 def chunked_cross_entropy(

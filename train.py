@@ -25,8 +25,8 @@ import cli
 import data
 import fsdp
 import retrieval
-from hf import builtin, families, loaders, scaling, weights
-from model import empty_transformer
+from hf import adapter, builtin, families, loaders, scaling, weights
+from model import Adapter, add_adapters, empty_transformer, initial_a
 from storage.checkpoint import Checkpoints
 from storage.errors import InputError
 from storage.files import cache_dir, write_json
@@ -171,7 +171,8 @@ def speed_and_memory(model, args, seconds, device):
     window = args.train_len
     if args.retrieval:
         window = args.retrieval * args.episode_len + (1 - args.retrieval) * args.train_len
-    flops = tokens_per_second / dist.get_world_size() * model.config.flops_per_token(window)
+    flops_per_token = model.config.flops_per_token(window, frozen=args.lora_rank > 0)
+    flops = tokens_per_second / dist.get_world_size() * flops_per_token
     return {
         "tokens_per_second": tokens_per_second,
         "mfu": flops / peak if peak else None,
@@ -211,6 +212,8 @@ def run(args):
     base = folder.config
     cli.complete_training(args, base)
     config = extended_config(base, args)
+    if args.adapter:
+        adapter.check(config)
     tokenizer = folder.load_tokenizer()
     batches, validation = read_texts(args, tokenizer) if args.steps else (None, None)
     record = cli.training_record(args, as_given)
@@ -236,6 +239,8 @@ def run(args):
     if args.resume and dist.get_rank() == 0:
         unmark_finished(args.out)
     announce(args, base, config, batches, first_step)
+    if args.lora_rank:
+        announce_adapters(args, model)
     if validation:  # the loss before training; and too little memory for it shows here, not at the end
         validate(validation, model, device, first_step)
 
@@ -251,6 +256,8 @@ def run(args):
     finally:  # A disk too full for the last checkpoint must not cost the model.
         if done is not None:
             weights.save(model, tokenizer, args.out / "model")
+            if args.adapter:
+                adapter.save(model, folder, tokenizer, args.out / "adapter")
             if dist.get_rank() == 0 and done == args.steps:
                 mark_finished(args.out, done)
     # All decide together, and none before all have saved: torchrun ends every process soon after the first
@@ -286,6 +293,9 @@ def read_texts(args, tokenizer):
 def load_sharded(args, folder, config, device):
     """Return the model in a CheckpointFolder, but with this Config, sharded and ready for training."""
     model = empty_transformer(config)
+    if args.lora_rank:
+        train = args.lora_train.split(",") if args.lora_train else ()
+        add_adapters(model, args.lora_rank, args.lora_alpha, args.lora_targets.split(","), train)
     fsdp.shard(
         model,
         device,
@@ -296,7 +306,18 @@ def load_sharded(args, folder, config, device):
         compile=args.compile,
     )
     folder.read_into(model)
+    initialise_adapters(model, args.seed)
     return model.train()
+
+
+@torch.no_grad()
+def initialise_adapters(model, seed):
+    """Give the adapters of a model, if any, their first values, the same on any number of processes."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            fsdp.set_whole(module.a, initial_a(module.a.shape, generator))
+            module.b.zero_()
 
 
 def extended_config(config, args):
@@ -378,6 +399,17 @@ def announce(args, base, config, batches, first_step):
             say(f"that is {passes:,.0f} passes over these texts, which will be learnt by heart: add more")
         if not args.data and args.model != "tiny":
             say("without --data it trains on the source of Python's standard library; name texts like yours")
+
+
+def announce_adapters(args, model):
+    """Say what is trained instead of the whole model."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    beside = f", and {args.lora_train}" if args.lora_train else ""
+    say(
+        f"LoRA of rank {args.lora_rank} on {args.lora_targets}{beside}: {trained:,} parameters are trained, "
+        f"{frozen:,} stay as they are"
+    )
 
 
 def warn_of_loaders(args, base, config):

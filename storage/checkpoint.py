@@ -4,6 +4,7 @@ Notable choices:
 - torch.distributed.checkpoint writes into a temporary folder, which is renamed to step-N when all of it is on
   disk. No file names the newest checkpoint: it is the folder with the largest N.
 - checkpoint.json beside its files records what the run was started with, and a checksum of each file.
+- It holds what is trained. Frozen weights are read again from where they came.
 - A checkpoint is data. PyTorch reads its .metadata with pickle, which would run code that somebody put there.
   So only METADATA_CLASSES, tensors and plain values are read.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from storage.errors import InputError, naming
 from storage.files import MARK, remove_folder, remove_left_overs, replace_folder, temporary_folder
@@ -64,8 +65,7 @@ class Checkpoints:
         """Copy the state and begin to write it. Training may go on at once."""
         self.finish()  # one at a time
         self.aside = _of_process_0(lambda: temporary_folder(self.folder / f"step-{step}"))
-        weights, moments = get_state_dict(model, optimizer)
-        state = {"model": weights, "optimizer": moments}
+        state = _trained_state(model, optimizer)
         written = dcp.async_save(state, checkpoint_id=self.aside, process_group=self.group)
         self.writing = self.background.submit(self._complete, written, self.aside, step)
 
@@ -150,9 +150,9 @@ class Checkpoints:
             comparable = {key: value for key, value in self.record.items() if key in manifest["run"]}
             if changed := describe_changes(manifest["run"], comparable):
                 raise InputError(f"{folder} is of another run: {changed}; start again with another folder")
-            weights, moments = get_state_dict(model, optimizer)
-            read_as_data({"model": weights, "optimizer": moments}, folder, manifest["crc32"])
-            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+            state = _trained_state(model, optimizer)
+            read_as_data(state, folder, manifest["crc32"])  # into the parameters themselves
+            set_optimizer_state_dict(model, optimizer, state["optimizer"])
             self.newest = step
             return step
         if found:
@@ -191,6 +191,15 @@ class Checkpoints:
         """Return the steps of all checkpoints, the newest first."""
         numbers = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
         return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
+
+
+def _trained_state(model, optimizer):
+    """Return what a checkpoint holds: the trained parameters by name, and the optimizer's state of them.
+
+    The tensors share their memory with the parameters. One with two names, as a tied head has, is there once.
+    """
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {"model": trained, "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
 def _of_process_0(action, group=None):
