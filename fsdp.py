@@ -25,6 +25,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from storage.errors import InputError
 
+NARROW = 8  # A matrix product is an adapter's if its result is so many times as wide as its first factor.
+
 # Dense bfloat16 operations a second by the makers' data sheets. A card takes the first entry whose name
 # is part of its own, so longer names come first.
 PEAK_FLOPS = {
@@ -149,6 +151,9 @@ def checkpoint_activations(block, mode):
 def save_matrix_products(context, op, *args, **kwargs):
     """Return what selective checkpointing does with the result of an operation."""
     name = op.overloadpacket.__name__ if hasattr(op, "overloadpacket") else str(op)
+    if name == "mm" and args[0].shape[1] * NARROW <= args[1].shape[1]:
+        # It is an adapter's second product: as much to keep as the layer's own, and nearly nothing to compute.
+        return CheckpointPolicy.PREFER_RECOMPUTE
     if name in ("mm", "addmm") or "scaled_dot_product" in name:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
