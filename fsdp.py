@@ -152,7 +152,7 @@ def save_matrix_products(context, op, *args, **kwargs):
     """Return what selective checkpointing does with the result of an operation."""
     name = op.overloadpacket.__name__ if hasattr(op, "overloadpacket") else str(op)
     if name == "mm" and args[0].shape[1] * NARROW <= args[1].shape[1]:
-        # It is an adapter's second product: as much to keep as the layer's own, and nearly nothing to compute.
+        # It is an adapter's second product: as much to keep as the layer's own, nearly nothing to compute.
         return CheckpointPolicy.PREFER_RECOMPUTE
     if name in ("mm", "addmm") or "scaled_dot_product" in name:
         return CheckpointPolicy.MUST_SAVE
