@@ -51,6 +51,8 @@ def what_to_do(path):
     """Return what to do with a path that is no Hugging Face folder, None where nothing comes to mind."""
     if (path / "model" / "config.json").is_file():
         return f"its model is in {path / 'model'}"  # the output of a training run
+    if (path / "adapter_config.json").is_file():
+        return "these are adapters alone: name a model that they are merged into, such as a run's OUT/model"
     snapshots = sorted(path.glob("snapshots/*/config.json"))
     if snapshots:
         return f"a folder of the Hub's cache: name {snapshots[0].parent}"

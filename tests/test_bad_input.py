@@ -156,6 +156,7 @@ CONVERT = "python -m hf.weights convert"
         ("m.gguf", {"": "GGUF"}, [f"{CONVERT} m.gguf NEW_FOLDER"]),
         ("ggufs", {"q8.gguf": "GGUF"}, [f"{CONVERT} ggufs/q8.gguf NEW_FOLDER"]),
         ("out", {"model/config.json": "{}"}, ["its model is in out/model"]),
+        ("peft", {"adapter_config.json": "{}"}, ["adapters alone", "merged into"]),
         ("empty", {"a.txt": ""}, ["name a Hugging Face folder or one of tiny, smollm2-135m"]),
     ],
 )
@@ -434,6 +435,15 @@ def test_no_tokenizer(refused, model):
         (["--retrieval", 0.5, "--method", "full"], ["--retrieval", "with full"]),
         (["--retrieval", 0.5, "--method", "randpos"], ["--retrieval", "with randpos"]),
         (["--episode_len", 64], ["--episode_len", "--retrieval"]),
+        (["--lora_rank", -1], ["--lora_rank", "at least 0, not -1"]),
+        (["--lora_rank", 65], ["--lora_rank 65", "at most rank 64"]),
+        (["--lora_rank", 4, "--lora_alpha", 0], ["--lora_alpha", "at least 1, not 0"]),
+        (["--lora_rank", 4, "--lora_targets", "q,x"], ["--lora_targets", "q,k,v,o", "'x'"]),
+        (["--lora_rank", 4, "--lora_train", "head"], ["--lora_train", "embed,norm", "'head'"]),
+        (["--lora_alpha", 4], ["--lora_alpha belongs to --lora_rank"]),
+        (["--lora_targets", "q"], ["--lora_targets belongs to --lora_rank"]),
+        (["--lora_train", "norm"], ["--lora_train belongs to --lora_rank"]),
+        (["--adapter"], ["--adapter belongs to --lora_rank"]),
         (["--retrieval", 1, "--episode_len", 48], ["--episode_len 48", "the 64 tokens"]),
         (
             ["--retrieval", 0.5, "--train_len", 128, "--micro_batch_size", 2],

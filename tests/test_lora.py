@@ -3,6 +3,7 @@
 The reference is a plain model whose weights are W + alpha / rank * B A, computed whole.
 """
 
+import dataclasses
 import json
 import shutil
 
@@ -17,8 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model as decoder
-from hf import families, scaling, tokenizer, weights
+from hf import adapter, families, scaling, tokenizer, weights
 from hf.builtin import open_model
+from hf.folder import CheckpointFolder
+from storage.errors import InputError
 from storage.files import cache_dir
 
 ATTENTION, MLP = (
@@ -69,9 +72,9 @@ def test_adapters_compute_and_learn_as_whole_weights_do(make_llama, family, laye
     with torch.no_grad():
         for name, (a, b) in adapters.items():
             b.normal_()
-            adapter = ours.get_submodule(name.removesuffix(".weight")).adapter
-            adapter.a.copy_(a)
-            adapter.b.copy_(b)
+            beside = ours.get_submodule(name.removesuffix(".weight")).adapter
+            beside.a.copy_(a)
+            beside.b.copy_(b)
 
     tokens, targets = torch.randint(0, 320, (2, 2, 40))
     expected = functional_call(plain, with_changes(plain, adapters, 5 / 3), (tokens,))
@@ -80,8 +83,8 @@ def test_adapters_compute_and_learn_as_whole_weights_do(make_llama, family, laye
     torch.nn.functional.cross_entropy(expected.flatten(0, 1), targets.flatten(), reduction="sum").backward()
     ours(tokens, targets=targets).backward()
     for name, (a, b) in adapters.items():
-        adapter = ours.get_submodule(name.removesuffix(".weight")).adapter
-        assert relative_error(adapter.a.grad, a.grad) < 1e-4 and relative_error(adapter.b.grad, b.grad) < 1e-4
+        beside = ours.get_submodule(name.removesuffix(".weight")).adapter
+        assert relative_error(beside.a.grad, a.grad) < 1e-4 and relative_error(beside.b.grad, b.grad) < 1e-4
     for name, parameter in ours.named_parameters():
         if "adapter" in name:
             continue
@@ -332,3 +335,30 @@ def test_peft_loads_what_was_trained_beside_the_adapters(train, options, base, t
     same = {name for name in before if torch.equal(before[name], after[name])}
     frozen = ("lm_head", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
     assert same == {name for name in before if any(part in name for part in frozen)}
+
+
+@pytest.mark.parametrize("family, beta", [("Phi", 0), ("Llama", 0.2)])
+def test_peft_finds_the_layers_of_the_family_that_is_written(make_llama, tmp_path, family, beta):
+    """Phi has other names. With scaled queries LLaMA's weights are read by another class."""
+    more = {"layer_norm_eps": 1e-5, "partial_rotary_factor": 1.0} if family == "Phi" else {}
+    folder, _ = make_llama(family=family, head_dim=16, **more)
+    ours = weights.load(folder)
+    ours.config = scaling.extend(ours.config, "yarn", 512, beta)
+    decoder.add_adapters(ours, 3, 5, decoder.linear_layers(ours.config))
+    for name, parameter in ours.named_parameters():
+        if "adapter" in name:
+            torch.nn.init.normal_(parameter, 0.0, 0.1)
+    adapter.check(ours.config)
+    adapter.save(ours, CheckpointFolder(folder), open_model("tiny").load_tokenizer(), tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+    tokens = torch.randint(0, 320, (1, 200))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, ours(tokens), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("model_type, written", [("gptj", "phi"), ("baichuan", "llama")])
+def test_adapters_that_would_fit_no_stock_model_are_refused(model_type, written):
+    config = decoder.Config(320, 64, 96, 2, 4, 4, 16, 64, model_type=model_type)
+    config = dataclasses.replace(config, **families.FAMILIES[model_type].block)
+    with pytest.raises(InputError, match=f"adapters of {model_type} .* those of {written}"):
+        adapter.check(config)
