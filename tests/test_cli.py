@@ -145,6 +145,23 @@ def test_a_models_own_query_scale_stays_unless_another_is_given(parse_and_comple
         assert stretched.get("llama_4_scaling_beta", 0) == beta
 
 
+def test_adapters_are_for_all_layers_and_learn_faster(parse_and_complete):
+    """LLaMA has a gate. A rank changes neither what counts nor the rate."""
+    args = parse_and_complete("--model", "folder", "--lora_rank", 8)
+    assert (args.lora_alpha, args.lora_targets, args.lr) == (16, "q,k,v,o,gate,up,down", pytest.approx(2e-4))
+    recorded = copy.deepcopy(args)
+    complete(args)  # as --resume does with what the run recorded
+    assert args == recorded
+    given = ("--lora_alpha", 5, "--lora_targets", "v,q,v", "--lora_train", "norm,embed", "--lr", 1e-5)
+    args = parse_and_complete("--model", "folder", "--lora_rank", 8, *given)
+    assert (args.lora_alpha, args.lora_targets, args.lora_train, args.lr) == (5, "q,v", "embed,norm", 1e-5)
+    without_gate = dataclasses.replace(SMOLLM2, mlp="gelu")
+    args = parse_and_complete("--model", "folder", "--lora_rank", 8, config=without_gate)
+    assert args.lora_targets == "q,k,v,o,up,down"
+    with pytest.raises(InputError, match="--lora_targets: this model has no gate; choose of q,k,v,o,up,down"):
+        parse_and_complete("--lora_rank", 8, "--lora_targets", "gate", config=without_gate)
+
+
 @pytest.fixture
 def record(tmp_path):
     """record(args) writes args.json of an earlier run in tmp_path that had these options."""

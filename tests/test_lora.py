@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import losses, metrics
+from conftest import losses, metrics, needs_gpu
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from torch.func import functional_call
@@ -230,6 +230,19 @@ def check_curve(lines, plain_run):
 def test_the_curve_is_that_of_a_plain_loop(four_steps, sharded, plain_run):
     check_curve(metrics(four_steps), plain_run)
     check_curve(metrics(sharded), plain_run)
+
+
+@needs_gpu
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_gives_the_curve_of_a_plain_loop(train, options, plain_run, dtype, mode):
+    """Compiled. On the GPU bfloat16 rounds the frozen weights when they are read."""
+    how = ("--device", "cuda", "--dtype", dtype, "--activation_checkpointing", mode)
+    lines = train("gpu", *options, "--steps", 4, *how)
+    loss_error, norm_error = (1e-4, 1e-3) if dtype == "float32" else (1e-2, 5e-2)
+    for line, loss, norm in zip(lines, *plain_run[:2], strict=True):
+        assert line["loss"] == pytest.approx(loss, rel=loss_error)
+        assert line["grad_norm"] == pytest.approx(norm, rel=norm_error)
 
 
 def test_the_adapters_are_merged_into_the_model(four_steps, plain_run, base):
