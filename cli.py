@@ -302,8 +302,8 @@ def one_line(error):
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the GPU's memory is full: training, lower --micro_batch_size or --train_len, or add "
-            "--activation_checkpointing full; validating, lower --eval_lengths; evaluating, lower --lengths; "
-            "asking, shorten the text"
+            "--activation_checkpointing full, or --lora_rank 16 to train adapters alone; validating, lower "
+            "--eval_lengths; evaluating, lower --lengths; asking, shorten the text"
         )
     # PyTorch has no types of its own for a CPU that is out of memory, and for the end of another process.
     reason = str(error) if isinstance(error, RuntimeError) else ""
@@ -572,7 +572,7 @@ def check_out(out):
             raise InputError(f"--out {out}: {path} is a file; name a folder")
     resolved = out.resolve()
     for path in (resolved, *resolved.parents):
-        if path.name in ("checkpoints", "model") and (path.parent / "args.json").exists():
+        if path.name in ("checkpoints", "model", "adapter") and (path.parent / "args.json").exists():
             raise InputError(f"--out {out}: {path.parent} is another run's; name a folder outside of it")
 
 

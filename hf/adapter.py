@@ -91,9 +91,8 @@ def _others(model, config):
         if parameter.requires_grad and ".adapter." not in name:
             tensor = whole(parameter.detach()).to("cpu", getattr(torch, config.dtype))
             tensors[f"base_model.model.{families.published_name(name, config.model_type)}"] = tensor
-            if (
-                name == "embed.weight" and config.tie_embeddings
-            ):  # PEFT unties a head whose embedding it replaces
+            # PEFT leaves a tied head the old embedding, so the head is replaced as well.
+            if name == "embed.weight" and config.tie_embeddings:
                 head = families.published_name("head.weight", config.model_type)
                 tensors[f"base_model.model.{head}"] = tensor.clone()
     return tensors
