@@ -34,8 +34,8 @@ def check(config):
     written = families.as_written(config).model_type
     for name in families.stored_parameters(config):
         if families.published_name(name, config.model_type) != families.published_name(name, written):
-            reason = f"its weights are written as those of {written}"
-            raise InputError(f"adapters of {config.model_type} fit no stock model: {reason}; merge them")
+            reason = f"its weights are written as those of {written}; take the merged model"
+            raise InputError(f"adapters of {config.model_type} fit no stock model: {reason}")
 
 
 def save(model, base, tokenizer, path):
