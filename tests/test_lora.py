@@ -260,6 +260,15 @@ def test_the_adapters_are_merged_into_the_model(four_steps, plain_run, base):
     assert same == {name for name in before if "proj" not in name}
 
 
+def test_only_what_is_named_is_trained(train, options, base, tmp_path):
+    others = ("--lora_train", "norm,embed", "--lora_targets", "q,up", "--lora_alpha", 6)
+    train("run", *options, *others, "--steps", 1)
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "run" / "model"))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    frozen = ("k_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
+    assert same == {name for name in before if any(part in name for part in frozen)}
+
+
 def test_untrained_adapters_change_nothing(call, options, short, base, tmp_path):
     done = call("train", *short, *options, "--steps", 0, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
@@ -300,29 +309,24 @@ def test_a_run_that_goes_on_is_the_same(request, call, tmp_path, which):
 # ---------------------------------------------------------------- PEFT
 
 
-def check_peft(out):
-    """Assert that PEFT and transformers, by each way to load OUT/adapter, find the model of OUT/model."""
+def test_peft_and_transformers_load_the_adapters(four_steps, base):
+    """By each way to load them, on the extended base, they are the model of OUT/model."""
     from peft import AutoPeftModelForCausalLM, PeftModel
 
+    own = four_steps / "adapter"
     how = {"dtype": torch.float32}
     stock = transformers.AutoModelForCausalLM
     tokens = torch.randint(0, 2048, (1, 600))
-    merged = weights.load(out / "model")
-    on_base = stock.from_pretrained(out / "adapter" / "base", **how)
+    on_base = stock.from_pretrained(own / "base", **how)
     with torch.no_grad():
-        expected = merged(tokens)
+        expected = weights.load(four_steps / "model")(tokens)
         assert (on_base(tokens).logits - expected).abs().max() > 0.1
         for loaded in (
-            AutoPeftModelForCausalLM.from_pretrained(out / "adapter", **how),
-            stock.from_pretrained(out / "adapter", **how),
-            PeftModel.from_pretrained(on_base, out / "adapter"),  # it changes on_base
+            AutoPeftModelForCausalLM.from_pretrained(own, **how),
+            stock.from_pretrained(own, **how),
+            PeftModel.from_pretrained(on_base, own),  # it changes on_base
         ):
             torch.testing.assert_close(loaded(tokens).logits, expected, rtol=0, atol=2e-3)
-
-
-def test_peft_loads_the_adapters(four_steps, base):
-    check_peft(four_steps)
-    own = four_steps / "adapter"
     assert {path.name for path in own.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -332,38 +336,26 @@ def test_peft_loads_the_adapters(four_steps, base):
     assert json.loads((own / "adapter_config.json").read_text())["modules_to_save"] is None
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_peft_loads_what_was_trained_beside_the_adapters(train, options, base, tmp_path, tied):
-    if not tied:
-        model = weights.load(base)
-        model.config.tie_embeddings = False
-        model.head.weight = torch.nn.Parameter(
-            model.embed.weight + 0.01 * torch.randn_like(model.embed.weight)
-        )
-        base = tmp_path / "untied"
-        weights.save(model, open_model("tiny").load_tokenizer(), base)
-    others = ("--lora_train", "norm,embed", "--lora_targets", "q,up", "--lora_alpha", 6, "--adapter")
-    train("run", *options, "--model", base, *others, "--steps", 2)
-    check_peft(tmp_path / "run")
-    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "run" / "model"))
-    same = {name for name in before if torch.equal(before[name], after[name])}
-    frozen = ("lm_head", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
-    assert same == {name for name in before if any(part in name for part in frozen)}
+@pytest.mark.parametrize("family, beta, tied", [("Phi", 0, False), ("Llama", 0.2, False), ("Llama", 0, True)])
+def test_peft_finds_all_that_was_trained_in_the_family_that_is_written(
+    make_llama, tmp_path, family, beta, tied
+):
+    """Also embedding and norms. Phi has other names, and with scaled queries another class reads LLaMA's.
 
-
-@pytest.mark.parametrize("family, beta", [("Phi", 0), ("Llama", 0.2)])
-def test_peft_finds_the_layers_of_the_family_that_is_written(make_llama, tmp_path, family, beta):
-    """Phi has other names. With scaled queries LLaMA's weights are read by another class."""
+    A head that is tied to a trained embedding is trained with it.
+    """
     from peft import AutoPeftModelForCausalLM
 
     more = {"layer_norm_eps": 1e-5, "partial_rotary_factor": 1.0} if family == "Phi" else {}
-    folder, _ = make_llama(family=family, head_dim=16, **more)
+    folder, _ = make_llama(family=family, tie_word_embeddings=tied, **more)
     ours = weights.load(folder)
     ours.config = scaling.extend(ours.config, "yarn", 512, beta)
-    decoder.add_adapters(ours, 3, 5, decoder.linear_layers(ours.config))
-    for name, parameter in ours.named_parameters():
-        if "adapter" in name:
-            torch.nn.init.normal_(parameter, 0.0, 0.1)
+    decoder.add_adapters(ours, 3, 5, decoder.linear_layers(ours.config), ("embed", "norm"))
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if parameter.requires_grad:
+                before = 0 if "adapter" in name else parameter
+                parameter.copy_(before + 0.1 * torch.randn_like(parameter))
     adapter.check(ours.config)
     adapter.save(ours, CheckpointFolder(folder), open_model("tiny").load_tokenizer(), tmp_path / "adapter")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
