@@ -472,7 +472,7 @@ def test_sentences_of_the_readme():
     sentences = (
         f"takes {pose['step_seconds']:.2f} s and {pose['peak_memory_gib']:.1f} GiB",
         f"at full length it takes {full['step_seconds']:.1f} s and {full['peak_memory_gib']:.1f} GiB",
-        f"solves {figure(far):.0f}% at 131,072 tokens; the untouched model solves {figure(base):.0f}% at 4,096",
+        f"solves {figure(far):.0f}% at 131,072 tokens; the untouched model solves {figure(base):.0f}%",
         f"rise from {before:.1f}% to {after:.1f}% on average",
         f"chains of variables ({chains:.0f}% at 131,072) and counting words ({words:.0f}%)",
         f"second seed finds {seeds[1]:.0f}% of the codes at 131,072, a third {seeds[2]:.0f}%",

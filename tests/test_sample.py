@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, scaling_of
+from conftest import ROOT, needs_gpu, scaling_of
 from tqdm import tqdm
 from transformers import AutoTokenizer, TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -96,6 +96,18 @@ def test_an_answer_ends_before_a_stop(make_llama):
     assert stream(ours, random_ids(20), 15, [free[0]]) == []
 
 
+@needs_gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_gpu_says_what_generation_without_a_graph_says(make_llama, shape):
+    ours = weights.load(make_llama(**SHAPES[shape])[0], "cuda")
+    session = sample.Session(ours)
+    said = []
+    for n in (37, 60):  # the second prompt goes on from the first
+        prompt = (random_ids(37) + said + random_ids(20))[:n]
+        said = list(session.stream(prompt, 12, (), greedy))
+        assert said == ours.generate(torch.tensor([prompt], device="cuda"), 12)[0].tolist()
+
+
 # ---------------------------------------------------------------- what was read before
 
 
@@ -139,6 +151,10 @@ class Counting:
         self.tokens += tokens.shape[1]
         return self.model.hidden(tokens, **how)
 
+    def hidden_at(self, tokens, *rotation_and_cache):
+        self.tokens += tokens.shape[1]
+        return self.model.hidden_at(tokens, *rotation_and_cache)
+
 
 def test_an_interrupt_leaves_the_session_whole(make_llama):
     """Wherever it comes: while the prompt is read, or while the answer is made."""
@@ -162,7 +178,12 @@ class Interrupted(Counting):
         self.after = after
 
     def hidden(self, tokens, **how):
-        h = super().hidden(tokens, **how)
+        return self.unless_interrupted(super().hidden(tokens, **how))
+
+    def hidden_at(self, tokens, *rotation_and_cache):
+        return self.unless_interrupted(super().hidden_at(tokens, *rotation_and_cache))
+
+    def unless_interrupted(self, h):
         if self.tokens > self.after:
             raise KeyboardInterrupt
         return h
