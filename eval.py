@@ -425,8 +425,7 @@ def prepare_needle(args, model, tokenizer, lengths):
 
 def prepare_ruler(args, model, tokenizer, lengths):
     corpus = data.tokenised(args.data, tokenizer, cache_dir()).tokens
-    for task in ruler.TASKS:  # A length too short for one of them is refused before the others are measured.
-        ruler.make_prompt(task, tokenizer, lengths[0], 0, args.seed, corpus)
+    ruler.check_length(tokenizer, lengths[0], args.seed, corpus)
 
     def measure(length):
         return measure_ruler(model, tokenizer, corpus, length, args.samples, args.seed)
