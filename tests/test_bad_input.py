@@ -656,6 +656,8 @@ def test_lengths_abc(really_refused):
         (["ppl", "--tail", 0], ["--tail", "at least 1, not 0"]),
         (["ppl", "--tail", 256], ["--tail 256", "length of 256"]),
         (["ppl", "--tail", 8, "--by_position"], ["--tail 8", "--by_position"]),
+        (["ppl", "--tail", 8, "--all"], ["--tail 8", "leave out --all"]),
+        (["passkey", "--all"], ["--all", "--task ppl"]),
         (["ppl", "--tail", 8, "--data", "text.txt", "--lengths", "128,100000"], ["--data", "100000"]),
         (["needle", "--keys", 17], ["--keys 17", "16"]),
         (["passkey", "--data", "text.txt"], ["--data", "needle"]),
