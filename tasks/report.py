@@ -241,6 +241,8 @@ class PerplexityTable(Table):
 
     def introduction(self, results):
         first = results[0]  # at the shortest length, which has the most documents
+        if "text_tokens" not in first:  # in a file that an earlier version wrote
+            return None
         documents = f"{first['documents']:,} document" + ("" if first["documents"] == 1 else "s")
         if first["tail"]:
             which = f"the last {first['tail']:,} of {documents}"
