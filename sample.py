@@ -3,7 +3,7 @@
     python sample.py --model out/model --file book.txt --ask "Who is Mr. Hyde?"
     python sample.py --model out/model --prompt "The capital of France is"
     python sample.py --model out/model < question.txt
-    python sample.py --model out/model            # a conversation, line by line
+    python sample.py --model out/model            # a conversation, line by line; the line /new begins another
 
 Notable choices:
 - A question goes through the chat template of the model's folder where it has one (hf/chat.py). A prompt
@@ -29,6 +29,8 @@ from hf import builtin, chat, weights
 from hf.tokenizer import Detokenizer, bos_ids, stop_ids
 from storage.errors import InputError
 
+NEW = "/new"  # a line that begins a new conversation
+BEGIN_ANEW = f"; {NEW} begins a new conversation"
 PREFILL_TOKENS = {"cuda": 16384, "cpu": 1024}  # of a prompt that go through the model at once
 
 # ---------------------------------------------------------------- from ids to ids
@@ -226,7 +228,11 @@ def answer(session, tokenizer, prompt, args, goes_on=False):
         pieces.append(detokenizer.rest())
         print(pieces[-1], flush=True)
     n = len(times) - 1
-    said = f"{n:,} new" + (" (the most allowed)" if n == most else "")
+    said = f"{n:,} new"
+    if len(prompt) + n == window:
+        said += f" (the window is full{BEGIN_ANEW if goes_on and not args.raw else ''})"
+    elif n == most:
+        said += " (the most that --max_new_tokens allows)"
     if n > 1:
         said += f", {(n - 1) / (times[-1] - times[1]):.0f} a second"
     reading = (times[1] if n else time.perf_counter()) - times[0]
@@ -241,14 +247,20 @@ def converse(session, tokenizer, text, args):
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  with it, input() lets lines be edited
-    print("Ctrl-C ends an answer, Ctrl-D the conversation.", file=sys.stderr)
+    print(f"Ctrl-C ends an answer, Ctrl-D leaves{'' if args.raw else BEGIN_ANEW}.", file=sys.stderr)
     messages = []
     while True:
         try:
             line = input("> ")
         except EOFError:
             return print()
+        except KeyboardInterrupt:
+            print("\nCtrl-D leaves.", file=sys.stderr)
+            continue
         if not line.strip():
+            continue
+        if line.strip() == NEW and not args.raw:
+            messages = []
             continue
         before = [] if args.raw else messages
         try:
@@ -256,7 +268,7 @@ def converse(session, tokenizer, text, args):
             prompt = prompt_ids(tokenizer, [*before, asked], session.model.config, args.raw)
             said = answer(session, tokenizer, prompt, args, goes_on=True)
         except InputError as error:  # another question may do
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}{BEGIN_ANEW if before else ''}", file=sys.stderr)
             continue
         messages = [*before, asked, {"role": "assistant", "content": said}]
 
