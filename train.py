@@ -212,8 +212,6 @@ def run(args):
     base = folder.config
     cli.complete_training(args, base)
     config = extended_config(base, args)
-    if args.adapter:
-        adapter.check(config)
     tokenizer = folder.load_tokenizer()
     batches, validation = read_texts(args, tokenizer) if args.steps else (None, None)
     record = cli.training_record(args, as_given)
@@ -238,9 +236,7 @@ def run(args):
     first_step = checkpoints.load(model, optimizer, say) if args.resume else 0
     if args.resume and dist.get_rank() == 0:
         unmark_finished(args.out)
-    announce(args, base, config, batches, first_step)
-    if args.lora_rank:
-        announce_adapters(args, model)
+    announce(args, base, model, batches, first_step)
     if validation:  # the loss before training; and too little memory for it shows here, not at the end
         validate(validation, model, device, first_step)
 
@@ -331,6 +327,8 @@ def extended_config(config, args):
             settings[option] = getattr(args, option)
     extended = scaling.extend(config, args.rope, args.target_len, args.llama_4_scaling_beta, **settings)
     families.as_written(extended)  # This only checks it, so that a run does not fail when it saves.
+    if args.adapter:
+        adapter.check(extended)
     return extended
 
 
@@ -370,8 +368,9 @@ def check_agreement(record):
             )
 
 
-def announce(args, base, config, batches, first_step):
-    """Say what will be done. base, config: the Config before and after the window was extended."""
+def announce(args, base, model, batches, first_step):
+    """Say what will be done. base: the Config before the window was extended."""
+    config = model.config
     if args.resume and not first_step:
         say(f"--resume: {args.out} holds no checkpoint yet; starting with the first step")
     stretch = f"{args.rope} by {args.factor:g}" if args.factor else args.rope
@@ -387,6 +386,8 @@ def announce(args, base, config, batches, first_step):
             together = "that stays"
         say(f"the model is scaled already ({earlier['rope_type']} by {earlier['factor']:g}); {together}")
     warn_of_loaders(args, base, config)
+    if args.lora_rank:
+        announce_adapters(args, model)
     if batches:
         n_used = len(batches.documents) - batches.n_too_short
         say(
