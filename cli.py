@@ -32,7 +32,7 @@ LARGEST = 2**31  # length in tokens, or factor
 LARGEST_SEED = 2**63 - 1
 LARGEST_LR = 1  # AdamW moves every weight by about so much in a step
 LARGEST_BATCH_TOKENS = 2**28  # in a step, over all processes
-LORA_LR = 10  # the default learning rate of adapters, in learning rates of the whole model
+LORA_LR = 10  # the learning rate of adapters, in learning rates of whole weights
 MICRO_BATCH_TOKENS = 32768  # tokens that a process takes through the model at once, unless told otherwise
 
 
@@ -486,7 +486,7 @@ def add_lora(g):
         help="linear layers that get an adapter, of q,k,v,o,gate,up,down (default: all)")
     g.add_argument("--lora_train", type=names_of(*TRAINED_BESIDE), metavar="embed,norm",
         help="train the embedding, the norms or both as well, which LongLoRA found to be needed at 100,000 "
-        "tokens (default: neither)")
+        f"tokens; their learning rate is a {LORA_LR}th of --lr (default: neither)")
     g.add_argument("--adapter", action=argparse.BooleanOptionalAction, default=False,
         help="also write the adapters by themselves, for PEFT, into OUT/adapter; OUT/model has them merged")
 

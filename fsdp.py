@@ -195,13 +195,22 @@ def set_whole(parameter, whole):
 # ---------------------------------------------------------------- the step
 
 
-def adamw(model, lr):
+def adamw(model, lr, share_beside_adapters=1.0):
     """Return the optimizer of what is trained, without weight decay.
 
     Matrices and vectors must be groups of their own, because only the matrices may be sharded.
+    share_beside_adapters: the share of the learning rate for all that is no adapter. The optimizer's
+    lr_shares has that of each group.
     """
-    groups = [{"params": parameters} for parameters in (matrices(model), vectors(model)) if parameters]
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)
+    groups = {}  # {(whether matrices, whether of adapters): parameters}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((parameter.dim() > 1, ".adapter." in name), []).append(parameter)
+    kinds = sorted(groups, reverse=True)  # matrices first
+    parameters = [{"params": groups[kind]} for kind in kinds]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
+    optimizer.lr_shares = [1.0 if of_adapters else share_beside_adapters for _, of_adapters in kinds]
+    return optimizer
 
 
 def average_vector_gradients(model):

@@ -60,8 +60,8 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
     # zip asks progress first: after the last step no batch is asked for.
     for step, batch in zip(progress, prefetched):
         lr = learning_rate(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for group, share in zip(optimizer.param_groups, optimizer.lr_shares):
+            group["lr"] = share * lr
 
         loss = torch.zeros((), device=device)  # nats a token, the weighted mean over the global batch
         total_weight = sum(token_weights.sum() for *_, token_weights in batch)
@@ -229,7 +229,7 @@ def run(args):
     if dist.get_rank() == 0 and not args.resume:
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "args.json", record)
-    optimizer = fsdp.adamw(model, args.lr)
+    optimizer = fsdp.adamw(model, args.lr, 1 / cli.LORA_LR if args.lora_rank else 1.0)
     may_differ = cli.MAY_CHANGE + cli.BY_CONTENT
     must_match = {key: value for key, value in record.items() if key not in may_differ}
     checkpoints = Checkpoints(args.out / "checkpoints", must_match, args.keep)

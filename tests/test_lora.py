@@ -261,12 +261,15 @@ def test_the_adapters_are_merged_into_the_model(four_steps, plain_run, base):
 
 
 def test_only_what_is_named_is_trained(train, options, base, tmp_path):
+    """AdamW's first step moves a number by the learning rate, here 5e-4. Whole weights have a tenth of it."""
     others = ("--lora_train", "norm,embed", "--lora_targets", "q,up", "--lora_alpha", 6)
     train("run", *options, *others, "--steps", 1)
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "run" / "model"))
     same = {name for name in before if torch.equal(before[name], after[name])}
     frozen = ("k_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
     assert same == {name for name in before if any(part in name for part in frozen)}
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert (after[name] - before[name]).abs().max() == pytest.approx(0.5e-4, rel=0.01)
 
 
 def test_untrained_adapters_change_nothing(call, options, short, base, tmp_path):
