@@ -3,9 +3,7 @@
 A batch is a pure function of (seed, step, index).
 """
 
-import argparse
 import contextlib
-import gzip
 import itertools
 import json
 import os
@@ -49,210 +47,6 @@ def write(path, content):
 
 def jsonl(*texts):
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
-
-
-def texts_of(*paths):
-    return [text for file in data.find_files(paths) for text in data.read_documents(file)]
-
-
-# ---------------------------------------------------------------- readers
-
-
-def test_txt_is_one_document(tmp_path):
-    assert texts_of(write(tmp_path / "a.txt", "one\n\ntwo é 字\n")) == ["one\n\ntwo é 字\n"]
-
-
-def test_jsonl_is_a_document_a_line(tmp_path):
-    """Blank lines, blank texts and other keys are passed over.
-
-    A line separator inside a text does not end it.
-    """
-    lines = [
-        '{"text": "first"}',
-        "",
-        '{"id": 3, "text": "sec\\nond", "meta": {"text": 1}}',
-        '{"text": " \\n"}',
-        '{"text": "a\u2028b"}',
-    ]
-    plain = write(tmp_path / "a.jsonl", "\n".join(lines))
-    packed = write(tmp_path / "b.jsonl.gz", gzip.compress("\r\n".join(lines).encode()))
-    assert texts_of(plain) == texts_of(packed) == ["first", "sec\nond", "a\u2028b"]
-
-
-def test_folder_is_searched_in_order_and_other_files_are_left_alone(tmp_path):
-    write(tmp_path / "d" / "b.txt", "b")
-    write(tmp_path / "d" / "a" / "deep.jsonl", jsonl("deep 1", "deep 2"))
-    write(tmp_path / "d" / "c.jsonl.gz", gzip.compress(jsonl("packed").encode()))
-    write(tmp_path / "d" / "picture.png", b"\xff\xfe")
-    write(tmp_path / "d" / "notes.md", "not asked for")
-    assert texts_of(tmp_path / "d") == ["deep 1", "deep 2", "b", "packed"]
-    named = str(tmp_path / "d" / "b.txt"), tmp_path / "d" / "a"
-    assert texts_of(*named) == ["b", "deep 1", "deep 2"]  # in the order of their names, str or Path
-
-
-def test_a_name_that_is_not_utf_8(tmp_path):
-    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("The cat.")
-    documents = data.tokenised([tmp_path], tokenizer.load(TINY), tmp_path / "cache")
-    assert len(documents) == 1
-
-
-def test_a_named_file_of_another_suffix_is_read_as_text(tmp_path):
-    source = "def f():\n    return 1\n"
-    files = write(tmp_path / "code.py", source), write(tmp_path / "README", "read me")
-    assert texts_of(*files) == [source, "read me"]
-
-
-def test_structured_files_by_every_name(tmp_path):
-    """JSON Lines has several suffixes, in upper case too. A folder of JSON is data about texts at least."""
-    for name in ("a.JSONL", "b.ndjson", "c.NDJSON", "d.json"):
-        assert texts_of(write(tmp_path / name, jsonl("one", "two"))) == ["one", "two"]
-    assert texts_of(write(tmp_path / "e.Jsonl.GZ", gzip.compress(jsonl("packed").encode()))) == ["packed"]
-    write(tmp_path / "d" / "dataset_infos.json", '{"rows": 1}')
-    write(tmp_path / "d" / "a.TXT", "text")
-    write(tmp_path / "d" / "b.NDJSON", jsonl("line"))
-    assert texts_of(tmp_path / "d") == ["text", "line"]
-
-
-JSON_AS_PROSE = [
-    jsonl("one", "two"),
-    "\n" + jsonl("one"),
-    '[{"text": "one"}, {"text": "two"}]',
-    '[\n  {"text": "one"}\n]\n',
-    '{\n  "text": "one"\n}',
-    '["one", "two"]',
-]
-PROSE = [
-    "[1] A footnote.\n",
-    "{curly} braces",
-    "{\n  return 1;\n}\n",
-    "[1, 2]\n",
-    "{}\n",
-    "[TOC]\n# Title\n",
-    "\\{x\\}",
-]
-
-
-@pytest.mark.parametrize("text", JSON_AS_PROSE)
-@pytest.mark.parametrize("name", ["a.txt", "11", "a.text"])
-def test_json_is_not_read_as_prose(tmp_path, name, text):
-    """Whatever its name is: /dev/fd/11 says nothing."""
-    with pytest.raises(InputError, match=f"{name}: holds JSON; make it a .jsonl"):
-        texts_of(write(tmp_path / name, text))
-
-
-@pytest.mark.parametrize("text", PROSE)
-def test_prose_that_begins_like_json(tmp_path, text):
-    assert texts_of(write(tmp_path / "a.txt", text)) == [text]
-
-
-def test_what_a_folders_search_passes_over_is_said(tmp_path, capfd):
-    """Hidden copies and linked folders would count texts twice."""
-    folder = tmp_path / "d"
-    write(folder / "a.txt", "a")
-    write(folder / ".ipynb_checkpoints" / "a.txt", "copy")
-    write(folder / "._a.txt", "copy")
-    write(folder / "notes.md", "notes")
-    write(tmp_path / "elsewhere" / "b.txt", "b")
-    (folder / "link").symlink_to(tmp_path / "elsewhere")
-    os.mkfifo(folder / "pipe.txt")
-    assert texts_of(folder) == ["a"]
-    said = capfd.readouterr().err
-    assert said.startswith(f"warning: {folder}: 1 file(s) read; passed over: 2 hidden, 1 linked folder, 1 ")
-    assert "1 .md" in said and "1 .txt" in said and said.count("\n") == 1
-    assert texts_of(folder, folder / "notes.md") == ["a", "notes"]
-    assert capfd.readouterr().err == ""  # once
-
-
-def test_a_pipe_or_a_device_is_refused(tmp_path):
-    """It would be waited for, or never end."""
-    os.mkfifo(tmp_path / "pipe.txt")
-    for path in (tmp_path / "pipe.txt", "/dev/zero", "/dev/null"):
-        with pytest.raises(InputError, match="a device or a pipe; save the texts to a file"):
-            texts_of(path)
-    read, written = os.pipe()
-    with pytest.raises(InputError, match=f"/dev/fd/{read}: a device or a pipe"):
-        texts_of(f"/dev/fd/{read}")
-    os.close(read)
-    os.close(written)
-
-
-def test_without_paths_the_standard_library():
-    files = data.find_files([])
-    library = Path(argparse.__file__).parent.resolve()
-    inside = {file.resolve().relative_to(library) for file in files}
-    assert {Path("argparse.py"), Path("gzip.py"), Path("json/__init__.py")} <= inside
-    parts = {part for file in inside for part in file.parts}
-    assert not {"site-packages", "dist-packages", "test", "tests"} & parts
-    assert all(file.suffix == ".py" for file in files)
-    # All are read, so none of the files is refused.
-    assert Path(argparse.__file__).read_text(encoding="utf-8") in texts_of()
-
-
-PACKED = gzip.compress(jsonl(*(f"document {i} {i**5}" for i in range(2000))).encode())
-GOOD = '{"text": "good"}\n\n'  # a bad line after it is number 3
-
-
-@pytest.mark.parametrize(
-    "name, content, says",
-    [
-        ("latin.txt", "caf\u00e9".encode("latin-1"), ["not UTF-8 at byte 3"]),
-        ("a.bin", b"\x80", ["not UTF-8 at byte 0"]),
-        ("a.jsonl", GOOD + "{'text': 'single quotes'}\n", ["line 3"]),
-        ("a.jsonl", GOOD + '{"text": "cut sho', ["line 3"]),
-        ("a.jsonl", GOOD + '{"txt": "no text"}', ["line 3", '"text"']),
-        ("a.jsonl", GOOD + '{"text": 5}', ["line 3", '"text"']),
-        ("a.jsonl", GOOD + '{"text": null}', ["line 3", '"text"']),
-        ("a.jsonl", GOOD + '{"text": ["a"]}', ["line 3", '"text"']),
-        ("a.jsonl", GOOD + '["text"]', ["line 3"]),
-        ("a.jsonl", GOOD + '"text"', ["line 3"]),
-        ("a.jsonl", GOOD + "17", ["line 3"]),
-        ("a.jsonl", GOOD.encode() + '{"text": "caf\u00e9"}'.encode("latin-1"), ["line 3", "UTF-8"]),
-        ("a.jsonl.gz", gzip.compress((GOOD + '{"text": 5}').encode()), ["line 3", '"text"']),
-        ("a.jsonl", GOOD + '{"text": "a", "id": ' + "9" * 5000 + "}", ["line 3", "a number of 5000 digits"]),
-        ("a.jsonl", GOOD + "[" * 10**5, ["line 3", "nested too deeply"]),
-        ("a.jsonl", GOOD + '{"text": "\\ud83d"}', ["line 3", "half a character"]),
-        ("a.json", '{\n "text": "over several lines"\n}', ["a.json, line 1"]),
-        ("a.txt", "a text\0with NUL", ["NUL at character 6"]),
-        ("utf16.txt", "a text".encode("utf-16-le"), ["NUL at character 1"]),
-        ("cut.jsonl.gz", PACKED[: len(PACKED) // 2], ["truncated"]),
-        ("cut.jsonl.gz", PACKED[:-8], ["truncated"]),
-        ("flipped.jsonl.gz", PACKED[:-8] + bytes(8), ["damaged"]),  # the checksum
-        ("flipped.jsonl.gz", PACKED[:200] + bytes(50) + PACKED[250:], ["damaged"]),
-        ("plain.jsonl.gz", jsonl("not packed at all"), ["gzip"]),
-        ("empty.txt", "", ["no text"]),
-        ("blank.txt", " \n\t\n", ["no text"]),
-        ("empty.jsonl", "", ["no text"]),
-        ("blank.jsonl", jsonl("", "  ", "\n") + "\n\n", ["no text"]),
-        ("blank.jsonl.gz", gzip.compress(jsonl("").encode()), ["no text"]),
-    ],
-)
-def test_bad_input_is_named(tmp_path, name, content, says):
-    """One line names the file, and the line of a .jsonl.
-
-    Nothing stays in the cache, even when good files came before.
-    """
-    before = [] if says == ["no text"] else [write(tmp_path / "fine.jsonl", jsonl("0 5", "5 9"))]
-    bad = write(tmp_path / name, content)
-    fake = FakeTokenizer()
-    fake.encode_batch = lambda texts: [[1] * len(text) for text in texts]
-    with pytest.raises(InputError) as error:
-        data.tokenised([*before, bad], fake, tmp_path / "cache")
-    message = str(error.value)
-    assert all(part in message for part in [str(bad), *says]) and "\n" not in message
-    assert not list((tmp_path / "cache" / "tokens").iterdir())
-
-
-@pytest.mark.parametrize("missing", ["nowhere", "nowhere.txt", "nowhere/deeper.jsonl"])
-def test_missing_path(tmp_path, missing):
-    fine = write(tmp_path / "fine.txt", "text")
-    with pytest.raises(InputError, match=f"{tmp_path / missing}: no such file"):
-        data.tokenised([fine, tmp_path / missing], FakeTokenizer(), tmp_path / "cache")
-
-
-def test_folder_without_texts(tmp_path):
-    write(tmp_path / "empty" / "picture.png", b"\xff")
-    with pytest.raises(InputError, match=f"{tmp_path / 'empty'}: no .txt, .jsonl"):
-        data.tokenised([tmp_path / "empty"], FakeTokenizer(), tmp_path / "cache")
 
 
 # ---------------------------------------------------------------- token files
@@ -610,7 +404,7 @@ def test_text_offset_skip_reaches_as_far_as_the_positions(make_documents):
 # ---------------------------------------------------------------- episodes among the examples
 
 
-def fake_episode(rng, text):
+def fake_episode(rng, text, weights):
     """Return a window of 4 that begins somewhere in a text, of weight 5, or None as often."""
     start = rng.integers(len(text) - 4)
     if rng.random() < 0.5:
