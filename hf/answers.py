@@ -106,9 +106,15 @@ def found_spans(tokenizer, messages, text):
 
 
 def end_of_turn(tokenizer, after, alone):
-    """Return what ends an answer: the part of `after` that belongs to it.
+    """Return what ends an answer: the part of `after` up to the token at which generation stops.
 
     after: all that the template writes behind the answer. alone: the same where no message follows.
     """
-    stop = re.match(rf"\s*(?:{one_of(tokenizer.control_tokens)})", after)
-    return stop[0] if stop else os.path.commonprefix([after, alone])
+    control_token = one_of(tokenizer.control_tokens)
+    end = os.path.commonprefix([after, alone])
+    *_, last = 0, *(found.end() for found in re.finditer(control_token, end))
+    if last:
+        return end[:last]
+    # Another token may end the last answer, or the name of who speaks next stops generation.
+    stop = re.match(rf"\s*(?:{control_token})", after)
+    return stop[0] if stop else end
