@@ -1,9 +1,7 @@
-"""data.py: what is read, what is refused and in which words, the token cache, and batches.
-
-A batch is a pure function of (seed, step, index).
-"""
+"""data.py: the token cache, masks, and batches. A batch is a pure function of (seed, step, index)."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -28,11 +26,20 @@ TINY = Path(__file__).parent.parent / "assets" / "tiny"
 class FakeTokenizer:
     """Its ids are consecutive: the document "7 12" has the tokens 7, 8, 9, 10, 11.
 
-    `asked` counts the documents that it was asked for.
+    Those of a prompt and its completion, "7 12" and " 12 15", are 7 to 14. `asked` counts the documents that
+    it was asked for.
     """
+
+    bos_id = eos_id = n_embeddings = None
 
     def __init__(self, vocab_size=1000, files=None):
         self.vocab_size, self.files, self.asked = vocab_size, files or {"tokenizer.model": b"one"}, 0
+
+    def encode_with_spans(self, text, spans):
+        self.asked += 1
+        first, seam, _, end = map(int, text.split())
+        assert spans == [(text.index(f" {seam} {end}"), len(text))]
+        return list(range(first, end)), np.arange(first, end) >= seam
 
     def encode_batch(self, texts):
         self.asked += len(texts)
@@ -47,6 +54,11 @@ def write(path, content):
 
 def jsonl(*texts):
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def completion(first, seam, end):
+    """Return a line of JSON with the tokens `first` to end - 1, of which those from `seam` on count."""
+    return json.dumps({"prompt": f"{first} {seam}", "completion": f" {seam} {end}"}) + "\n"
 
 
 # ---------------------------------------------------------------- token files
@@ -107,9 +119,76 @@ def test_tokens_are_reused_until_something_changes(tmp_path):
     assert prepare([a, b], [(3, 9), *all_three[1:]]) == 0
     moved = a.rename(tmp_path / "moved.txt")
     assert prepare([moved, b], [(3, 9), *all_three[1:]]) == 0
+    as_text = moved.rename(tmp_path / "moved.md")  # the same bytes, read in the same way
+    assert prepare([as_text, b], [(3, 9), *all_three[1:]]) == 3
     as_lines = b.rename(tmp_path / "b.txt")  # the same bytes, read in another way
     with pytest.raises(InputError, match="holds JSON"):
-        prepare([moved, as_lines], [])
+        prepare([as_text, as_lines], [])
+
+
+def test_tokens_of_another_key_are_others(tmp_path):
+    file = write(tmp_path / "a.jsonl", '{"text": "10 20", "content": "30 50"}\n')
+    for _ in range(2):
+        for key, first in (("text", 10), ("content", 30)):
+            documents = data.tokenised([file], FakeTokenizer(), tmp_path / "cache", key)
+            assert documents[0][0] == first
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2
+
+
+def test_a_mask_lies_beside_the_tokens_where_a_document_has_one(tmp_path):
+    """What counts in a text is all, in a completion what is behind the prompt, in files that have both."""
+    lines = [
+        *jsonl("10 20", "30 50").splitlines(True),
+        completion(60, 64, 70),
+        *jsonl("80 90").splitlines(True),
+    ]
+    file = write(tmp_path / "a.jsonl", "".join(lines) + completion(90, 95, 99) + jsonl("100 103"))
+    for _ in range(2):  # made, then found
+        documents = data.tokenised([file], FakeTokenizer(), tmp_path / "cache")
+        weights = [documents.token_weights(i, 0, 10**6).tolist() for i in range(len(documents))]
+        assert weights == [[1] * 10, [1] * 20, [0] * 4 + [1] * 6, [1] * 10, [0] * 5 + [1] * 4, [1] * 3]
+        assert documents.token_weights(2, 3, 6).tolist() == [0, 1, 1]
+        assert len(documents.masked) == len(documents.tokens) and documents.masked.sum() == 9
+
+
+def test_the_hash_is_of_tokens_starts_and_mask(tmp_path):
+    """Without a mask it is as it was before there were any, so that earlier runs can be resumed."""
+
+    def hash_of(content):
+        file = write(tmp_path / "a.jsonl", content)
+        return data.tokenised([file], FakeTokenizer(), tmp_path / "cache").sha256
+
+    parts = np.arange(10, 20, dtype=np.uint16).tobytes() + np.array([0, 10], dtype=np.int64).tobytes()
+    assert hash_of(jsonl("10 20")) == hashlib.sha256(parts).hexdigest()[:16]
+    assert (
+        len({hash_of(jsonl("10 20")), hash_of(completion(10, 12, 20)), hash_of(completion(10, 13, 20))}) == 3
+    )
+
+
+def test_conversations_texts_and_completions_of_one_file(tmp_path):
+    """With a real tokenizer and a chat template; another template makes other tokens."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
+    lines = [{"text": "The cat."}, {"messages": messages}, {"prompt": "The", "completion": " cat."}]
+    file = write(tmp_path / "a.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(
+        InputError, match="a.jsonl, line 2: this model has no chat template; put chat_template"
+    ):
+        data.tokenised([file], tokenizer.load(folder), tmp_path / "cache")
+    for header in ("", "Be brief. "):
+        template = header + "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+        write(folder / "chat_template.jinja", template)
+        documents = data.tokenised([file], tokenizer.load(folder), tmp_path / "cache")
+        reference = sentencepiece.SentencePieceProcessor(model_file=str(TINY / "tokenizer.model"))
+        asked, end = reference.encode(header + "user: Where?"), reference.eos_id()
+        conversation = documents[1].tolist()
+        assert conversation[: len(asked) + 1] == [*asked, end] and conversation[-1] == end
+        assert documents[0].tolist() == reference.encode("The cat.")
+        assert documents[2].tolist() == [*reference.encode("The cat."), end]
+        counted = [documents.token_weights(i, 0, 99).astype(bool) for i in range(3)]
+        assert counted[0].all() and counted[2].tolist() == [False, *[True] * (len(documents[2]) - 1)]
+        assert reference.decode(documents[1][counted[1]].tolist()) == "assistant: Here."
 
 
 def flip_a_bit(path):
@@ -128,10 +207,10 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "starts.bin", "dtype", "sha256"])
+@pytest.mark.parametrize("name", ["tokens.bin", "starts.bin", "masked.bin", "dtype", "sha256"])
 @pytest.mark.parametrize("how", DAMAGE)
 def test_damaged_tokens_are_made_anew(tmp_path, capfd, name, how):
-    file = write(tmp_path / "a.jsonl", jsonl("10 20", "30 50"))
+    file = write(tmp_path / "a.jsonl", jsonl("10 20", "30 50") + completion(60, 64, 70))
     data.tokenised([file], FakeTokenizer(), tmp_path / "cache")
     (folder,) = (tmp_path / "cache" / "tokens").iterdir()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -399,6 +478,81 @@ def test_text_offset_skip_reaches_as_far_as_the_positions(make_documents):
     enough = tokens[:, 0] - 1000 + 64 < 900
     assert enough.sum() > 500 and positions[enough].max() == 63
     assert np.array_equal((tokens - tokens[:, :1])[enough], positions[enough])
+
+
+# ---------------------------------------------------------------- what counts
+
+
+@pytest.fixture
+def make_masked(tmp_path):
+    """make_masked((5, 5, 30), (9, 12, 80)): documents with these (first counted token, last, length).
+
+    Number i has the ids 1000 (i + 1), 1000 (i + 1) + 1, … What counts begins at the first place and ends
+    before the second.
+    """
+
+    def make(*documents):
+        starts = np.cumsum([0, *(length for *_, length in documents)])
+        made = data.Documents.__new__(data.Documents)
+        made.starts, made.sha256 = starts, ""
+        made.tokens = np.concatenate([1000 * i + np.arange(n) for i, (*_, n) in enumerate(documents, 1)])
+        counts = [(np.arange(n) >= first) & (np.arange(n) < last) for first, last, n in documents]
+        made.masked = (~np.concatenate(counts)).astype(np.uint8)
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["pose", "pi", "randpos"])
+@pytest.mark.parametrize("bos_id", [None, 1])
+def test_weights_are_those_of_the_targets_and_none_of_the_windows_is_empty(make_masked, method, bos_id):
+    """The answer may be short, at the end, the beginning or in the middle of a long document."""
+    documents = make_masked((10**4 - 3, 10**4, 10**4), (2, 4, 5000), (3000, 3001, 6000), (0, 20, 20))
+    documents.tokens = np.arange(len(documents.tokens))
+    batches = data.Batches(documents, 0, bos_id, **POSE | {"method": method})
+    _, positions, targets, weights = together(batches, 0, range(400))
+    assert np.array_equal(weights, 1 - documents.masked[targets]) and weights.dtype == np.float32
+    assert (weights.sum(1) > 0).all()
+    drawn = np.searchsorted(documents.starts, targets[:, 0], side="right")
+    assert set(drawn.tolist()) == {1, 2, 3, 4}
+    assert batches.counted_share == pytest.approx((3 + 2 + 1 + 20) / len(documents.tokens))
+
+
+def test_windows_in_which_something_counts_are_equally_likely(make_masked):
+    documents, n = [(0, 12, 12), (40, 42, 60), (5, 5, 30), (0, 1, 30)], 8000
+    batches = data.Batches(make_masked(*documents), seed=1, **POSE | {"method": "pi"})
+    first = Counter(together(batches, 0, range(n))[0][:, 0].tolist())
+    places = []
+    for i, (begin, end, length) in enumerate(documents, 1):
+        for start in range(length - 8):
+            if any(begin <= target < end for target in range(start + 1, start + 9)):
+                places.append(1000 * i + start)
+    assert set(first) == set(places) and len(places) == 4 + 9
+    expected = n / len(places)
+    statistic = sum((first[place] - expected) ** 2 / expected for place in places)
+    halves = torch.tensor([(len(places) - 1) / 2, statistic / 2], dtype=torch.float64)
+    assert float(torch.special.gammaincc(*halves)) > 1e-6  # chi-square
+
+
+@pytest.mark.parametrize("documents", [[(5, 5, 30)], [(0, 1, 30)], [(0, 8, 8), (3, 3, 20)]])
+def test_documents_in_which_nothing_counts(make_masked, documents):
+    """The first token of a document is no target, and one that is too short does not count."""
+    with pytest.raises(InputError, match="no token counts in the documents longer than .* 8 tokens"):
+        data.Batches(make_masked(*documents), seed=0, **POSE)
+
+
+def test_an_episode_is_made_of_a_text_and_its_weights(make_masked):
+    documents = make_masked((100, 130, 200))
+    seen = []
+
+    def make(rng, text, weights):
+        seen.append((text, weights))
+
+    episodes = data.Episodes(1, 1, 8, make)
+    data.Batches(documents, 0, episodes=episodes, **POSE)(0, range(50))
+    for text, weights in seen:
+        assert len(text) == len(weights) > 8
+        assert np.array_equal(weights, (text >= 1100) & (text < 1130))
 
 
 # ---------------------------------------------------------------- episodes among the examples
