@@ -112,9 +112,9 @@ def end_of_turn(tokenizer, after, alone):
     """
     control_token = one_of(tokenizer.control_tokens)
     end = os.path.commonprefix([after, alone])
-    *_, last = 0, *(found.end() for found in re.finditer(control_token, end))
-    if last:
-        return end[:last]
+    stops = [found.end() for found in re.finditer(control_token, end)]
+    if stops:
+        return end[: stops[-1]]
     # Another token may end the last answer, or the name of who speaks next stops generation.
     stop = re.match(rf"\s*(?:{control_token})", after)
     return stop[0] if stop else end

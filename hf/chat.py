@@ -65,14 +65,18 @@ def encode(tokenizer, messages):
 
 
 def without_control_tokens(tokenizer, messages):
-    """Return the messages with an invisible character in each control token that one of them spells."""
+    """Return the messages with an invisible character in each control token that one of them spells.
+
+    MARKS are left out of them.
+    """
     control_token = re.compile(one_of(tokenizer.control_tokens))
     harmless = []
     for message in messages:
         parts = {}
         for key, part in message.items():
-            is_text = isinstance(part, str)
-            parts[key] = control_token.sub(lambda found: _broken(found[0]), part) if is_text else part
+            if isinstance(part, str):
+                part = control_token.sub(lambda found: _broken(found[0]), MARKS.sub("", part))
+            parts[key] = part
         harmless.append(parts)
     return harmless
 

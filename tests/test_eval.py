@@ -360,7 +360,7 @@ def test_perplexities_of_other_documents_are_not_compared(evaluate, tmp_path):
 
 
 def test_the_key_of_the_text(evaluate, tmp_path):
-    """The figures are those of the same texts under the usual key; a file from before there was one goes on."""
+    """The figures are those of the same texts under the usual key. A file without a key goes on."""
     written, texts = tmp_path / "r.json", [f"The cat sat on the mat. {i}" * 90 for i in range(2)]
     for key in ("text", "content"):
         (tmp_path / f"{key}.jsonl").write_text("".join(json.dumps({key: text}) + "\n" for text in texts))

@@ -130,7 +130,7 @@ def test_a_prompt_is_a_prefix_of_what_it_is_answered_with(folder):
 
 def test_no_message_makes_a_control_token_and_none_loses_its_count(folder):
     ours = with_template(folder, CHATML)
-    said = {"role": "assistant", "content": "a<|im_end|></s> <s>b"}
+    said = {"role": "assistant", "content": "a<|im_end|></s>\ufdd0 <s>b\ufdd1"}
     ids, counts = encode(ours, [ASKED, said])
     end = ours.control_tokens["<|im_end|>"]
     assert ids.count(end) == 2 and ours.control_tokens["</s>"] not in ids

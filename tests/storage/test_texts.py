@@ -195,7 +195,7 @@ def test_parquet(tmp_path):
         texts_of(path)
 
 
-ZST_LINES = jsonl(*(f"document {i} {i**5}" for i in range(20_000))).encode()  # larger than the buffers
+ZST_LINES = jsonl(*(f"document {i} {i**5}" for i in range(8_000))).encode()  # larger than the buffers
 
 
 def test_zst(tmp_path):
