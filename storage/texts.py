@@ -442,6 +442,6 @@ def parquet_rows(path):
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, row in enumerate(rows, 1):
                 yield "row", number, lambda row=row: row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{path}: not readable as Parquet ({reason}); copy it again") from None

@@ -69,6 +69,7 @@ TEMPLATES = {
     "thinks first": THINKS_FIRST,
     "two ends": TWO_ENDS,
     "words alone": WORDS_ALONE,
+    "two tokens at the end": CHATML.replace("<|im_end|>", "<|eot_id|><|im_end|>"),
 }
 BLOCKS = re.compile(r"\{% (end)?generation %\}")
 
