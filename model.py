@@ -196,17 +196,22 @@ class Attention(nn.Module):
         return q, rope.apply_rope(k, cos, sin), v
 
 
-def causal_attention(q, k, v):
-    """Return the attention of the last T of S tokens: q (B, T, H, D), k, v (B, S, K, D) -> (B, T, H * D)."""
+def causal_attention(q, k, v, place=None):
+    """Return the attention of the last T of S tokens: q (B, T, H, D), k, v (B, S, K, D) -> (B, T, H * D).
+
+    place: None, or an int64 tensor (1,): the place of a single query, which sees the keys up to there.
+    """
     T, S = q.shape[1], k.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T or S, D)
     grouped = k.shape[1] != q.shape[1]
-    if T == S:
+    if T == S and place is None:
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     else:
         # is_causal would line up the first query with the first key. With a cache, the last query belongs
         # to the last key.
         mask = None if T == 1 else causal_lower_right(T, S)
+        if place is not None:
+            mask = (torch.arange(S, device=place.device) <= place).expand(1, 1, 1, S)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     return attended.transpose(1, 2).flatten(2)
 
@@ -231,19 +236,25 @@ class Block(nn.Module):
 
         cos, sin: see rope.rope_cos_sin. query_scale: see rope.query_scale. cache: None, or (keys, values),
         each (B, S, K, D), whose first `start` places are filled and whose next T places this call fills.
+        start may be an int64 tensor (1,) for a single token: then no shape depends on it, and the same CUDA
+        graph does for every token. The places behind must hold finite numbers.
         """
         # A compiled block takes no slices: it has one graph for every length.
         may_overwrite_x = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if cache is None and x.shape[1] > SLICE_TOKENS and may_overwrite_x:
             return self.forward_in_slices(x, cos, sin, query_scale)
         q, k, v = self.attention.queries_keys_values(self.attention_norm(x), cos, sin, query_scale)
-        if cache is not None:
+        place = None
+        if isinstance(start, torch.Tensor):
+            place = start
+            k, v = (kept.index_copy_(1, place, new) for kept, new in zip(cache, (k, v)))
+        elif cache is not None:
             keys, values = cache
             end = start + x.shape[1]
             keys[:, start:end] = k
             values[:, start:end] = v
             k, v = keys[:, :end], values[:, :end]
-        return self.after_attention(x, causal_attention(q, k, v))
+        return self.after_attention(x, causal_attention(q, k, v, place))
 
     def after_attention(self, x, attended):
         """Return the block's output from its input x (B, T, C) and the heads' outputs (B, T, H * D)."""
@@ -340,9 +351,20 @@ class Transformer(nn.Module):
         end = start + tokens.shape[1]
         if positions is None:
             positions = torch.arange(start, end, device=tokens.device).expand(tokens.shape)
+        cos, sin, query_scale = self.rotations(positions, start, end, seq_lens)
+        return self.hidden_at(tokens, cos, sin, query_scale, cache, start)
+
+    def rotations(self, positions, start, end, seq_lens=None):
+        """Return what turns and scales queries and keys at positions (B, T): cos, sin and query_scale.
+
+        They are rope.rope_cos_sin's and rope.query_scale's for the tokens from `start` to `end`.
+        """
         inv_freq, attention_factor = self.frequencies(positions, seq_lens)
         cos, sin = rope.rope_cos_sin(positions, inv_freq, attention_factor)
-        query_scale = rope.query_scale(self.config.rope_scaling, start, end, tokens.device)
+        return cos, sin, rope.query_scale(self.config.rope_scaling, start, end, positions.device)
+
+    def hidden_at(self, tokens, cos, sin, query_scale, cache=None, start=0):
+        """Return what `hidden` does, given the results of `rotations`. start: see Block.forward."""
         x = self.embed(tokens).to(self.hidden_dtype)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, query_scale, cache[i] if cache else None, start)

@@ -135,7 +135,7 @@ def test_commands_that_are_none(run):
 
 
 def test_no_such_folder(really_refused):
-    says = ["nowhere/llama", "config.json"]
+    says = ["nowhere/llama", "no such folder"]
     really_refused("train.py", "--model", "nowhere/llama", *TRAIN, says=says)
     really_refused("eval.py", "--model", "nowhere/llama", "--task", "passkey", says=says)
 
@@ -147,16 +147,12 @@ CONVERT = "python -m hf.weights convert"
 @pytest.mark.parametrize(
     "name, files, says",
     [
-        ("smollm2", {}, ["did you mean smollm2-135m?"]),
-        ("SmolLM2-135M", {}, ["did you mean smollm2-135m?"]),
-        ("tinny", {}, ["did you mean tiny?"]),
-        ("meta-llama/Llama-2-7b-hf", {}, ["hf download meta-llama/Llama-2-7b-hf --local-dir"]),
-        ("models--a--b", {"snapshots/abc/config.json": "{}"}, ["name models--a--b/snapshots/abc"]),
         ("meta", META, [f"{CONVERT} meta NEW_FOLDER"]),
         ("m.gguf", {"": "GGUF"}, [f"{CONVERT} m.gguf NEW_FOLDER"]),
         ("ggufs", {"q8.gguf": "GGUF"}, [f"{CONVERT} ggufs/q8.gguf NEW_FOLDER"]),
         ("out", {"model/config.json": "{}"}, ["its model is in out/model"]),
-        ("empty", {"a.txt": ""}, ["name a Hugging Face folder or one of tiny, smollm2-135m"]),
+        ("llamas", {"7b/config.json": "{}", "13b/config.json": "{}"}, ["2 models", "such as llamas/13b"]),
+        ("empty", {"a.txt": ""}, ["name a Hugging Face folder, or tiny or smollm2-135m"]),
     ],
 )
 def test_a_model_that_is_somewhere_else(refused, name, files, says):
@@ -658,12 +654,14 @@ def test_lengths_abc(really_refused):
         (["ppl", "--seed", 1], ["--seed", "--task passkey or needle"]),
         (["ppl", "--trials", 1], ["--trials", "--task passkey or needle"]),
         (["needle", "--samples", 1], ["--samples", "--task ruler"]),
-        (["ruler", "--data", "text.txt", "--lengths", "600,2048"], ["600 tokens are too few", "RULER's"]),
+        (["ruler", "--data", "text.txt", "--lengths", "600,2048"], ["600 tokens are too few", "vt", "cwe"]),
         (["benchmarks", "--lengths", 256], ["--lengths", "--task passkey or needle or ruler or ppl"]),
         (["ppl", "--generate"], ["--generate", "--task passkey or needle"]),
         (["ppl", "--tail", 0], ["--tail", "at least 1, not 0"]),
         (["ppl", "--tail", 256], ["--tail 256", "length of 256"]),
         (["ppl", "--tail", 8, "--by_position"], ["--tail 8", "--by_position"]),
+        (["ppl", "--tail", 8, "--all"], ["--tail 8", "leave out --all"]),
+        (["passkey", "--all"], ["--all", "--task ppl"]),
         (["ppl", "--tail", 8, "--data", "text.txt", "--lengths", "128,100000"], ["--data", "100000"]),
         (["needle", "--keys", 17], ["--keys 17", "16"]),
         (["passkey", "--data", "text.txt"], ["--data", "needle"]),
