@@ -383,7 +383,7 @@ RECIPES = {
 # Options that records of earlier versions lack, and their value in those runs.
 NEWER = {
     "retrieval": 0.0, "lora_rank": 0, "lora_alpha": None, "lora_targets": None, "lora_train": None,
-    "adapter": False,
+    "adapter": False, "text_key": "text", "loss_on": "answers",
 }  # fmt: skip
 NOT_RECORDED = ("out", "resume")  # options that belong to one call
 BY_CONTENT = ("model", "data")  # paths: a resumed run may have others, with the same model and texts there
@@ -404,8 +404,11 @@ def training_parser():
     p.add_argument("--model", type=path_name,
         help="a Hugging Face folder, or tiny or smollm2-135m (default: smollm2-135m with a GPU, else tiny)")
     p.add_argument("--data", type=path_name, nargs="+", action="extend", default=[], metavar="FILE",
-        help="texts: .txt, .jsonl, .ndjson files (.gz too), and folders of them (default: Python's "
-        "standard library)")
+        help="texts: .txt, .md, .jsonl, .ndjson, .json files (.gz and .zst too), .parquet, folders of them, "
+        "or - for standard input (default: Python's standard library)")
+    p.add_argument("--text_key", default="text", metavar="KEY",
+        help="key of the text in JSON and Parquet (default: text); objects without it may have messages, or "
+        "prompt and completion")
     p.add_argument("--out", type=as_path, default=Path("out"), metavar="DIR",
         help="a new folder for this run (default: out)")
     p.add_argument("--target_len", type=whole_number(1),
@@ -474,6 +477,9 @@ def add_schedule(g):
         help="steps of linear warm-up, before linear decay to 0 (default: 10)")
     g.add_argument("--seed", type=whole_number(0, LARGEST_SEED), default=0,
         help="seed of the examples (default: 0)")
+    g.add_argument("--loss_on", choices=("answers", "all"), default="answers",
+        help="what counts in conversations and completions: what the assistant says, or all. Of plain texts "
+        "all counts (default: answers)")
 
 
 def add_lora(g):

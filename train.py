@@ -27,6 +27,7 @@ import fsdp
 import retrieval
 from hf import adapter, builtin, families, loaders, scaling, weights
 from model import Adapter, add_adapters, empty_transformer, initial_a
+from storage import texts
 from storage.checkpoint import Checkpoints
 from storage.errors import InputError
 from storage.files import cache_dir, write_json
@@ -66,6 +67,7 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
         loss = torch.zeros((), device=device)  # nats a token, the weighted mean over the global batch
         total_weight = sum(token_weights.sum() for *_, token_weights in batch)
         dist.all_reduce(total_weight)
+        total_weight.clamp_(min=1)  # where no token counts, as may happen in conversations, the loss is 0
         for micro_batch in batch:  # tokens, positions, targets, token weights
             part = model(*micro_batch) / total_weight
             (part * world).backward()  # FSDP averages over processes, and the loss is a sum over them
@@ -205,6 +207,8 @@ def main():
 
 def run(args):
     """Train as the options say. The folder args.out must belong to this run alone."""
+    # --resume finds there what came through standard input.
+    args.data, args.eval_data = map(texts.with_saved_stdin, (args.data, args.eval_data))
     as_given = copy.copy(args)
     args.device = cli.device(args.device)
     args.model = args.model or builtin.default_model(args.device)
@@ -267,11 +271,17 @@ def run(args):
 
 def read_texts(args, tokenizer):
     """Return the data.Batches to train on, and the Validation or None."""
-    documents = data.tokenised(args.data, tokenizer, cache_dir())
-    validation = None
+
+    def read(paths):
+        documents = data.tokenised(paths, tokenizer, cache_dir(), args.text_key)
+        if args.loss_on == "all":
+            documents.masked = None
+        return documents
+
+    documents, validation = read(args.data), None
     if args.eval_every:
         lengths = args.eval_lengths or [args.train_len]
-        validation = Validation(lengths, data.tokenised(args.eval_data, tokenizer, cache_dir()), tokenizer)
+        validation = Validation(lengths, read(args.eval_data), tokenizer)
     batches = data.Batches(
         documents,
         args.seed,
@@ -339,8 +349,8 @@ def retrieval_episodes(args, tokenizer):
     # Without skips an episode is a plain window with facts and questions.
     reach = round(args.overshoot * args.target_len) if args.method == "pose" else args.episode_len
 
-    def make(rng, document):
-        return retrieval.episode(rng, document, args.episode_len, reach, tokenizer)
+    def make(rng, document, weights):
+        return retrieval.episode(rng, document, args.episode_len, reach, tokenizer, weights)
 
     return data.Episodes(args.retrieval, args.batch_size, args.episode_len, make)
 
@@ -395,6 +405,8 @@ def announce(args, base, model, batches, first_step):
             f"{dist.get_world_size()} process(es); {batches.usable_tokens:,} tokens in {n_used} document(s), "
             f"{batches.n_too_short} too short and left out"
         )
+        if batches.counted_share < 1:
+            say(f"{batches.counted_share:.1%} of the tokens are answers or plain text, and only these count")
         passes = args.steps * args.batch_size * args.train_len / batches.usable_tokens
         if passes > MANY_PASSES:
             say(f"that is {passes:,.0f} passes over these texts, which will be learnt by heart: add more")

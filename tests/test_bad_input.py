@@ -480,6 +480,10 @@ def test_no_cuda(refused, monkeypatch):
         ("d.jsonl", b'{"text": "fine"}\n{"text": "half', ["line 2"]),
         ("d.jsonl", b'{"text": "fine"}\n{"text": "half an emoji: \\ud83d"}\n', ["line 2"]),
         ("d.jsonl.gz", b'{"text": "not compressed"}\n', ["gzip"]),
+        ("d.json", b'["fine",\n5]', ["item 2"]),
+        ("d.parquet", b"PAR1", ["not readable as Parquet"]),
+        ("d.jsonl", b'{"messages": [{"role": "assistant", "content": "a"}]}', ["line 1", "no chat template"]),
+        ("d.jsonl", b'{"messages": ["a"]}', ["line 1", "message 1"]),
     ],
     ids=lambda v: ascii(v)[:40],
 )

@@ -4,6 +4,7 @@ Losses are compared with a plain loop, for any number of processes; resuming, an
 """
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ import retrieval
 import train as train_script
 from hf import families, scaling, tokenizer, weights
 from hf.builtin import open_model, resolve
+from storage import texts as storage_texts
 from storage.files import cache_dir
 
 # ---------------------------------------------------------------- what a run writes
@@ -145,20 +147,23 @@ def three_steps(train_into, tmp_path_factory):
     return train_into(tmp_path_factory.mktemp("runs") / "three_steps", "--steps", 3)
 
 
-def plain_loop(texts, lrs, skipped=(), reach=2048, train_len=64, share=0):
+def plain_loop(texts, lrs, skipped=(), reach=2048, train_len=64, share=0, all_count=True):
     """Yield loss and gradient norm by step of the same examples with a plain torch model and optimizer.
 
     There is no FSDP and there are no micro-batches. share: of the examples that are episodes of 256 tokens.
+    all_count: whether all tokens of completions count.
     """
     tiny = open_model("tiny")
     model = weights.load("tiny", dtype=torch.float32)
     model.config = scaling.extend(model.config, "yarn", 2048, beta_fast=8)
     tokeniser = tiny.load_tokenizer()
     documents = data.tokenised([texts], tokenizer.load(tiny.path), cache_dir())
+    if all_count:
+        documents.masked = None
     sampling = {"method": "pose", "target_len": reach, "chunks": 2, "offset": "uniform"}
 
-    def make(rng, document):
-        return retrieval.episode(rng, document, 256, reach, tokeniser)
+    def make(rng, document, weights):
+        return retrieval.episode(rng, document, 256, reach, tokeniser, weights)
 
     episodes = data.Episodes(share, 4, 256, make)
     batches = data.Batches(documents, 0, tokeniser.bos_id, episodes, train_len=train_len, **sampling)
@@ -390,6 +395,93 @@ def test_a_resumed_run_with_episodes_has_the_same_weights(train, tmp_path):
     resumed = train("run", "--resume", "--steps", 4, *EPISODES)
     assert torch.equal(losses(resumed), losses(whole))
     assert (out / "model" / "model.safetensors").read_bytes() == weights_of_whole
+
+
+def test_a_run_on_standard_input_is_resumed_without_it(call, short, texts, tmp_path, monkeypatch):
+    """What came through it is kept, so the run goes on with the same texts; other ones are refused."""
+    storage_texts.saved_stdin.cache_clear()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(texts.read_bytes())))
+    out = tmp_path / "run"
+    piped = [*("-" if word is texts else word for word in short), "--out", out]
+    done = call("train", *piped, "--steps", 2, "--save_every", 1)
+    assert done.returncode == 0, done.stderr
+    whole = metrics(out)
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "checkpoints" / "step-2")
+    (out / "finished.json").unlink()
+    storage_texts.saved_stdin.cache_clear()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(texts.read_bytes()[:-9] + b'other"}\n')))
+    done = call("train", *piped, "--resume")
+    assert done.returncode == 2 and "data_sha256 was" in done.stderr
+    monkeypatch.setattr(sys, "stdin", None)
+    done = call("train", "--out", out, "--resume")
+    assert done.returncode == 0 and "going on after step 1" in done.stderr, done.stderr
+    assert torch.equal(losses(metrics(out)), losses(whole))
+    storage_texts.saved_stdin.cache_clear()
+
+
+# ---------------------------------------------------------------- conversations
+
+
+@pytest.fixture(scope="module")
+def completions(texts, tmp_path_factory):
+    """A file of six prompts with completions, five times as long."""
+    lines = []
+    for line in texts.read_text().splitlines():
+        words = json.loads(line)["text"].split(" ")
+        prompt, completion = " ".join(words[:100]), " " + " ".join(words[100:600])
+        lines.append(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+    path = tmp_path_factory.mktemp("texts") / "completions.jsonl"
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("loss_on", ["answers", "all"])
+def test_answers_alone_count_in_the_loss_or_all_does(call, short, texts, completions, tmp_path, loss_on):
+    """In training and in validation. The prompt is longer than a training window."""
+    arguments = [completions if word is texts else word for word in short]
+    validation = ("--eval_every", 2, "--eval_data", completions, "--eval_lengths", "500")
+    out = tmp_path / "run"
+    done = call("train", *arguments, *validation, "--loss_on", loss_on, "--steps", 2, "--out", out)
+    assert done.returncode == 0, done.stderr
+    expected = plain_loop(completions, [0.5e-3, 1e-3], all_count=loss_on == "all")
+    for line, (loss, norm) in zip(metrics(out), expected, strict=True):
+        assert line["loss"] == pytest.approx(loss, rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+    model, tok = weights.load(out / "model", dtype=torch.float32), open_model("tiny").load_tokenizer()
+    nats = []
+    for line in completions.read_text().splitlines():
+        document = json.loads(line)
+        n_prompt = len(tok.encode(document["prompt"]))
+        ids = torch.tensor([[tok.bos_id, *tok.encode(document["prompt"] + document["completion"])]])[:, :501]
+        with torch.no_grad():
+            logits = model(ids[:, :-1])[0]
+        nats.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+        if loss_on == "answers":
+            assert 64 < n_prompt < 450
+            nats[-1] = nats[-1][n_prompt:]
+    measured = metrics(out)[-1]["validation"]["500"]
+    assert measured == pytest.approx(torch.cat(nats).mean().item(), rel=2e-3)  # the weights are bfloat16
+    share = "of the tokens are answers or plain text" in done.stderr
+    assert share == (loss_on == "answers")
+
+
+def test_a_step_in_which_no_token_counts_changes_nothing(train, tmp_path, monkeypatch):
+    """A window without any may be drawn. Its loss is 0, and no weight is lost to NaN."""
+    window = data.Batches.window
+
+    def without_weights(*arguments):
+        *ids, token_weights = window(*arguments)
+        return *ids, 0 * token_weights
+
+    monkeypatch.setattr(data.Batches, "window", without_weights)
+    lines = train("none", "--steps", 2)
+    assert [line["loss"] for line in lines] == [0, 0] and not any("skipped" in line for line in lines)
+    trained = load_file(tmp_path / "none" / "model" / "model.safetensors")
+    untrained = load_file(resolve("tiny") / "model.safetensors")
+    assert trained.keys() == untrained.keys()
+    assert all(torch.equal(trained[name], untrained[name]) for name in trained)
 
 
 # ---------------------------------------------------------------- the quick start
