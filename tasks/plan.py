@@ -1,0 +1,267 @@
+"""What a training run will need, known before it begins: memory of a process, disk, how often texts are read.
+
+Notable choices:
+- Memory is a sum of a few terms, each with its reason beside it. It is the peak of what PyTorch allocates in
+  one step from the second one on, without PyTorch itself (on a GPU the CUDA context, about 0.5 GiB).
+- A step has its peak at one of three moments: in the loss, when all activations are there and the loss's own
+  logits; when the backward pass begins, with the last block; or when it ends, with all gradients. Which one
+  depends on the shape, so all three are added up and the largest shape.
+- Small change is left out: vectors that a block keeps, the ids of the next batch, a block's smaller products.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+
+from model import empty_transformer, loss_chunk_tokens
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a process computes a step: what memory depends on besides the model's Config.
+
+    examples: in one forward pass, each of train_len tokens. micro_batches: forward passes in a step.
+    param_bytes, compute_bytes: of a number in the master weights and in the computation. The others are
+    fsdp.shard's.
+    """
+
+    train_len: int
+    examples: int = 1
+    micro_batches: int = 1
+    processes: int = 1
+    param_bytes: int = 4
+    compute_bytes: int = 4
+    activation_checkpointing: str = "none"
+    cpu_offload: bool = False
+    compiled: bool = False
+
+    @property
+    def tokens(self):
+        """Tokens in one forward pass."""
+        return self.examples * self.train_len
+
+    @property
+    def is_sharded(self):
+        """Whether FSDP holds the matrices, see fsdp.shard."""
+        return self.processes > 1 or self.cpu_offload
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process at its peak, by what takes them, on the device that computes.
+
+    host: with cpu_offload, bytes of host memory besides.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # and what else a step makes and drops again
+    host: int = 0
+
+    @property
+    def total(self):
+        """All bytes on the device that computes."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+PARTS = ("weights", "gradients", "optimizer", "activations")  # of Memory, on the device that computes
+
+
+class Shape:
+    """A model's Config, and how many numbers its parameters hold.
+
+    block: in one of its blocks, which are alike. root: in all that is outside of them. head: in the head's
+    weight.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        model = empty_transformer(config)
+        sizes = {parameter: parameter.numel() for parameter in model.parameters()}  # a tied head counts once
+        self.parameters = sum(sizes.values())
+        self.matrices = sum(size for parameter, size in sizes.items() if parameter.dim() > 1)
+        self.vectors = self.parameters - self.matrices
+        self.block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
+        self.root = self.parameters - config.n_layers * self.block
+        self.head = config.vocab_size * config.hidden_dim
+
+
+# ---------------------------------------------------------------- the terms, in bytes
+
+
+def kept_by_block(config, way, mode=None):
+    """Return the bytes that a block keeps for its backward pass, per token.
+
+    mode: of activation checkpointing, by default the way's own.
+    """
+    mode = mode or way.activation_checkpointing
+    c = way.compute_bytes
+    C, inner = config.hidden_dim, config.intermediate_dim
+    q = config.n_heads * config.head_dim  # numbers in a token's queries; the output of attention has as many
+    kv = 2 * config.n_kv_heads * config.head_dim
+    n_wide = 2 if config.mlp == "swiglu" else 1  # products of width `inner`: gate and up, or up alone
+    attention = c * (q + kv + q) + 4 * config.n_heads  # what its backward pass reads, and float32 log-sums
+    if mode == "full":
+        return c * C  # its input
+    if mode == "selective":
+        # Its input, and the results of all products and of attention. The compiler sees that nobody needs the
+        # result of the last product again.
+        results = C + n_wide * inner + (0 if way.compiled else C)
+        return c * C + attention + c * results
+    # The normed inputs of attention and MLP, and what the last product reads.
+    read = 2 * C + inner
+    if way.compiled:
+        # The inputs of both norms, which are computed again from them. So is the activation function.
+        return attention + c * (read + 2 * C + n_wide * inner)
+    # An RMSNorm keeps its input and what it multiplies by the weight, in float32. SwiGLU keeps silu(gate)
+    # besides gate and up.
+    by_norm = 2 * 4 if config.norm == "rms" else way.param_bytes
+    n_by_mlp = 3 if config.mlp == "swiglu" else 1
+    return attention + c * (read + n_by_mlp * inner) + 2 * by_norm * C
+
+
+def kept_outside(config, way):
+    """Return the bytes that are kept outside of the blocks, per token.
+
+    Those are what the last norm keeps, the gradient of its output, which the loss computes at once, cos and
+    sin, and the ids, positions, targets and weights of the tokens.
+    """
+    of_norm = 2 * 4 * config.hidden_dim
+    return of_norm + way.compute_bytes * config.hidden_dim + 4 * config.rotary_dim + 3 * 8 + 4
+
+
+def rounded_weights(n, way):
+    """Return the bytes of n weights as they are used, if they are held in another dtype and not sharded.
+
+    (FSDP's own copies are in `gathered`.)
+    """
+    return 0 if way.is_sharded or way.param_bytes == way.compute_bytes else way.compute_bytes * n
+
+
+def gathered(shape, way):
+    """Return the bytes of FSDP's copies in the backward pass.
+
+    Embedding and head stay gathered from the forward pass on. Of the blocks, one is gathered and the next one
+    on its way; the gradients of one are whole, and once more in float32, in which they are reduced.
+    """
+    if not way.is_sharded:
+        return 0
+    c = way.compute_bytes
+    return c * shape.root + (2 * c + c + 4) * shape.block
+
+
+def loss_work(shape, way):
+    """Return the bytes that the loss takes besides what it leaves (ChunkedCrossEntropy)."""
+    config, c = shape.config, way.compute_bytes
+    logits = config.vocab_size * min(way.tokens, loss_chunk_tokens(config.vocab_size))
+    # Logits and their gradient; without the compiler float32 copies, of which four are alive, and bools.
+    of_logit = 2 * c if way.compiled else 4 * 4 + 1 + (c if c < 4 else 0)
+    head = 4 * shape.head + rounded_weights(shape.head, way)  # its gradient is summed in float32
+    return of_logit * logits + head + c * config.hidden_dim * way.tokens
+
+
+def backward_work(shape, way):
+    """Return the bytes that the backward pass of one block takes besides what the forward pass kept."""
+    config, c, w = shape.config, way.compute_bytes, way.param_bytes
+    again = 0  # computed again
+    if way.activation_checkpointing != "none":
+        again = way.tokens * (kept_by_block(config, way, "none") - kept_by_block(config, way))
+        again += rounded_weights(shape.block, way)
+    # The gradients of the residual stream and of the MLP's inner activations, less what they replace.
+    n_inner = 2 if config.mlp == "swiglu" and not way.compiled else 1
+    of_activations = c * way.tokens * (n_inner * config.intermediate_dim + 2 * config.hidden_dim)
+    # Gradients of weights arrive in the dtype of the computation. Compiled, those of a block come together.
+    n_together = shape.block if way.compiled else config.intermediate_dim * config.hidden_dim
+    of_weights = 0 if way.is_sharded else (c if c != w else 0) * n_together
+    if way.micro_batches > 1 and not way.is_sharded:
+        of_weights += w * n_together  # which are then added to those of the micro-batches before
+    return again + of_activations + of_weights
+
+
+# ---------------------------------------------------------------- the sum
+
+
+def memory(shape, way):
+    """Return the Memory that a process needs for training steps of a model of this Shape."""
+    config = shape.config
+    on_device = shape.vectors if way.cpu_offload else shape.matrices / way.processes + shape.vectors
+    state = way.param_bytes * on_device  # weights; gradients take as much, and AdamW's moments twice
+
+    kept = kept_by_block(config, way) * way.tokens
+    outside = kept_outside(config, way) * way.tokens
+    all_kept = config.n_layers * kept + outside
+    if way.activation_checkpointing == "none":
+        all_kept += rounded_weights(config.n_layers * shape.block, way)
+    root = way.compute_bytes * shape.root if way.is_sharded else 0  # gathered, see `gathered`
+    of_head = 2 * way.compute_bytes + (0 if way.is_sharded else way.param_bytes)  # of its weight's gradient
+    work = backward_work(shape, way) + gathered(shape, way)
+
+    earlier = state if way.micro_batches > 1 else 0  # gradients of earlier micro-batches
+    moments = [  # (gradients, everything else that comes and goes)
+        (earlier, all_kept + root + loss_work(shape, way)),
+        (earlier, all_kept + of_head * shape.head + work),
+        (state, kept + outside + work),
+    ]
+    gradients, activations = max(moments, key=sum)
+    host = 4 * way.param_bytes * shape.matrices / way.processes if way.cpu_offload else 0
+    return Memory(round(state), round(gradients), round(2 * state), round(activations), round(host))
+
+
+def way_that_fits(shape, way, capacity, may_offload):
+    """Return the Way nearest to `way` with which a process needs at most `capacity` bytes, None if none does.
+
+    What costs nothing but speed is tried first: fewer examples at once, then recomputing. Then come weights
+    in bfloat16, which cost precision, and with may_offload the host's memory, which is slow.
+    """
+    choices = itertools.product(
+        sorted({way.cpu_offload, way.cpu_offload or may_offload}),
+        (way.param_bytes, 2),
+        (way.activation_checkpointing, "full"),
+        [n for n in range(way.examples, 0, -1) if way.examples % n == 0],
+    )
+    for cpu_offload, param_bytes, checkpointing, examples in choices:
+        other = replace(
+            way,
+            examples=examples,
+            micro_batches=way.micro_batches * (way.examples // examples),
+            param_bytes=param_bytes,
+            activation_checkpointing=checkpointing,
+            cpu_offload=cpu_offload,
+        )
+        if memory(shape, other).total <= capacity:
+            return other
+    return None
+
+
+# ---------------------------------------------------------------- disk, and words
+
+
+def checkpoint_bytes(shape, param_bytes):
+    """Return the size of a checkpoint: the weights and AdamW's two moments."""
+    return 3 * param_bytes * shape.parameters
+
+
+def gib(n):
+    """Return a number of bytes in words, in GiB, as memory is counted."""
+    return f"{n / 2**30:,.1f} GiB" if n >= 2**30 / 10 else f"{n / 2**20:,.0f} MiB"
+
+
+def gigabytes(n):
+    """Return a number of bytes in words, in GB, as disks are counted."""
+    return f"{n / 1e9:,.1f} GB" if n >= 1e8 else f"{n / 1e6:,.0f} MB"
+
+
+def duration(seconds):
+    """Return a time in words, with one unit, or two where the first is small: "3 hours and 20 minutes"."""
+    units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
+    for (name, unit), (smaller, part) in zip(units, units[1:]):
+        if seconds >= unit:
+            whole = f"{_count(int(seconds // unit), name)}"
+            rest = int(seconds % unit // part)
+            return f"{whole} and {_count(rest, smaller)}" if rest and seconds < 10 * unit else whole
+    return _count(max(1, round(seconds)), "second")
+
+
+def _count(n, name):
+    """Return a number with its noun."""
+    return f"{n} {name}" if n == 1 else f"{n} {name}s"
