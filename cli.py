@@ -508,8 +508,8 @@ def add_interruptions(g):
         help="write a checkpoint every N steps, and keep them when the run has ended (default: 0, never)")
     g.add_argument("--save_minutes", type=number(0, 100_000), default=10.0, metavar="M",
         help="write a checkpoint every M minutes; these go when the model is written (default: 10; 0: never)")
-    g.add_argument("--keep", type=whole_number(1), default=1, metavar="N",
-        help="keep the newest N checkpoints (default: 1)")
+    g.add_argument("--keep", type=whole_number(1), metavar="N",
+        help="keep the newest N checkpoints (default: 1, 2 with --save_every)")
     g.add_argument("--resume", action="store_true",
         help="go on from the newest checkpoint in --out, or begin where there is none; options that are not "
         "given stay as they were")
@@ -696,6 +696,7 @@ def complete_training(args, config):
     refuse_contradictions(args)
     args.compile = args.device == "cuda" if args.compile is None else args.compile
     args.dtype = args.dtype or compute_dtype(args.device)
+    args.keep = args.keep or (2 if args.save_every else 1)
 
 
 def complete_lengths(args, window, recipe):

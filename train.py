@@ -40,14 +40,9 @@ from tasks import plan
 from tasks.validation import Validation
 
 MAX_GRAD_NORM = 1.0
-# A run that goes over its texts more often warns. Up to four times texts teach nearly as much as new ones
-# (Muennighoff et al. 2023).
-MANY_PASSES = 4
 MAX_SKIPPED = 10  # A run gives up after so many updates in a row that are not finite.
 STEADY_STEP = 3  # The step of a call, counted from 1, whose time is that of later steps.
 TIMED_STEPS = 10  # After so many steps of a call the time that is left is said.
-CPU_FLOPS = 1e11  # Operations a second of a few cores, roughly.
-GPU_CONTEXT = 2**29  # Bytes that CUDA takes on a GPU before a tensor is there, roughly.
 
 
 # ---------------------------------------------------------------- the loop
@@ -392,9 +387,6 @@ def check_agreement(record):
             )
 
 
-# ---------------------------------------------------------------- the plan
-
-
 def announce(args, as_given, base, config, batches):
     """Say what will be done, what it needs, and what speaks against it.
 
@@ -420,44 +412,30 @@ def announce(args, as_given, base, config, batches):
 
 
 def say_plan(args, as_given, config, batches):
-    """Say what a run needs: tokens, texts, memory and disk. Warn of what speaks against it."""
+    """Say what a run needs of texts, memory and disk. Warn of what speaks against it."""
     shape, way = plan.Shape(config), way_of(args, cli.process_count())
-    tokens = args.steps * args.batch_size * args.train_len
-    n_used = len(batches.documents) - batches.n_too_short
-    passes = tokens / batches.usable_tokens
-    say(
-        f"plan: {shape.parameters:,} parameters; {args.steps:,} steps of {args.batch_size} x "
-        f"{args.train_len:,} tokens on {way.processes} process(es), {tokens:,} in all"
-    )
-    say(
-        f"texts: {batches.usable_tokens:,} tokens in {n_used:,} document(s), each read {passes:.2g} times; "
-        f"{batches.n_too_short:,} document(s) too short and left out"
-    )
-    say_memory(args, as_given, shape, way)
-    say_disk(args, shape)
-
-    if passes > MANY_PASSES:
-        warn(f"that is {passes:,.0f} passes over these texts; after {MANY_PASSES} they teach less: add more")
-    if n_used == 1:
-        warn("only one document is long enough: the model will learn it by heart; add more")
-    if batches.n_too_short > n_used:
-        warn(
-            f"most documents are too short for an example of {args.train_len:,} tokens; lower --train_len, "
-            "or join those that belong together"
-        )
-    if args.device == "cpu":
-        seconds = tokens * config.flops_per_token(args.train_len) / CPU_FLOPS
-        if seconds > 86400:
-            warn(f"on a CPU this takes about {plan.duration(seconds)}; take a GPU or a smaller model")
+    checkpoints = args.keep + 1 if args.save_every or args.save_minutes else 1  # the new one and those before
+    room = plan.Room(*memory_here(args.device, shape, way), disk_here(args.out))
+    needs = plan.Needs(shape, way, args.steps, args.batch_size, batches, checkpoints, room)
+    for line in needs.lines():
+        say(line)
+    if args.dry_run:
+        by_number = {n: way_on_gpus(args, as_given, n) for n in (1, 2, 4, 8)}
+        total = {n: plan.memory(shape, way).total + plan.CUDA_CONTEXT for n, way in by_number.items() if way}
+        each = [f"{plan.gib(need)} on {n}" for n, need in total.items()]
+        say(f"GPU memory by the number of GPUs: {', '.join(each)}")
+    for line in needs.warnings(on_cpu=args.device == "cpu"):
+        warn(line)
+    if not needs.fits():
+        warn(f"the memory is too small; {mending(args, needs)}")
 
 
 def way_of(args, processes):
     """Return the plan.Way of a run with these completed options on so many processes."""
-    share = args.batch_size // processes
     return plan.Way(
         train_len=args.train_len,
         examples=args.micro_batch_size,
-        micro_batches=share // args.micro_batch_size,
+        micro_batches=args.batch_size // processes // args.micro_batch_size,
         processes=processes,
         param_bytes=getattr(torch, args.param_dtype).itemsize,
         compute_bytes=getattr(torch, args.dtype).itemsize,
@@ -469,45 +447,43 @@ def way_of(args, processes):
 
 def way_on_gpus(args, as_given, n):
     """Return the plan.Way of the same batches on n GPUs, None where they do not share them evenly."""
-    if args.batch_size % n:
-        return None
     on_gpu = copy.copy(args)
     on_gpu.dtype = as_given.dtype or cli.compute_dtype("cuda")
     on_gpu.compile = as_given.compile is not False
-    if as_given.micro_batch_size is None and not cli.takes_single_examples(args):
-        _, on_gpu.micro_batch_size = cli.split_batch(args.batch_size, None, args.train_len, n)
-    return way_of(on_gpu, n) if args.batch_size // n % on_gpu.micro_batch_size == 0 else None
+    given = 1 if cli.takes_single_examples(args) else as_given.micro_batch_size
+    try:
+        _, on_gpu.micro_batch_size = cli.split_batch(args.batch_size, given, args.train_len, n)
+    except InputError:
+        return None
+    return way_of(on_gpu, n)
 
 
-def say_memory(args, as_given, shape, way):
-    """Say what memory each process needs. Warn where there is less, with the options that need less."""
+def memory_here(device, shape, way):
+    """Return the bytes of memory that a process has on "cuda" or "cpu", and needs besides its plan.Memory.
+
+    shape, way: a plan.Shape and a plan.Way.
+    """
+    if device == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0))
+        return torch.cuda.get_device_properties(index).total_memory, plan.CUDA_CONTEXT
+    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    so_far = peak_memory_gib(torch.device(device)) * 2**30
+    return has / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), so_far + plan.on_host(shape, way)
+
+
+def disk_here(out):
+    """Return the free bytes of the disk on which the folder `out` is, or will be."""
+    paths = (out.absolute(), *out.absolute().parents)
+    return shutil.disk_usage(next(path for path in paths if path.exists())).free
+
+
+def mending(args, needs):
+    """Return in words the options with which a run fits into the memory. needs: a plan.Needs."""
     on_gpu = args.device == "cuda"
-    need = plan.memory(shape, way)
-    beside = GPU_CONTEXT if on_gpu else peak_memory_gib(torch.device("cpu")) * 2**30
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if on_gpu:
-        has = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0))).total_memory
-    else:
-        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes_here
-    parts = [f"{name} {plan.gib(getattr(need, name))}" for name in plan.PARTS]
-    parts.append(f"{'CUDA' if on_gpu else 'Python and PyTorch'} {plan.gib(beside)}")
-    total = need.total + beside
-    where = f"on each GPU, which has {plan.gib(has)}" if on_gpu else f"of this machine's {plan.gib(has)}"
-    host = f", and {plan.gib(need.host)} of the host's" if need.host else ""
-    say(f"memory of a process: about {plan.gib(total)} {where}{host} ({', '.join(parts)})")
-    if args.dry_run:
-        ways = {n: way_on_gpus(args, as_given, n) for n in (1, 2, 4, 8)}
-        each = [f"{n}: {plan.gib(plan.memory(shape, other).total)}" for n, other in ways.items() if other]
-        say(f"memory of each GPU, by how many train it: {', '.join(each)}")
-    if total > has:
-        warn(f"that does not fit; {mending(args, shape, way, has - beside, may_offload=on_gpu)}")
-
-
-def mending(args, shape, way, capacity, may_offload):
-    """Return in words the options with which a run fits into so many bytes."""
-    fitting = plan.way_that_fits(shape, way, capacity, may_offload)
+    more_gpus = "spread it over more GPUs" if on_gpu else "take a larger machine"
+    fitting = needs.way_that_fits(may_offload=on_gpu)
     if fitting is None:
-        return "no option makes it: spread it over more GPUs, or take larger ones"
+        return f"no option mends that: {more_gpus}"
     options = {
         "micro_batch_size": fitting.examples,
         "activation_checkpointing": fitting.activation_checkpointing,
@@ -518,26 +494,8 @@ def mending(args, shape, way, capacity, may_offload):
     for option, value in options.items():
         if value != getattr(args, option):
             words.append(f"--{option}" if value is True else f"--{option} {value}")
-    need = plan.gib(plan.memory(shape, fitting).total)
-    return f"{' '.join(words)} needs {need}" + (", or take more GPUs" if may_offload else "")
-
-
-def say_disk(args, shape):
-    """Say how much a run writes, and warn if the disk of --out has less room."""
-    param_bytes = getattr(torch, args.param_dtype).itemsize
-    checkpoint = plan.checkpoint_bytes(shape, param_bytes)
-    model = getattr(torch, shape.config.dtype).itemsize * shape.parameters
-    n = args.keep + 1  # the new one is whole before the oldest goes
-    existing = next(path for path in (args.out.absolute(), *args.out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    is_saving = bool(args.save_every or args.save_minutes)
-    say(
-        f"disk: {plan.gigabytes(model)} for the model, {plan.gigabytes(checkpoint)} for a checkpoint"
-        + (f", of which {n} are there for a moment" if is_saving else "")
-        + f"; {plan.gigabytes(free)} are free"
-    )
-    if free < model + (n * checkpoint if is_saving else checkpoint):
-        warn(f"the disk of {args.out} has too little room for that; free some, or name another --out")
+    need = plan.gib(plan.memory(needs.shape, fitting).total)
+    return f"{' '.join(words)} makes it {need}, or {more_gpus}"
 
 
 def warn_of_loaders(args, base, config):

@@ -64,6 +64,11 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
+# A run that goes over its texts more often warns. Up to four times a text teaches nearly as much as a new one
+# (Muennighoff et al. 2023).
+MANY_PASSES = 4
+CPU_FLOPS = 1e11  # operations a second of a few cores, roughly
+CUDA_CONTEXT = 2**29  # bytes that CUDA takes on a GPU besides PyTorch's tensors, roughly
 PARTS = ("weights", "gradients", "optimizer", "activations")  # of Memory, on the device that computes
 
 
@@ -233,12 +238,123 @@ def way_that_fits(shape, way, capacity, may_offload):
     return None
 
 
-# ---------------------------------------------------------------- disk, and words
+def on_host(shape, way):
+    """Return the bytes that a process on a CPU takes besides its Memory and what it has before training.
+
+    The heap keeps room for what was freed: measured with glibc, 0.4 of what a step makes and drops, or 0.1
+    where most tensors have more than 32 MiB, which glibc gives back. And the first step loads more of PyTorch.
+    """
+    bytes_of_a_tensor = way.compute_bytes * way.tokens * shape.config.hidden_dim
+    share = 0.4 if bytes_of_a_tensor < 2**25 else 0.1
+    return share * memory(shape, way).activations + 2**26
 
 
-def checkpoint_bytes(shape, param_bytes):
-    """Return the size of a checkpoint: the weights and AdamW's two moments."""
-    return 3 * param_bytes * shape.parameters
+# ---------------------------------------------------------------- what a run is told
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is for a run, in bytes.
+
+    memory: of one process, on the device that computes. beside: what it takes of that besides its Memory.
+    disk: free.
+    """
+
+    memory: float
+    beside: float
+    disk: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run needs, for people: lines and warnings.
+
+    batch_size: examples in a step over all processes. batches: data.Batches. checkpoints: how many are on the
+    disk at the same time.
+    """
+
+    shape: Shape
+    way: Way
+    steps: int
+    batch_size: int
+    batches: object
+    checkpoints: int
+    room: Room
+
+    @property
+    def tokens(self):
+        """Tokens that the run trains on."""
+        return self.steps * self.batch_size * self.way.train_len
+
+    @property
+    def passes(self):
+        """How often it reads its texts."""
+        return self.tokens / self.batches.usable_tokens
+
+    @property
+    def memory(self):
+        """The Memory of a process."""
+        return memory(self.shape, self.way)
+
+    @property
+    def checkpoint_bytes(self):
+        """The size of a checkpoint: the weights and AdamW's two moments."""
+        return 3 * self.way.param_bytes * self.shape.parameters
+
+    @property
+    def model_bytes(self):
+        """The size of the model that the run writes, in the dtype that it came in."""
+        return {"float32": 4}.get(self.shape.config.dtype, 2) * self.shape.parameters
+
+    def lines(self):
+        """Return what is needed, a line each for the run, its texts, memory and disk."""
+        batches, need = self.batches, self.memory
+        n_used = len(batches.documents) - batches.n_too_short
+        size = f"{self.batch_size} x {self.way.train_len:,} tokens"
+        parts = {name: getattr(need, name) for name in PARTS} | {"the rest": self.room.beside}
+        in_words = ", ".join(f"{name} {gib(n)}" for name, n in parts.items() if n)
+        host = f", and {gib(need.host)} of the host's memory" if need.host else ""
+        several = f", {self.checkpoints} of them at a time" if self.checkpoints > 1 else ""
+        return [
+            f"plan: {self.steps:,} steps of {size} on {self.way.processes} process(es), {self.tokens:,} "
+            f"tokens; {self.shape.parameters:,} parameters",
+            f"texts: {batches.usable_tokens:,} tokens in {n_used:,} document(s), each read {self.passes:.2g} "
+            f"times; {batches.n_too_short:,} document(s) too short and left out",
+            f"memory of a process: {gib(need.total + self.room.beside)} of {gib(self.room.memory)}{host}; at "
+            f"the peak {in_words}",
+            f"disk: {gigabytes(self.model_bytes)} for the model, {gigabytes(self.checkpoint_bytes)} for a "
+            f"checkpoint{several}; {gigabytes(self.room.disk)} free",
+        ]
+
+    def fits(self):
+        """Return whether the memory is large enough."""
+        return self.memory.total + self.room.beside <= self.room.memory
+
+    def way_that_fits(self, may_offload):
+        """Return the nearest Way with which it is, None if there is none, see way_that_fits."""
+        return way_that_fits(self.shape, self.way, self.room.memory - self.room.beside, may_offload)
+
+    def warnings(self, on_cpu):
+        """Return what speaks against the run, other than its memory. on_cpu: whether it computes there."""
+        found = []
+        n_used = len(self.batches.documents) - self.batches.n_too_short
+        if self.passes > MANY_PASSES:
+            found.append(
+                f"that is {self.passes:,.0f} passes over these texts, which will be learnt by heart: add more"
+            )
+        if n_used == 1:
+            found.append("only one document is long enough, which will be learnt by heart: add more")
+        if self.batches.n_too_short > n_used:
+            found.append(
+                f"most documents are not longer than an example of {self.way.train_len:,} tokens: train on "
+                "shorter ones, or put texts together that belong together"
+            )
+        if self.room.disk < self.model_bytes + self.checkpoints * self.checkpoint_bytes:
+            found.append("the disk has too little room for that: free some, or take another one")
+        seconds = self.tokens * self.shape.config.flops_per_token(self.way.train_len) / CPU_FLOPS
+        if on_cpu and seconds > 86400:
+            found.append(f"a CPU needs about {duration(seconds)} for this: take a GPU, or a smaller model")
+        return found
 
 
 def gib(n):

@@ -569,11 +569,17 @@ def test_out_that_holds_a_run(really_refused, refused, model, finished):
     refused("train", *into_done, says=["done"])
 
 
-def test_resume_without_a_run(really_refused, refused, model):
+def test_resume_without_a_run_begins_one(call, refused, model):
+    """So that a job script has one command. But what may be a run's or a user's is left alone."""
     resume = ("--model", model, *TRAIN, "--resume")
-    really_refused("train.py", *resume, "--out", "absent", says=["--resume", "absent"])
     Path("bare").mkdir()
-    refused("train", *resume, "--out", "bare", says=["--resume", "bare"])
+    for out in ("absent", "bare"):
+        done = call("train", *resume, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert f"--resume: {out} holds no run yet; beginning one" in done.stderr
+        assert Path(out, "model", "config.json").exists() and Path(out, "args.json").exists()
+    Path("bare/args.json").unlink()
+    refused("train", *resume, "--out", "bare", says=["bare already holds a run"])
 
 
 @pytest.mark.parametrize(
