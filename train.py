@@ -52,15 +52,15 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
     """Train from first_step (steps count from 0) to args.steps, and return how many steps are done then.
 
     batches: data.Batches. validation: None, or a function of model and device that returns {length: nats a
-    token}. signals: the list of catch_signals. Once a process has caught one, all stop after the same step,
-    with a checkpoint. Raise InputError after MAX_SKIPPED updates in a row that were not finite.
+    token}. signals: the list of catch_signals: once a process has caught one, all save and stop together.
+    Raise InputError after MAX_SKIPPED updates in a row that were not finite.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     log = Log(args.out, first_step, args.tensorboard) if rank == 0 else None
     done, skipped_in_a_row, step_seconds = first_step, 0, []
     disable = None if rank == 0 else True  # None: tqdm draws a bar only where there is a terminal
     progress = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=disable)
-    began = last_saved = time.perf_counter()
+    began = time.perf_counter()
     prefetched = data.prefetched(batches, first_step, own_examples(args), args.micro_batch_size, device)
     # zip asks progress first: after the last step no batch is asked for.
     for step, batch in zip(progress, prefetched):
@@ -83,30 +83,26 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
         optimizer.zero_grad()
 
         done = step + 1
-        is_due = args.save_minutes and time.perf_counter() - last_saved >= 60 * args.save_minutes
-        is_stopped, is_due = agreed(bool(signals), rank == 0 and is_due, device=device)
+        is_stopped, is_due = agreed(bool(signals), checkpoints.is_due(args.save_minutes), device=device)
         stop = is_stopped and done < args.steps
         figures = {"step": done, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
         step_seconds.append(time.perf_counter() - began)
         figures |= speed_and_memory(model, args, step_seconds[-1], device)
-        was_skipped = not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"]))
-        skipped_in_a_row = skipped_in_a_row + 1 if was_skipped else 0
-        if was_skipped:
+        is_finite = math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])
+        skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1
+        if not is_finite:
             figures["skipped"] = True
         if validation and not stop and (done % args.eval_every == 0 or done == args.steps):
             figures["validation"] = validate(validation, model, device, done)
         if rank == 0:
             log.write(figures)
             show_progress(progress, figures)
-        if len(step_seconds) == TIMED_STEPS and not stop:
-            say_time_left(args.steps - done, step_seconds)
-
+        say_time_left(args.steps - done, step_seconds)
         checkpoints.raise_if_failed()
         raise_if_diverged(skipped_in_a_row, done, args.steps)
         is_asked_for = stop or (args.save_every and done % args.save_every == 0)
         if is_asked_for or (is_due and done < args.steps):
             checkpoints.save(model, optimizer, done, is_optional=not is_asked_for)
-            last_saved = time.perf_counter()
         if stop:
             progress.close()
             say(f"stopped after step {done} of {args.steps}; what is done is saved, add --resume to go on")
@@ -142,8 +138,11 @@ def raise_if_diverged(skipped_in_a_row, done, steps):
 
 
 def say_time_left(steps_left, step_seconds):
-    """Say how long the steps that are left will take. step_seconds: what each step so far has taken."""
-    if steps_left:
+    """Say once, after TIMED_STEPS, how long the steps that are left will take.
+
+    step_seconds: what each step of this call has taken so far.
+    """
+    if steps_left and len(step_seconds) == TIMED_STEPS:
         steady = statistics.median(step_seconds[STEADY_STEP - 1 :])
         say(f"about {plan.duration(steps_left * steady)} to go")
 
@@ -415,7 +414,7 @@ def say_plan(args, as_given, config, batches):
     """Say what a run needs of texts, memory and disk. Warn of what speaks against it."""
     shape, way = plan.Shape(config), way_of(args, cli.process_count())
     checkpoints = args.keep + 1 if args.save_every or args.save_minutes else 1  # the new one and those before
-    room = plan.Room(*memory_here(args.device, shape, way), disk_here(args.out))
+    room = room_for(args.device, args.out)
     needs = plan.Needs(shape, way, args.steps, args.batch_size, batches, checkpoints, room)
     for line in needs.lines():
         say(line)
@@ -424,7 +423,7 @@ def say_plan(args, as_given, config, batches):
         total = {n: plan.memory(shape, way).total + plan.CUDA_CONTEXT for n, way in by_number.items() if way}
         each = [f"{plan.gib(need)} on {n}" for n, need in total.items()]
         say(f"GPU memory by the number of GPUs: {', '.join(each)}")
-    for line in needs.warnings(on_cpu=args.device == "cpu"):
+    for line in needs.warnings():
         warn(line)
     if not needs.fits():
         warn(f"the memory is too small; {mending(args, needs)}")
@@ -458,30 +457,24 @@ def way_on_gpus(args, as_given, n):
     return way_of(on_gpu, n)
 
 
-def memory_here(device, shape, way):
-    """Return the bytes of memory that a process has on "cuda" or "cpu", and needs besides its plan.Memory.
-
-    shape, way: a plan.Shape and a plan.Way.
-    """
+def room_for(device, out):
+    """Return the plan.Room of a process that computes on "cuda" or "cpu" and writes into the folder `out`."""
+    paths = (out.absolute(), *out.absolute().parents)
+    disk = shutil.disk_usage(next(path for path in paths if path.exists())).free
     if device == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0))
-        return torch.cuda.get_device_properties(index).total_memory, plan.CUDA_CONTEXT
-    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = torch.cuda.get_device_properties(index).total_memory
+        return plan.Room(memory, plan.CUDA_CONTEXT, disk, on_cpu=False)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    share = memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     so_far = peak_memory_gib(torch.device(device)) * 2**30
-    return has / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), so_far + plan.on_host(shape, way)
-
-
-def disk_here(out):
-    """Return the free bytes of the disk on which the folder `out` is, or will be."""
-    paths = (out.absolute(), *out.absolute().parents)
-    return shutil.disk_usage(next(path for path in paths if path.exists())).free
+    return plan.Room(share, so_far + plan.LOADED_LATER, disk, on_cpu=True)
 
 
 def mending(args, needs):
     """Return in words the options with which a run fits into the memory. needs: a plan.Needs."""
-    on_gpu = args.device == "cuda"
-    more_gpus = "spread it over more GPUs" if on_gpu else "take a larger machine"
-    fitting = needs.way_that_fits(may_offload=on_gpu)
+    more_gpus = "take a larger machine" if needs.room.on_cpu else "spread it over more GPUs"
+    fitting = plan.way_that_fits(needs.shape, needs.way, needs.room)
     if fitting is None:
         return f"no option mends that: {more_gpus}"
     options = {
@@ -494,7 +487,7 @@ def mending(args, needs):
     for option, value in options.items():
         if value != getattr(args, option):
             words.append(f"--{option}" if value is True else f"--{option} {value}")
-    need = plan.gib(plan.memory(needs.shape, fitting).total)
+    need = plan.gib(plan.of_process(needs.shape, fitting, needs.room))
     return f"{' '.join(words)} makes it {need}, or {more_gpus}"
 
 

@@ -15,6 +15,7 @@ import os
 import pickle
 import resource
 import shutil
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,6 +56,7 @@ class Checkpoints:
         self.writing = None  # the future of the checkpoint that is being written
         self.aside = None  # the temporary folder into which it is written
         self.is_optional = False  # whether the run goes on where it cannot be written
+        self.began = time.monotonic()  # when the last checkpoint began, or this run
         self.background = ThreadPoolExecutor(1)
         # The background thread's collectives must not meet those of training, so they have a group of
         # their own.
@@ -69,7 +71,7 @@ class Checkpoints:
         is all. Otherwise raise OSError, here or in `finish`.
         """
         self.finish()  # one at a time
-        self.is_optional = is_optional
+        self.is_optional, self.began = is_optional, time.monotonic()
         try:
             self.aside = _of_process_0(lambda: temporary_folder(self.folder / f"step-{step}"))
         except OSError as error:
@@ -120,6 +122,13 @@ class Checkpoints:
         staying = [other for other in steps if other <= step][: self.keep]
         for other in set(steps) - set(staying):
             remove_folder(self.folder / f"step-{other}")
+
+    def is_due(self, minutes):
+        """Return whether so many minutes have gone by since the last checkpoint began. 0 means never.
+
+        Each process has its own clock, so that they must agree on it.
+        """
+        return minutes > 0 and time.monotonic() - self.began >= 60 * minutes
 
     def raise_if_failed(self):
         """Raise what `finish` raises if writing has failed so far. Do not wait."""

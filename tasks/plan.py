@@ -69,6 +69,7 @@ class Memory:
 MANY_PASSES = 4
 CPU_FLOPS = 1e11  # operations a second of a few cores, roughly
 CUDA_CONTEXT = 2**29  # bytes that CUDA takes on a GPU besides PyTorch's tensors, roughly
+LOADED_LATER = 2**26  # bytes of Python and PyTorch that the first step loads, roughly
 PARTS = ("weights", "gradients", "optimizer", "activations")  # of Memory, on the device that computes
 
 
@@ -212,14 +213,43 @@ def memory(shape, way):
     return Memory(round(state), round(gradients), round(2 * state), round(activations), round(host))
 
 
-def way_that_fits(shape, way, capacity, may_offload):
-    """Return the Way nearest to `way` with which a process needs at most `capacity` bytes, None if none does.
+# ---------------------------------------------------------------- a place to run
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is for a run, in bytes.
+
+    memory: of one process, on the device that computes. beside: what it takes of that besides a step's
+    tensors. disk: free. on_cpu: whether the device is the CPU.
+    """
+
+    memory: float
+    beside: float
+    disk: int
+    on_cpu: bool
+
+
+def of_process(shape, way, room):
+    """Return the bytes of a whole process on the device that computes.
+
+    On a CPU the heap keeps room for what was freed: measured with glibc, 0.4 of what a step makes and drops,
+    or 0.1 where most tensors have more than 32 MiB, which it gives back.
+    """
+    need = memory(shape, way)
+    bytes_of_a_tensor = way.compute_bytes * way.tokens * shape.config.hidden_dim
+    heap = (0.4 if bytes_of_a_tensor < 2**25 else 0.1) * need.activations if room.on_cpu else 0
+    return need.total + room.beside + heap
+
+
+def way_that_fits(shape, way, room):
+    """Return the Way nearest to `way` with which a process has room, None if there is none.
 
     What costs nothing but speed is tried first: fewer examples at once, then recomputing. Then come weights
-    in bfloat16, which cost precision, and with may_offload the host's memory, which is slow.
+    in bfloat16, which cost precision, and for a GPU the host's memory, which is slow.
     """
     choices = itertools.product(
-        sorted({way.cpu_offload, way.cpu_offload or may_offload}),
+        (way.cpu_offload,) if room.on_cpu or way.cpu_offload else (False, True),
         (way.param_bytes, 2),
         (way.activation_checkpointing, "full"),
         [n for n in range(way.examples, 0, -1) if way.examples % n == 0],
@@ -233,36 +263,12 @@ def way_that_fits(shape, way, capacity, may_offload):
             activation_checkpointing=checkpointing,
             cpu_offload=cpu_offload,
         )
-        if memory(shape, other).total <= capacity:
+        if of_process(shape, other, room) <= room.memory:
             return other
     return None
 
 
-def on_host(shape, way):
-    """Return the bytes that a process on a CPU takes besides its Memory and what it has before training.
-
-    The heap keeps room for what was freed: measured with glibc, 0.4 of what a step makes and drops, or 0.1
-    where most tensors have more than 32 MiB, which glibc gives back. And the first step loads more of PyTorch.
-    """
-    bytes_of_a_tensor = way.compute_bytes * way.tokens * shape.config.hidden_dim
-    share = 0.4 if bytes_of_a_tensor < 2**25 else 0.1
-    return share * memory(shape, way).activations + 2**26
-
-
 # ---------------------------------------------------------------- what a run is told
-
-
-@dataclass(frozen=True)
-class Room:
-    """What there is for a run, in bytes.
-
-    memory: of one process, on the device that computes. beside: what it takes of that besides its Memory.
-    disk: free.
-    """
-
-    memory: float
-    beside: float
-    disk: int
 
 
 @dataclass(frozen=True)
@@ -311,31 +317,27 @@ class Needs:
         batches, need = self.batches, self.memory
         n_used = len(batches.documents) - batches.n_too_short
         size = f"{self.batch_size} x {self.way.train_len:,} tokens"
-        parts = {name: getattr(need, name) for name in PARTS} | {"the rest": self.room.beside}
+        whole = of_process(self.shape, self.way, self.room)
+        parts = {name: getattr(need, name) for name in PARTS} | {"the rest": whole - need.total}
         in_words = ", ".join(f"{name} {gib(n)}" for name, n in parts.items() if n)
         host = f", and {gib(need.host)} of the host's memory" if need.host else ""
         several = f", {self.checkpoints} of them at a time" if self.checkpoints > 1 else ""
         return [
             f"plan: {self.steps:,} steps of {size} on {self.way.processes} process(es), {self.tokens:,} "
             f"tokens; {self.shape.parameters:,} parameters",
-            f"texts: {batches.usable_tokens:,} tokens in {n_used:,} document(s), each read {self.passes:.2g} "
+            f"texts: {batches.usable_tokens:,} tokens in {n_used:,} document(s), each read {self.passes:,.2f} "
             f"times; {batches.n_too_short:,} document(s) too short and left out",
-            f"memory of a process: {gib(need.total + self.room.beside)} of {gib(self.room.memory)}{host}; at "
-            f"the peak {in_words}",
+            f"memory of a process: {gib(whole)} of {gib(self.room.memory)}{host}; at the peak {in_words}",
             f"disk: {gigabytes(self.model_bytes)} for the model, {gigabytes(self.checkpoint_bytes)} for a "
             f"checkpoint{several}; {gigabytes(self.room.disk)} free",
         ]
 
     def fits(self):
         """Return whether the memory is large enough."""
-        return self.memory.total + self.room.beside <= self.room.memory
+        return of_process(self.shape, self.way, self.room) <= self.room.memory
 
-    def way_that_fits(self, may_offload):
-        """Return the nearest Way with which it is, None if there is none, see way_that_fits."""
-        return way_that_fits(self.shape, self.way, self.room.memory - self.room.beside, may_offload)
-
-    def warnings(self, on_cpu):
-        """Return what speaks against the run, other than its memory. on_cpu: whether it computes there."""
+    def warnings(self):
+        """Return what speaks against the run, other than its memory."""
         found = []
         n_used = len(self.batches.documents) - self.batches.n_too_short
         if self.passes > MANY_PASSES:
@@ -352,7 +354,7 @@ class Needs:
         if self.room.disk < self.model_bytes + self.checkpoints * self.checkpoint_bytes:
             found.append("the disk has too little room for that: free some, or take another one")
         seconds = self.tokens * self.shape.config.flops_per_token(self.way.train_len) / CPU_FLOPS
-        if on_cpu and seconds > 86400:
+        if self.room.on_cpu and seconds > 86400:
             found.append(f"a CPU needs about {duration(seconds)} for this: take a GPU, or a smaller model")
         return found
 
