@@ -3,6 +3,7 @@
     python train.py                                   # a laptop: the built-in tiny model, 256 -> 2,048
     python train.py --model my-llama --data texts/    # one GPU
     torchrun --nproc_per_node=8 train.py --model my-llama --target_len 131072
+    python train.py --dry_run --model my-llama --data texts/     # what that will need
 
 OUT/metrics.jsonl gets a line for each step, OUT/model is a Hugging Face folder at the end, OUT/checkpoints is
 what --resume goes on from, and OUT/finished.json says that nothing is left to do.
@@ -227,9 +228,8 @@ def run(args):
     cli.complete_training(args, base)
     config = extended_config(base, args)
     batches, validation = read_texts(args, tokenizer) if args.steps else (None, None)
-    announce(args, as_given, base, config, batches)
     if args.dry_run:
-        return
+        return announce(args, as_given, base, config, batches)
     record = cli.training_record(args, as_given)
     record["model_sha256"] = folder.fingerprint()  # the same path may hold something else another day
     if batches:
@@ -240,6 +240,7 @@ def run(args):
     # All that a user can get wrong has been checked. What follows takes memory and writes into --out.
     device = fsdp.start(args.device)
     check_agreement(record)
+    announce(args, as_given, base, config, batches)
     model = load_sharded(args, folder, config, device)
     dist.barrier()  # a process that has read a weight that is NaN ends there, and then nothing is written
     if dist.get_rank() == 0 and not args.resume:

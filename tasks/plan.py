@@ -5,7 +5,7 @@ Notable choices:
   one step from the second one on, without PyTorch itself (on a GPU the CUDA context, about 0.5 GiB).
 - A step has its peak at one of three moments: in the loss, when all activations are there and the loss's own
   logits; when the backward pass begins, with the last block; or when it ends, with all gradients. Which one
-  depends on the shape, so all three are added up and the largest shape.
+  depends on the shape, so all three are added up and the largest counts.
 - Small change is left out: vectors that a block keeps, the ids of the next batch, a block's smaller products.
 """
 
@@ -239,7 +239,8 @@ def of_process(shape, way, room):
     need = memory(shape, way)
     bytes_of_a_tensor = way.compute_bytes * way.tokens * shape.config.hidden_dim
     heap = (0.4 if bytes_of_a_tensor < 2**25 else 0.1) * need.activations if room.on_cpu else 0
-    return need.total + room.beside + heap
+    offloaded = need.host if room.on_cpu else 0  # to the same memory
+    return need.total + offloaded + room.beside + heap
 
 
 def way_that_fits(shape, way, room):
@@ -320,13 +321,13 @@ class Needs:
         whole = of_process(self.shape, self.way, self.room)
         parts = {name: getattr(need, name) for name in PARTS} | {"the rest": whole - need.total}
         in_words = ", ".join(f"{name} {gib(n)}" for name, n in parts.items() if n)
-        host = f", and {gib(need.host)} of the host's memory" if need.host else ""
+        host = f", and {gib(need.host)} of the host's" if need.host and not self.room.on_cpu else ""
         several = f", {self.checkpoints} of them at a time" if self.checkpoints > 1 else ""
         return [
             f"plan: {self.steps:,} steps of {size} on {self.way.processes} process(es), {self.tokens:,} "
             f"tokens; {self.shape.parameters:,} parameters",
-            f"texts: {batches.usable_tokens:,} tokens in {n_used:,} document(s), each read {self.passes:,.2f} "
-            f"times; {batches.n_too_short:,} document(s) too short and left out",
+            f"texts: {batches.usable_tokens:,} tokens in {n_used:,} document(s), each read "
+            f"{self.passes:,.2f} times; {batches.n_too_short:,} document(s) too short and left out",
             f"memory of a process: {gib(whole)} of {gib(self.room.memory)}{host}; at the peak {in_words}",
             f"disk: {gigabytes(self.model_bytes)} for the model, {gigabytes(self.checkpoint_bytes)} for a "
             f"checkpoint{several}; {gigabytes(self.room.disk)} free",

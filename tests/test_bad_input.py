@@ -520,10 +520,13 @@ def finished(model):
     Path("done/model/config.json").write_text("{}")
 
 
-def test_weights_that_are_no_numbers_leave_no_folder(refused, model):
-    """So the same command goes on once they are mended."""
+def test_weights_that_are_no_numbers_leave_no_folder(call, model):
+    """So the same command goes on once they are mended. The plan was said before they were read."""
     change_tensors(lambda tensors: tensors.update({UP: tensors[UP] / 0}))(model)
-    refused("train", "--model", model, *TRAIN, says=[UP, "NaN or infinite"])
+    before = snapshot(Path())
+    done = call("train", "--model", model, *TRAIN)
+    assert done.returncode == 2 and snapshot(Path()) == before and "Traceback" not in done.stderr
+    assert f"weight {UP} is NaN or infinite" in done.stderr.splitlines()[-1]
 
 
 def test_a_weight_that_one_of_two_processes_reads(run, model):
