@@ -91,8 +91,7 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
         figures |= speed_and_memory(model, args, step_seconds[-1], device)
         is_finite = math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])
         skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1
-        if not is_finite:
-            figures["skipped"] = True
+        figures |= {} if is_finite else {"skipped": True}
         if validation and not stop and (done % args.eval_every == 0 or done == args.steps):
             figures["validation"] = validate(validation, model, device, done)
         if rank == 0:
@@ -268,7 +267,7 @@ def run(args):
             weights.save(model, tokenizer, args.out / "model")
             if dist.get_rank() == 0 and done == args.steps:
                 mark_finished(args.out, done)
-    leave(args, done, checkpoints, signals, device)
+    end_run(args, done, checkpoints, signals, device)
 
 
 def go_on_from(checkpoints, model, optimizer, out):
@@ -280,7 +279,7 @@ def go_on_from(checkpoints, model, optimizer, out):
     return first_step
 
 
-def leave(args, done, checkpoints, signals, device):
+def end_run(args, done, checkpoints, signals, device):
     """Say what a run has written, once its model is. End the process if a signal has stopped it.
 
     The exit code is then 128 + the signal's number, as a shell's own is: the model is half-trained, and what

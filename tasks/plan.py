@@ -119,8 +119,8 @@ def kept_by_block(config, way, mode=None):
     if way.compiled:
         # The inputs of both norms, which are computed again from them. So is the activation function.
         return attention + c * (read + 2 * C + n_wide * inner)
-    # An RMSNorm keeps its input and what it multiplies by the weight, in float32. SwiGLU keeps silu(gate)
-    # besides gate and up.
+    # An RMSNorm keeps its input and what it multiplies by the weight, in float32 (on a GPU its input alone).
+    # SwiGLU keeps silu(gate) besides gate and up.
     by_norm = 2 * 4 if config.norm == "rms" else way.param_bytes
     n_by_mlp = 3 if config.mlp == "swiglu" else 1
     return attention + c * (read + n_by_mlp * inner) + 2 * by_norm * C

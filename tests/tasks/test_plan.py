@@ -204,9 +204,8 @@ GPU_SHAPE = Config(32000, 1024, 2816, 8, 16, 8, 64, 2048)
             2048, 4, micro_batches=2, compute_bytes=2, activation_checkpointing="selective", compiled=True
         ),
         plan.Way(2048, 8, param_bytes=2, compute_bytes=2, activation_checkpointing="full", compiled=True),
-        plan.Way(2048, 8, compute_bytes=2),
     ],
-    ids=["none", "selective", "full, all bfloat16", "not compiled"],
+    ids=["none", "selective", "full, all bfloat16"],
 )
 def test_the_memory_of_a_gpu_is_planned(way):
     torch._dynamo.reset()
