@@ -99,11 +99,11 @@ def test_a_short_run_writes_no_checkpoint(train, tmp_path, monkeypatch):
 
 
 def test_after_ten_steps_the_time_that_is_left_is_said(call, short, tmp_path, monkeypatch):
-    """Once in a call, from the steps after the first two (which compile): here 100 seconds for each."""
-    arguments = ("train", *short, "--out", tmp_path / "run", "--steps", 46)
+    """Once in a call, from the steps after the first two, which compile: here each takes 900 seconds."""
+    arguments = ("train", *short, "--out", tmp_path / "run", "--steps", 14)
     ticks = itertools.count()
     with monkeypatch.context() as patched:
-        patched.setattr(train_script, "time", types.SimpleNamespace(perf_counter=lambda: 100 * next(ticks)))
+        patched.setattr(train_script, "time", types.SimpleNamespace(perf_counter=lambda: 900 * next(ticks)))
         done = call(*arguments)
     assert done.returncode == 0, done.stderr
     assert re.findall("about .* to go", done.stderr) == ["about 1 hour to go"]

@@ -1,4 +1,4 @@
-"""The plan of a run beside what is counted, traced, and was measured on GPUs."""
+"""The plan of a run beside what is counted, and what was measured on GPUs."""
 
 import json
 import re
@@ -123,35 +123,9 @@ def test_the_peak_of_a_step_is_planned(name):
         take_step(model, optimizer, way)
         held.peak = held.now
         take_step(model, optimizer, way)
-    assert plan.memory(plan.Shape(config), way).total == pytest.approx(held.peak, rel=0.15)
-
-
-@pytest.mark.parametrize("mode", ["none", "selective"])
-def test_what_a_compiled_block_keeps_is_planned(mode):
-    """It is what the compiler's partitioner keeps for the backward pass. It does so on a CPU too."""
-    way = plan.Way(256, 2, compute_bytes=2, activation_checkpointing=mode, compiled=True)
-    torch._dynamo.reset()
-    model, _ = trainable(DEEP, plan.Way(256, compute_bytes=2, activation_checkpointing=mode))
-    (block, *_) = model.blocks
-    forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager_decomp_partition")
-    x = torch.randn(2, 256, DEEP.hidden_dim, dtype=torch.bfloat16, requires_grad=True)
-    cos, sin = torch.randn(2, 2, 256, 1, DEEP.rotary_dim // 2)
-    given = {t.untyped_storage().data_ptr() for t in (cos, sin, *model.parameters())}
-    kept = {}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = forward(x, cos, sin)
-    del out
-    planned = plan.kept_by_block(DEEP, way) * way.tokens
-    if mode == "none":
-        planned += plan.rounded_weights(plan.Shape(DEEP).block, way)
-    assert planned == pytest.approx(sum(kept.values()), rel=0.05)
+    # What a block frees while it computes again is planned roughly.
+    error = 0.1 if way.activation_checkpointing == "full" else 0.05
+    assert plan.memory(plan.Shape(config), way).total == pytest.approx(held.peak, rel=error)
 
 
 # ---------------------------------------------------------------- beside GPUs
