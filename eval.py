@@ -690,6 +690,8 @@ def evaluate(args):
     task = TASKS[args.task]
     keeps_results = args.json and not is_stream(args.json)  # a pipe gets them at the end, once
     names = list(dict.fromkeys(args.model or default_models(args.device)))  # each once
+    for name in names:
+        cli.warn_if_half_trained(name)
     folders = [open_model(name) for name in names]  # all are checked before hours of work with the first
     units = units_to_measure(args, [folder.config for folder in folders])
     settings = result_settings(args, names, folders, units) if args.json else None

@@ -550,6 +550,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
+def loss_chunk_tokens(vocab_size, max_logits=MAX_LOGITS):
+    """Return how many tokens the loss takes at once.
+
+    It is a power of two, so that all chunks are equal for the usual number of tokens.
+    """
+    fitting_tokens = max(1, max_logits // vocab_size)
+    return 2 ** (fitting_tokens.bit_length() - 1)
+
+
 def chunked_cross_entropy(
     hidden,
     weight,
@@ -563,9 +572,7 @@ def chunked_cross_entropy(
 
     At most max_logits logits are in memory. Shapes as in ChunkedCrossEntropy. token_weights: by default 1.
     """
-    fitting_tokens = max(1, max_logits // len(weight))
-    # A power of two, so that all chunks are equal for the usual N.
-    chunk_size = 2 ** (fitting_tokens.bit_length() - 1)
+    chunk_size = loss_chunk_tokens(len(weight), max_logits)
     if token_weights is None:
         token_weights = torch.ones(len(targets), device=hidden.device)
     if torch.is_grad_enabled():

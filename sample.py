@@ -308,6 +308,7 @@ def main():
         has_run = Path("out/model/config.json").is_file()
         args.model = "out/model" if has_run else builtin.default_model(args.device)
         print(f"model: {args.model}", file=sys.stderr)
+    cli.warn_if_half_trained(args.model)
     folder = builtin.open_model(args.model)
     tokenizer = folder.load_tokenizer()
     args.raw = args.raw or args.prompt is not None or chat.find_template(tokenizer) is None

@@ -3,13 +3,16 @@
 Losses are compared with a plain loop, for any number of processes; resuming, and what is written.
 """
 
-import argparse
 import io
+import itertools
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ import train as train_script
 from hf import families, scaling, tokenizer, weights
 from hf.builtin import open_model, resolve
 from storage import texts as storage_texts
+from storage.checkpoint import Checkpoints
 from storage.files import cache_dir
 
 # ---------------------------------------------------------------- what a run writes
@@ -71,22 +75,63 @@ def test_the_newest_checkpoints_are_kept(four_steps, train, tmp_path):
     assert checkpoint_names(tmp_path / "one") == {"step-4"}
 
 
-@pytest.mark.parametrize("steps, save_every, says", [(10**7, 0, True), (10**7, 100, False), (10, 0, False)])
-def test_a_run_of_hours_without_checkpoints_says_so(capfd, monkeypatch, steps, save_every, says):
-    """After the third step of a call, from the time that this step took (here 1 s for 256 tokens)."""
-    monkeypatch.setattr(train_script, "say", print)
-    args = argparse.Namespace(steps=steps, save_every=save_every, batch_size=4, train_len=64)
-    for step in range(101, 107):
-        train_script.say_if_nothing_is_saved(args, 100, {"step": step, "tokens_per_second": 256.0})
-    told = capfd.readouterr().out
-    assert told.count("about 2778 hours to go") == told.count("\n") == says
+def test_a_run_without_a_number_of_steps_keeps_one_checkpoint_and_then_none(
+    train, call, short, tmp_path, monkeypatch
+):
+    """Checkpoints by the minute are there for the time of the run alone. This one has one after each step."""
+    seen = []
+
+    def look(checkpoints):
+        seen.append(checkpoint_names(tmp_path / "run"))
+        return remove_all(checkpoints)
+
+    remove_all = Checkpoints.remove_all
+    monkeypatch.setattr(Checkpoints, "remove_all", look)
+    train("run", "--steps", 4, "--save_minutes", 1e-6)
+    assert seen == [{"step-3"}] and not (tmp_path / "run" / "checkpoints").exists()
+    # It is finished for all that.
+    done = call("train", "--resume", "--out", tmp_path / "run")
+    assert done.returncode == 0 and "is finished" in done.stderr
+
+
+def test_a_short_run_writes_no_checkpoint(train, tmp_path, monkeypatch):
+    """Unless it has taken ten minutes."""
+    monkeypatch.setattr(Checkpoints, "save", None)
+    train("short", "--steps", 2)
+
+
+def test_after_ten_steps_the_time_that_is_left_is_said(call, short, tmp_path, monkeypatch):
+    """Once in a call, from the steps after the first two, which compile: here each takes 900 seconds."""
+    arguments = ("train", *short, "--out", tmp_path / "run", "--steps", 14)
+    ticks = itertools.count()
+    with monkeypatch.context() as patched:
+        patched.setattr(train_script, "time", types.SimpleNamespace(perf_counter=lambda: 900 * next(ticks)))
+        done = call(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert re.findall("about .* to go", done.stderr) == ["about 1 hour to go"]
 
 
 def test_resume_of_a_finished_run_changes_nothing(four_steps, call, short):
+    """So that a job script may be started again."""
     before = (four_steps / "metrics.jsonl").read_bytes()
     done = call("train", *short, "--steps", 4, "--save_every", 1, "--out", four_steps, "--resume")
-    assert done.returncode == 2 and "is finished" in done.stderr
+    assert done.returncode == 0 and f"is finished, its model is {four_steps / 'model'}" in done.stderr
     assert (four_steps / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_command_for_more_steps_than_a_run_had(train, call, tmp_path, monkeypatch):
+    """It can be typed as it is, and trains the model on in the same window by the same settings."""
+    train("a run", "--steps", 2, *EPISODES)
+    done = call("train", "--resume", "--out", tmp_path / "a run", "--steps", 3)
+    assert done.returncode == 2 and "is finished" in done.stderr
+    _, _, command = done.stderr.strip().partition("in a run of its own: python train.py ")
+    done = call("train", *shlex.split(command))
+    assert done.returncode == 0, done.stderr
+    assert "window 2,048 -> 2,048" in done.stderr
+    records = [json.loads((tmp_path / name / "args.json").read_text()) for name in ("a run", "a run-more")]
+    differing = {key for key in records[0] if records[0][key] != records[1][key]}
+    assert differing == {"model", "model_sha256", "steps", "rope", "factor", "beta_fast", "recipe"}
+    assert records[1]["steps"] == 1 and len(metrics(tmp_path / "a run-more")) == 1
 
 
 @pytest.fixture
