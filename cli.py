@@ -276,7 +276,7 @@ def run(main):
             # The process that reports it ends, and then torchrun ends this one. If that does not happen, this
             # process has met the error alone, as the one that tokenises does while others wait for it.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10)
+            time.sleep(20)
             is_reported_here = True
         if is_reported_here:
             print(f"error: {printable(message)}", file=sys.stderr)
