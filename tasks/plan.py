@@ -142,7 +142,8 @@ def kept_outside(config, way):
     Those are what the last norm keeps, the gradient of its output, which the loss computes at once, cos and
     sin, and the ids, positions, targets and weights of the tokens.
     """
-    of_norm = 2 * 4 * config.hidden_dim
+    # On a GPU, where blocks are compiled, the norm's kernel keeps its input alone.
+    of_norm = (way.param_bytes if way.compiled else 2 * 4) * config.hidden_dim
     return of_norm + way.compute_bytes * config.hidden_dim + 4 * config.rotary_dim + 3 * 8 + 4
 
 
