@@ -377,6 +377,7 @@ def test_scores_by_task_of_ruler():
 # ---------------------------------------------------------------- speed and memory
 
 SPEEDS = [
+    ("README.md", "LLaMA-7B on", "one, as on 24 GB", "train_7b_lora_4096"),
     ("README.md", "LLaMA-7B on", "four, float32 weights", "train_7b_four_gpus"),
     ("RESULTS.md", "several H100", "two: the same, float32 weights", "train_7b_two_gpus"),
     ("RESULTS.md", "several H100", "four: the same, float32 weights", "train_7b_four_gpus"),
