@@ -29,13 +29,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 
 import cli
 import data
 import fsdp
 from hf import builtin, families
-from model import Config, causal_attention, empty_transformer
+from model import Config, add_adapters, causal_attention, empty_transformer, linear_layers
 from storage.errors import InputError
 from storage.files import write_json
 from tasks import plots
@@ -77,10 +76,7 @@ def randomise(model, device):
         whole = 0.02 * torch.randn(parameter.shape, generator=generator, device=device)
         if parameter.dim() == 1:
             whole += 1  # as a norm's weight
-        if isinstance(parameter, DTensor):
-            parameter.to_local().copy_(whole[fsdp.own_rows(parameter)])
-        else:
-            parameter.copy_(whole)
+        fsdp.set_whole(parameter, whole)
 
 
 # ---------------------------------------------------------------- the other side: transformers
@@ -130,15 +126,12 @@ def seconds_since_start():
 # ---------------------------------------------------------------- training steps, ours and theirs
 
 
-class RandomDocument:
-    """One long document of random tokens, for data.Batches to take in the place of data.Documents."""
+class RandomDocument(data.Documents):
+    """One long document of random tokens."""
 
     def __init__(self, vocab_size, length):
-        self.starts = np.array([0, length])
+        self.starts, self.masked = np.array([0, length]), None
         self.tokens = np.random.default_rng(0).integers(vocab_size, size=length)
-
-    def __getitem__(self, i):
-        return self.tokens
 
 
 def random_batches(config, args, sampling, device):
@@ -161,6 +154,8 @@ def our_step(config, args, sampling, device):
     """
     on_gpu = device.type == "cuda"
     model = empty_transformer(config)
+    if args.lora_rank:
+        add_adapters(model, args.lora_rank, 2 * args.lora_rank, linear_layers(config))
     compute_dtype = getattr(torch, cli.compute_dtype(device.type))
     param_dtype = getattr(torch, args.param_dtype)
     checkpointing, offload = args.activation_checkpointing, args.cpu_offload
@@ -247,14 +242,15 @@ class Side:
         self.losses.append(loss)
         self.waits.append(waited)
 
-    def result(self, config, tokens, train_len, peak_flops):
+    def result(self, tokens, flops_per_token, peak_flops):
         """Return an entry of `results`.
 
-        tokens: of this process in a step. peak_flops: operations a second of its device, or None.
+        tokens: of this process in a step. flops_per_token: operations of a step for each of them.
+        peak_flops: operations a second of its device, or None.
         """
         step_seconds = statistics.median(self.clock.seconds)
         tokens_per_second = tokens / step_seconds
-        mfu = tokens_per_second * config.flops_per_token(train_len) / peak_flops if peak_flops else None
+        mfu = tokens_per_second * flops_per_token / peak_flops if peak_flops else None
         entry = {
             "side": self.name,
             "first_step_seconds": self.first_step_seconds,
@@ -284,7 +280,8 @@ def measure_training(config, args, sampling, device):
             for _ in range(steps):
                 side.take_timed_step()
     tokens = args.share * sampling["train_len"]
-    return [side.result(config, tokens, sampling["train_len"], fsdp.peak_flops(device)) for side in sides]
+    flops_per_token = config.flops_per_token(sampling["train_len"], frozen=args.lora_rank > 0)
+    return [side.result(tokens, flops_per_token, fsdp.peak_flops(device)) for side in sides]
 
 
 # ---------------------------------------------------------------- task: train
@@ -476,6 +473,7 @@ BELONGS = {  # option -> tasks
     "activation_checkpointing": ("train", "efficiency"),
     "cpu_offload": ("train", "efficiency"),
     "param_dtype": ("train", "efficiency"),
+    "lora_rank": ("train", "efficiency"),
 }
 TASKS = {"train": train, "efficiency": efficiency, "prefill": prefill}
 LONGEST = 131072  # of the lengths that are measured if none are asked for
@@ -506,6 +504,8 @@ def parse_arguments():
         help="as train.py's")
     p.add_argument("--param_dtype", choices=("float32", "bfloat16"),
         help="as train.py's (default: float32)")
+    p.add_argument("--lora_rank", type=cli.whole_number(1), metavar="R",
+        help="as train.py's, on all linear layers (default: all weights are trained)")
     p.add_argument("--compare", choices=("transformers",),
         help="train, prefill: the same work there, in the same process")
     p.add_argument("--json", type=cli.output_file(), metavar="FILE",
@@ -526,6 +526,11 @@ def complete(args, config):
         raise InputError(f"--compare {args.compare}: not installed here; pip install {args.compare}")
     args.activation_checkpointing = args.activation_checkpointing or "none"
     args.param_dtype = args.param_dtype or "float32"
+    if args.lora_rank and args.compare:
+        raise InputError(
+            f"--compare {args.compare}: it trains all weights there; leave it or --lora_rank out"
+        )
+    args.lora_rank = args.lora_rank or 0
     window = config.max_position_embeddings
     args.train_len = args.train_len or window
     if args.micro_batch_size is None and args.task == "efficiency":

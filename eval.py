@@ -4,6 +4,7 @@
     python eval.py --task needle --data book.txt --plot grid.png
     python eval.py --task ruler --data book.txt --lengths 4096,32768
     python eval.py --task ppl --data book.txt --lengths 2048,8192,32768 --tail 1024
+    python eval.py --task ppl --data book.txt --lengths 2048,8192 --all
     python eval.py --task benchmarks --data folder/      # through lm-evaluation-harness
 
 A task is a row of TASKS: its options, the function that measures it, and how tasks/report.py and
@@ -16,8 +17,9 @@ Notable choices:
   in what is said, so that there the model generates.
 - A length is exact: so many tokens are in the prompt with its answer, or in the window with its BOS.
 - Perplexity is weighted by token. A document is cut to the longest length asked for, so that every length
-  that it fills scores the same text. A document too short for a length is left out there, and lengths with
-  different documents are not compared in words. With `--tail` all lengths score the same tokens.
+  that it fills scores the same text; with `--all` it is scored whole at each of them, by windows that slide
+  over it. A document too short for a length is left out there, and lengths with different documents are not
+  compared in words. With `--tail` all lengths score the same tokens.
 - Every figure has its uncertainty beside it: Wilson's 95% interval of a share, one standard error over
   documents of a perplexity or over prompts of RULER's mean.
 """
@@ -43,6 +45,7 @@ import data
 from hf import weights
 from hf.builtin import default_model, open_model
 from hf.tokenizer import bos_ids, stop_ids
+from storage import texts
 from storage.errors import InputError
 from storage.files import cache_dir, is_stream
 from storage.values import read_json
@@ -256,11 +259,11 @@ class Window(NamedTuple):
 def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, by_position=False):
     """Measure perplexity, exp of the mean loss over all scored tokens. Return an entry of `results`.
 
-    documents: 1-d arrays of token ids. Each is cut to `longest` tokens and read in windows of `length` that
-    move on by `stride`; documents with fewer than `length` tokens are left out. tail: read one window of
-    each document instead and score its last `tail` tokens; all lengths must score the same tokens then, so
-    documents with fewer than `longest` are left out. by_position: add the loss by position in the window.
-    Raise InputError if a loss is not finite.
+    documents: 1-d arrays of token ids. Each is cut to `longest` tokens (None: it stays whole) and read in
+    windows of `length` that move on by `stride`; documents with fewer than `length` tokens are left out.
+    tail: read one window of each document instead and score its last `tail` tokens; all lengths must score
+    the same tokens then, so documents with fewer than `longest` are left out. by_position: add the loss by
+    position in the window. Raise InputError if a loss is not finite.
     """
     bos = bos_ids(tokenizer)  # before every window, part of its length
     needed = longest if tail else length
@@ -269,8 +272,9 @@ def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, 
         windows = tail_windows(long_enough, bos, length, tail)
         total = tail * len(long_enough)
     else:
-        windows = sliding_windows_of_documents(long_enough, bos, length, longest, stride)
-        total = sum(min(len(document), longest) for document in long_enough)
+        texts = [document if longest is None else document[: longest - len(bos)] for document in long_enough]
+        windows = sliding_windows_of_documents(texts, bos, length, stride)
+        total = sum(map(len, texts))
     edges = position_edges(length) if by_position else [0, length]
 
     nats = np.zeros((len(long_enough), len(edges) - 1))  # by document and range of positions
@@ -286,7 +290,7 @@ def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, 
     if not np.isfinite(nats).all():
         raise InputError(f"length {length}: the loss is not finite; look at the weights of this model")
 
-    result = {"length": length, "tail": tail}
+    result = {"length": length, "tail": tail, "cut_to": None if tail else longest}
     result |= {"documents": len(long_enough), "left_out": len(documents) - len(long_enough)}
     result |= summary_by_document(nats.sum(1), count.sum(1))
     if by_position:
@@ -301,14 +305,14 @@ def tail_windows(documents, bos, length, tail):
         yield Window(i, ids, length - tail)
 
 
-def sliding_windows_of_documents(documents, bos, length, longest, stride):
-    """Yield the Windows that score each token of each document (its first `longest` tokens) once."""
+def sliding_windows_of_documents(documents, bos, length, stride):
+    """Yield the Windows that score each token of each document once."""
     room = length - len(bos)
     if not bos:
         stride = min(stride, room - 1)  # the first scored token of a window needs one before it
     stride = max(1, min(stride, room))
     for i, document in enumerate(documents):
-        text = document[: longest - len(bos)].tolist()
+        text = document.tolist()
         for begin, scored_from, end in sliding_windows(len(text), room, stride):
             first = len(bos) + scored_from - begin
             yield Window(i, bos + text[begin:end], max(first, 1))  # nothing predicts a text's first token
@@ -415,7 +419,7 @@ def prepare_passkey(args, model, tokenizer, lengths):
 
 
 def prepare_needle(args, model, tokenizer, lengths):
-    corpus = data.tokenised(args.data, tokenizer, cache_dir()).tokens
+    corpus = data.tokenised(args.data, tokenizer, cache_dir(), args.text_key).tokens
 
     def measure(length):
         return needle(model, tokenizer, corpus, length, args.trials, args.seed, args.keys, args.generate)
@@ -424,9 +428,8 @@ def prepare_needle(args, model, tokenizer, lengths):
 
 
 def prepare_ruler(args, model, tokenizer, lengths):
-    corpus = data.tokenised(args.data, tokenizer, cache_dir()).tokens
-    for task in ruler.TASKS:  # A length too short for one of them is refused before the others are measured.
-        ruler.make_prompt(task, tokenizer, lengths[0], 0, args.seed, corpus)
+    corpus = data.tokenised(args.data, tokenizer, cache_dir(), args.text_key).tokens
+    ruler.check_length(tokenizer, lengths[0], args.seed, corpus)
 
     def measure(length):
         return measure_ruler(model, tokenizer, corpus, length, args.samples, args.seed)
@@ -436,7 +439,7 @@ def prepare_ruler(args, model, tokenizer, lengths):
 
 def prepare_perplexity(args, model, tokenizer, lengths):
     shortest, longest = lengths[0], lengths[-1]
-    documents = data.tokenised(args.data, tokenizer, cache_dir())
+    documents = data.tokenised(args.data, tokenizer, cache_dir(), args.text_key)
     chosen = longest_documents(documents, args.documents, needed=longest if args.tail else shortest)
 
     def measure(length):
@@ -446,13 +449,15 @@ def prepare_perplexity(args, model, tokenizer, lengths):
             stride = length
         else:
             stride = max(1, min(length // 2, 16384))
-        return perplexity(model, tokenizer, length, chosen, longest, stride, args.tail, args.by_position)
+        cut_to = None if args.all else longest
+        result = perplexity(model, tokenizer, length, chosen, cut_to, stride, args.tail, args.by_position)
+        return result | {"text_tokens": len(documents.tokens)}
 
     return measure
 
 
 def longest_documents(documents, count, needed):
-    """Return the longest `count` documents. Raise InputError if none has `needed` tokens."""
+    """Return the longest `count` documents, all for None. Raise InputError if none has `needed` tokens."""
     by_length = sorted((documents[i] for i in range(len(documents))), key=len, reverse=True)
     has = len(by_length[0])
     if has < needed:
@@ -492,22 +497,22 @@ TASKS = {
         draw=plots.draw_accuracy,
     ),
     "needle": Task(
-        options=("trials", "seed", "generate", "keys", "data"),
+        options=("trials", "seed", "generate", "keys", "data", "text_key"),
         prepare=prepare_needle,
         table=report.AccuracyTable(),
         draw=plots.draw_accuracy_grids,
     ),
     "ruler": Task(
-        options=("samples", "seed", "data"),
+        options=("samples", "seed", "data", "text_key"),
         prepare=prepare_ruler,
         table=report.RulerTable(),
         draw=plots.draw_ruler,
         shortest=2048,
     ),
     "ppl": Task(
-        options=("documents", "stride", "tail", "by_position", "data"),
+        options=("documents", "stride", "tail", "by_position", "all", "data", "text_key"),
         prepare=prepare_perplexity,
-        table=report.PerplexityTable(),
+        table=report.PerplexityTable(for_more="--all scores them all"),
         draw=plots.draw_perplexity,
         may_add_lengths=False,
     ),
@@ -524,7 +529,7 @@ TASKS = {
 # ---------------------------------------------------------------- the command
 
 # argparse must not fill these in: an option that is given and belongs to another task is refused.
-DEFAULTS = {"trials": 50, "seed": 0, "keys": 4, "samples": 25, "documents": 50}
+DEFAULTS = {"trials": 50, "seed": 0, "keys": 4, "samples": 25, "documents": 50, "text_key": "text"}
 
 
 def parse_arguments():
@@ -551,8 +556,13 @@ def parse_arguments():
     p.add_argument("--data", type=cli.path_name, nargs="+", action="extend", default=[], metavar="FILE",
         help="needle, ruler, ppl: texts (default: Python's standard library); benchmarks: the folder with "
         "their files")
+    p.add_argument("--text_key", metavar="KEY",
+        help="needle, ruler, ppl: key of the text in JSON and Parquet (default: text)")
     p.add_argument("--documents", type=cli.whole_number(1),
         help="ppl: use that many, the longest (default: 50), each to the longest of --lengths")
+    p.add_argument("--all", action="store_true", default=None,  # None is also what earlier files recorded
+        help="ppl: score every token of all documents that have enough of them (with --documents N, of the N "
+        "longest)")
     p.add_argument("--stride", type=cli.whole_number(1),
         help="ppl: tokens that the window moves on, at most a window (default: half of one, at most 16,384)")
     p.add_argument("--tail", type=cli.whole_number(1), metavar="N",
@@ -580,14 +590,15 @@ def complete(args):
             tasks_of_option.setdefault(option, []).append(name)
     cli.refuse_options_of_other_tasks(args, tasks_of_option)
     cli.refuse_one_file_for_two(args)
-    for option, default in DEFAULTS.items():
+    defaults = DEFAULTS | ({"documents": None} if args.all else {})
+    for option, default in defaults.items():
         if getattr(args, option) is None:
             setattr(args, option, default)
     if args.keys > len(CITIES):
         raise InputError(f"--keys {args.keys}: at most {len(CITIES)}")
-    if args.tail and (args.by_position or args.stride):
-        other = "--stride" if args.stride else "--by_position"
-        raise InputError(f"--tail {args.tail} scores one place of each document: leave out {other}")
+    for other in ("stride", "by_position", "all"):
+        if args.tail and getattr(args, other):
+            raise InputError(f"--tail {args.tail} scores one place of each document: leave out --{other}")
     if args.task == "benchmarks" and (len(args.data) != 1 or not Path(args.data[0]).is_dir()):
         raise InputError(f"--data: name one folder with files of {harness.EXPECTED_FILES}")
     return args
@@ -597,7 +608,9 @@ def default_models(device):
     """Return the base and the result of the run in out/; without one, the built-in model for a device."""
     out = Path("out")
     if not (out / "model" / "config.json").is_file() or not (out / "args.json").is_file():
-        return [default_model(device)]
+        name = default_model(device)
+        print(f"no run in out/, so this measures the built-in {name}; --model names another", file=sys.stderr)
+        return [name]
     base = read_json(out / "args.json").get("model")
     if not isinstance(base, str):
         raise InputError(f"{out / 'args.json'}: names no model; name the models with --model")
@@ -647,7 +660,7 @@ def result_settings(args, names, folders, units):
     if not task.may_add_lengths:
         settings["lengths"] = units
     if "data" in task.options:
-        settings["sha256 of data"] = data.fingerprint(data.find_files(args.data))
+        settings["sha256 of data"] = texts.fingerprint(texts.find_files(args.data))
     return settings
 
 
@@ -677,6 +690,8 @@ def evaluate(args):
     task = TASKS[args.task]
     keeps_results = args.json and not is_stream(args.json)  # a pipe gets them at the end, once
     names = list(dict.fromkeys(args.model or default_models(args.device)))  # each once
+    for name in names:
+        cli.warn_if_half_trained(name)
     folders = [open_model(name) for name in names]  # all are checked before hours of work with the first
     units = units_to_measure(args, [folder.config for folder in folders])
     settings = result_settings(args, names, folders, units) if args.json else None
@@ -684,6 +699,9 @@ def evaluate(args):
         reports = report.read(args.json, settings, task.table, task.unit)
     else:
         reports = [{"task": args.task, "model": name, "results": []} for name in names]
+    for folder, of_model in zip(folders, reports):
+        of_model["window"] = folder.config.max_position_embeddings
+        of_model["original_window"] = int(folder.config.original_window)
 
     for name, folder, of_model in zip(names, folders, reports):
         done = [result[task.unit] for result in of_model["results"]]

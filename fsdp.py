@@ -25,6 +25,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from storage.errors import InputError
 
+NARROW = 8  # A matrix product is an adapter's if its result is so many times as wide as its first factor.
+
 # Dense bfloat16 operations a second by the makers' data sheets. A card takes the first entry whose name
 # is part of its own, so longer names come first.
 PEAK_FLOPS = {
@@ -89,10 +91,13 @@ def shard(
 
     The memory is uninitialised. Each block and then the rest is sharded over all processes. A single
     process keeps plain parameters, unless cpu_offload asks for FSDP. The master weights, and with them
-    AdamW's state, are of param_dtype; computation happens in compute_dtype; gradients are reduced in
-    float32 and averaged over processes. activation_checkpointing: "none", "selective" or "full".
+    AdamW's state, are of param_dtype; computation happens in compute_dtype, which frozen matrices have;
+    gradients are reduced in float32 and averaged over processes. activation_checkpointing: "none",
+    "selective" or "full".
     """
-    model.to(param_dtype)
+    for parameter in model.parameters():
+        is_frozen_matrix = parameter.dim() > 1 and not parameter.requires_grad
+        parameter.data = parameter.data.to(compute_dtype if is_frozen_matrix else param_dtype)
     model.compute_dtype = compute_dtype
     for block in model.blocks:
         checkpoint_activations(block, activation_checkpointing)
@@ -109,7 +114,7 @@ def shard(
             cast_forward_inputs=False,  # it would round the float32 cos and sin
         )
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
-        kept_whole = set(vectors(model))
+        kept_whole = {parameter for parameter in model.parameters() if parameter.dim() == 1}
         for module in (*model.blocks, model):
             fully_shard(
                 module, mesh=mesh, mp_policy=precision, offload_policy=offload, ignored_params=kept_whole
@@ -117,8 +122,9 @@ def shard(
 
     model.to_empty(device="cpu" if cpu_offload else device)
     if cpu_offload:
-        for vector in vectors(model):
-            vector.data = vector.data.to(device)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data = parameter.data.to(device)
         use_all_cores()  # AdamW works on the CPU then
 
 
@@ -145,19 +151,22 @@ def checkpoint_activations(block, mode):
 def save_matrix_products(context, op, *args, **kwargs):
     """Return what selective checkpointing does with the result of an operation."""
     name = op.overloadpacket.__name__ if hasattr(op, "overloadpacket") else str(op)
+    if name == "mm" and args[0].shape[1] * NARROW <= args[1].shape[1]:
+        # It is an adapter's second product: as much to keep as the layer's own, nearly nothing to compute.
+        return CheckpointPolicy.PREFER_RECOMPUTE
     if name in ("mm", "addmm") or "scaled_dot_product" in name:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def matrices(model):
-    """Return the model's parameters that have rows and columns."""
-    return [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    """Return the trained parameters that have rows and columns."""
+    return [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
 
 
 def vectors(model):
-    """Return the model's other parameters: biases and the weights of norms."""
-    return [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    """Return the other trained parameters: biases and the weights of norms, often none beside adapters."""
+    return [p for p in model.parameters() if p.requires_grad and p.dim() == 1]
 
 
 def own_rows(parameter):
@@ -170,21 +179,45 @@ def own_rows(parameter):
     return slice(first, min(first + run, len(parameter)))
 
 
+def whole(tensor):
+    """Return a tensor of which each process may hold some rows. Every process takes part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def set_whole(parameter, whole):
+    """Copy a tensor into a parameter of its shape, of which this process may hold only some rows."""
+    if isinstance(parameter, DTensor):
+        parameter.to_local().copy_(whole[own_rows(parameter)])
+    else:
+        parameter.copy_(whole)
+
+
 # ---------------------------------------------------------------- the step
 
 
-def adamw(model, lr):
-    """Return the optimizer, without weight decay.
+def adamw(model, lr, share_beside_adapters=1.0):
+    """Return the optimizer of what is trained, without weight decay.
 
     Matrices and vectors must be groups of their own, because only the matrices may be sharded.
+    share_beside_adapters: the share of the learning rate for all that is no adapter. The optimizer's
+    lr_shares has that of each group.
     """
-    groups = [{"params": parameters} for parameters in (matrices(model), vectors(model))]
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)
+    groups = {}  # {(whether matrices, whether of adapters): parameters}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((parameter.dim() > 1, ".adapter." in name), []).append(parameter)
+    kinds = sorted(groups, reverse=True)  # matrices first
+    parameters = [{"params": groups[kind]} for kind in kinds]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
+    optimizer.lr_shares = [1.0 if of_adapters else share_beside_adapters for _, of_adapters in kinds]
+    return optimizer
 
 
 def average_vector_gradients(model):
     """Average the gradients of the vectors over processes, in float32. FSDP averages the others."""
     gradients = [p.grad for p in vectors(model)]
+    if not gradients:
+        return
     together = torch.cat([gradient.float() for gradient in gradients])
     dist.all_reduce(together)
     together /= dist.get_world_size()
@@ -193,14 +226,14 @@ def average_vector_gradients(model):
 
 def clip_gradients(model, max_norm):
     """Scale all gradients so that their norm is at most max_norm. Return the norm before, on the device."""
-    groups = matrices(model), vectors(model)
+    groups = [parameters for parameters in (matrices(model), vectors(model)) if parameters]
     norms = []
     for group in groups:
         norm = torch.nn.utils.get_total_norm([p.grad for p in group])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         norms.append(norm)
-    device = vectors(model)[0].device  # that of the computation; offloaded matrices are elsewhere
+    device = model.norm.weight.device  # that of the computation; offloaded matrices are elsewhere
     grad_norm = torch.stack([norm.to(device) for norm in norms]).norm()
     for group in groups:
         torch.nn.utils.clip_grads_with_norm_(group, max_norm, grad_norm)

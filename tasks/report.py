@@ -2,8 +2,9 @@
 
 An interrupted evaluation goes on from the file.
 
-A report is what is known of one model: {"task", "model", "results": [one entry for each length or
-benchmark]}. All models of a call stand in one table and one file. A task is shown by one of the tables
+A report is what is known of one model: {"task", "model", "window", "original_window" (in tokens, the latter
+before any interpolation that is recorded), "results": [one entry for each length or benchmark]}. All models
+of a call stand in one table and one file. A task is shown by one of the tables
 below: shares of right answers, RULER's scores, perplexities, scores of benchmarks.
 """
 
@@ -16,6 +17,7 @@ from storage.files import write_json
 from storage.values import describe_changes, read_json
 from tasks import ruler
 
+NEWER = {"text_key": "text"}  # settings that files of earlier versions lack, and their value there
 WORKS = 0.95  # a model works at a length where it gives at least this share of right answers
 GUESSES = 1000  # a model with a perplexity above this predicts next to nothing: it may be untrained
 HOLDS = 1.05  # a perplexity holds up to this ratio to that at the shortest length
@@ -106,7 +108,7 @@ def read(path, settings, table, unit):
     try:
         written = read_json(path)
         last = {key: written[key] for key in ("task", "model", "results")}
-        earlier = dict(written["settings"])
+        earlier = NEWER | written["settings"]
         reports = [*written.get("compared", []), last]
         if [report["model"] for report in reports] != earlier["model"]:
             raise ValueError("other models than its settings say")
@@ -214,7 +216,10 @@ class AccuracyTable(Table):
 
     def conclusions(self, results):
         if results[0]["accuracy"] < WORKS:
-            yield f"is below {WORKS:.0%} already at {results[0]['length']:,} tokens"
+            if any(result["accuracy"] for result in results):
+                yield f"is below {WORKS:.0%} already at {results[0]['length']:,} tokens"
+            else:
+                yield "gives no right answer at any length"
         else:
             works_to = longest_that_holds(results, lambda result: result["accuracy"] >= WORKS)
             and_so = ", the longest asked for" if works_to == results[-1]["length"] else ""
@@ -227,7 +232,27 @@ class AccuracyTable(Table):
 
 
 class PerplexityTable(Table):
-    """Shows perplexities by length, and the change of the loss where all lengths scored the same tokens."""
+    """Shows perplexities by length, and the change of the loss where all lengths scored the same tokens.
+
+    for_more: how to score more than a part of the texts, a text.
+    """
+
+    def __init__(self, for_more):
+        self.for_more = for_more
+
+    def introduction(self, results):
+        first = results[0]  # at the shortest length, which has the most documents
+        if "text_tokens" not in first:  # in a file that an earlier version wrote
+            return None
+        documents = f"{first['documents']:,} document" + ("" if first["documents"] == 1 else "s")
+        if first["tail"]:
+            which = f"the last {first['tail']:,} of {documents}"
+        elif first["cut_to"]:
+            which = f"what a window of {first['cut_to']:,} holds of {documents} ({self.for_more})"
+        else:
+            which = f"all of {documents}"
+        share = f"{first['tokens']:,} of the texts' {first['text_tokens']:,} tokens are scored"
+        return f"{share}, each with the same weight: {which}"
 
     def headings(self, results):
         headings = ["perplexity", "± error", "documents", "left out", "tokens scored"]
@@ -249,10 +274,11 @@ class PerplexityTable(Table):
         shortest, longest = filled[0], filled[-1]
         # A perplexity of other documents cannot be compared.
         same = [result for result in filled if result["documents"] == shortest["documents"]]
-        if shortest["ppl"] > GUESSES:
+        in_window = not shortest.get("beyond_window")  # else nothing can be said to hold
+        if in_window and shortest["ppl"] > GUESSES:
             yield f"hardly predicts these texts (perplexity {shortest['ppl']:,.0f}): is it trained at all?"
         # With a tail, the change of the loss in the table says more.
-        elif len(same) > 1 and not shortest["tail"]:
+        elif in_window and len(same) > 1 and not shortest["tail"]:
             held_to = longest_that_holds(same, lambda result: result["ppl"] <= HOLDS * shortest["ppl"])
             others = "" if len(same) == len(filled) else "; other lengths have other documents"
             meaning = f"at no length more than {HOLDS - 1:.0%} above that at {shortest['length']:,}{others}"

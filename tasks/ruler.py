@@ -82,14 +82,40 @@ def make_prompt(task, tokenizer, length, number, seed, corpus=None):
     part of `length`. corpus: a 1-d array of token ids, the texts in which some tasks hide their needles.
     Raise InputError if the length is too short, or if the texts have hardly any spaces.
     """
+    try:
+        return _draw_prompt(task, tokenizer, length, number, seed, corpus)
+    except TooShort as too_short:
+        raise InputError(_too_few(length, {task: too_short.missing})) from None
+
+
+def check_length(tokenizer, length, seed, corpus):
+    """Raise InputError if a length is too short for prompt number 0 of some tasks. It names all of them.
+
+    The arguments are those of `make_prompt`.
+    """
+    missing = {}
+    for task in TASKS:
+        try:
+            _draw_prompt(task, tokenizer, length, 0, seed, corpus)
+        except TooShort as too_short:
+            missing[task] = too_short.missing
+    if missing:
+        raise InputError(_too_few(length, missing))
+
+
+def _too_few(length, missing):
+    """Return the message for a length that is too short. missing: {task: tokens that it lacks}."""
+    most_first = sorted(missing, key=missing.get, reverse=True)
+    needed = ", ".join(f"{length + missing[task]} for {task}" for task in most_first)
+    return f"{length} tokens are too few for RULER: this tokenizer needs about {needed}"
+
+
+def _draw_prompt(task, tokenizer, length, number, seed, corpus):
+    """Return what `make_prompt` does. Raise TooShort if the length is too short."""
     tokens_to_generate = TASKS[task].tokens_to_generate
     rng = np.random.default_rng((seed, list(TASKS).index(task), length, number))
     draft = Draft(tokenizer, length, length - tokens_to_generate, rng, corpus)
-    try:
-        pieces, references = TASKS[task].make(draft)
-    except TooShort as too_short:
-        needed = f"this tokenizer needs about {length + too_short.missing}"
-        raise InputError(f"{length} tokens are too few for RULER's {task}: {needed}") from None
+    pieces, references = TASKS[task].make(draft)
     return Prompt(draft.encode(pieces), references, tokens_to_generate)
 
 

@@ -135,7 +135,7 @@ def test_commands_that_are_none(run):
 
 
 def test_no_such_folder(really_refused):
-    says = ["nowhere/llama", "config.json"]
+    says = ["nowhere/llama", "no such folder"]
     really_refused("train.py", "--model", "nowhere/llama", *TRAIN, says=says)
     really_refused("eval.py", "--model", "nowhere/llama", "--task", "passkey", says=says)
 
@@ -147,16 +147,13 @@ CONVERT = "python -m hf.weights convert"
 @pytest.mark.parametrize(
     "name, files, says",
     [
-        ("smollm2", {}, ["did you mean smollm2-135m?"]),
-        ("SmolLM2-135M", {}, ["did you mean smollm2-135m?"]),
-        ("tinny", {}, ["did you mean tiny?"]),
-        ("meta-llama/Llama-2-7b-hf", {}, ["hf download meta-llama/Llama-2-7b-hf --local-dir"]),
-        ("models--a--b", {"snapshots/abc/config.json": "{}"}, ["name models--a--b/snapshots/abc"]),
         ("meta", META, [f"{CONVERT} meta NEW_FOLDER"]),
         ("m.gguf", {"": "GGUF"}, [f"{CONVERT} m.gguf NEW_FOLDER"]),
         ("ggufs", {"q8.gguf": "GGUF"}, [f"{CONVERT} ggufs/q8.gguf NEW_FOLDER"]),
         ("out", {"model/config.json": "{}"}, ["its model is in out/model"]),
-        ("empty", {"a.txt": ""}, ["name a Hugging Face folder or one of tiny, smollm2-135m"]),
+        ("peft", {"adapter_config.json": "{}", "base/config.json": "{}"}, ["adapters alone", "merged into"]),
+        ("llamas", {"7b/config.json": "{}", "13b/config.json": "{}"}, ["2 models", "such as llamas/13b"]),
+        ("empty", {"a.txt": ""}, ["name a Hugging Face folder, or tiny or smollm2-135m"]),
     ],
 )
 def test_a_model_that_is_somewhere_else(refused, name, files, says):
@@ -434,6 +431,15 @@ def test_no_tokenizer(refused, model):
         (["--retrieval", 0.5, "--method", "full"], ["--retrieval", "with full"]),
         (["--retrieval", 0.5, "--method", "randpos"], ["--retrieval", "with randpos"]),
         (["--episode_len", 64], ["--episode_len", "--retrieval"]),
+        (["--lora_rank", -1], ["--lora_rank", "at least 0, not -1"]),
+        (["--lora_rank", 65], ["--lora_rank 65", "at most rank 64"]),
+        (["--lora_rank", 4, "--lora_alpha", 0], ["--lora_alpha", "at least 1, not 0"]),
+        (["--lora_rank", 4, "--lora_targets", "q,x"], ["--lora_targets", "q,k,v,o", "'x'"]),
+        (["--lora_rank", 4, "--lora_train", "head"], ["--lora_train", "embed,norm", "'head'"]),
+        (["--lora_alpha", 4], ["--lora_alpha belongs to --lora_rank"]),
+        (["--lora_targets", "q"], ["--lora_targets belongs to --lora_rank"]),
+        (["--lora_train", "norm"], ["--lora_train belongs to --lora_rank"]),
+        (["--adapter"], ["--adapter belongs to --lora_rank"]),
         (["--retrieval", 1, "--episode_len", 48], ["--episode_len 48", "the 64 tokens"]),
         (
             ["--retrieval", 0.5, "--train_len", 128, "--micro_batch_size", 2],
@@ -474,6 +480,10 @@ def test_no_cuda(refused, monkeypatch):
         ("d.jsonl", b'{"text": "fine"}\n{"text": "half', ["line 2"]),
         ("d.jsonl", b'{"text": "fine"}\n{"text": "half an emoji: \\ud83d"}\n', ["line 2"]),
         ("d.jsonl.gz", b'{"text": "not compressed"}\n', ["gzip"]),
+        ("d.json", b'["fine",\n5]', ["item 2"]),
+        ("d.parquet", b"PAR1", ["not readable as Parquet"]),
+        ("d.jsonl", b'{"messages": [{"role": "assistant", "content": "a"}]}', ["line 1", "no chat template"]),
+        ("d.jsonl", b'{"messages": ["a"]}', ["line 1", "message 1"]),
     ],
     ids=lambda v: ascii(v)[:40],
 )
@@ -520,10 +530,13 @@ def finished(model):
     Path("done/model/config.json").write_text("{}")
 
 
-def test_weights_that_are_no_numbers_leave_no_folder(refused, model):
-    """So the same command goes on once they are mended."""
+def test_weights_that_are_no_numbers_leave_no_folder(call, model):
+    """So the same command goes on once they are mended. The plan was said before they were read."""
     change_tensors(lambda tensors: tensors.update({UP: tensors[UP] / 0}))(model)
-    refused("train", "--model", model, *TRAIN, says=[UP, "NaN or infinite"])
+    before = snapshot(Path())
+    done = call("train", "--model", model, *TRAIN)
+    assert done.returncode == 2 and snapshot(Path()) == before and "Traceback" not in done.stderr
+    assert f"weight {UP} is NaN or infinite" in done.stderr.splitlines()[-1]
 
 
 def test_a_weight_that_one_of_two_processes_reads(run, model):
@@ -569,11 +582,17 @@ def test_out_that_holds_a_run(really_refused, refused, model, finished):
     refused("train", *into_done, says=["done"])
 
 
-def test_resume_without_a_run(really_refused, refused, model):
+def test_resume_without_a_run_begins_one(call, refused, model):
+    """So that a job script has one command. But what may be a run's or a user's is left alone."""
     resume = ("--model", model, *TRAIN, "--resume")
-    really_refused("train.py", *resume, "--out", "absent", says=["--resume", "absent"])
     Path("bare").mkdir()
-    refused("train", *resume, "--out", "bare", says=["--resume", "bare"])
+    for out in ("absent", "bare"):
+        done = call("train", *resume, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert f"--resume: {out} holds no run yet; beginning one" in done.stderr
+        assert Path(out, "model", "config.json").exists() and Path(out, "args.json").exists()
+    Path("bare/args.json").unlink()
+    refused("train", *resume, "--out", "bare", says=["bare already holds a run"])
 
 
 @pytest.mark.parametrize(
@@ -654,12 +673,14 @@ def test_lengths_abc(really_refused):
         (["ppl", "--seed", 1], ["--seed", "--task passkey or needle"]),
         (["ppl", "--trials", 1], ["--trials", "--task passkey or needle"]),
         (["needle", "--samples", 1], ["--samples", "--task ruler"]),
-        (["ruler", "--data", "text.txt", "--lengths", "600,2048"], ["600 tokens are too few", "RULER's"]),
+        (["ruler", "--data", "text.txt", "--lengths", "600,2048"], ["600 tokens are too few", "vt", "cwe"]),
         (["benchmarks", "--lengths", 256], ["--lengths", "--task passkey or needle or ruler or ppl"]),
         (["ppl", "--generate"], ["--generate", "--task passkey or needle"]),
         (["ppl", "--tail", 0], ["--tail", "at least 1, not 0"]),
         (["ppl", "--tail", 256], ["--tail 256", "length of 256"]),
         (["ppl", "--tail", 8, "--by_position"], ["--tail 8", "--by_position"]),
+        (["ppl", "--tail", 8, "--all"], ["--tail 8", "leave out --all"]),
+        (["passkey", "--all"], ["--all", "--task ppl"]),
         (["ppl", "--tail", 8, "--data", "text.txt", "--lengths", "128,100000"], ["--data", "100000"]),
         (["needle", "--keys", 17], ["--keys 17", "16"]),
         (["passkey", "--data", "text.txt"], ["--data", "needle"]),

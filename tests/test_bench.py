@@ -14,7 +14,7 @@ import data
 import fsdp
 import train
 from hf import builtin
-from model import Config, Transformer, empty_transformer
+from model import Config, Transformer, add_adapters, empty_transformer
 
 TINY = ("--model", "tiny:2")
 WINDOW = ("--train_len", 64, "--batch_size", 4, "--micro_batch_size", 2)
@@ -78,8 +78,12 @@ class NoCheckpoints:
     def raise_if_failed(self):
         pass
 
+    def is_due(self, minutes):
+        return False
 
-def test_a_step_is_that_of_train(tmp_path):
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_step_is_that_of_train(tmp_path, lora_rank):
     """From the same weights, on the same batches, train.train has the same losses to the last bit."""
     device = fsdp.start("cpu")
     try:
@@ -87,12 +91,15 @@ def test_a_step_is_that_of_train(tmp_path):
         sampling = {"method": "pose", "train_len": 32, "target_len": 128}
         args = Namespace(batch_size=4, share=4, micro_batch_size=2, train_len=32, param_dtype="float32")
         args.activation_checkpointing, args.cpu_offload, args.retrieval = "none", False, 0
+        args.lora_rank = lora_rank
         step = bench_module.our_step(config, args, sampling, device)
         expected = [step()[0] for _ in range(2)]
 
         args.steps, args.lr, args.warmup_steps = 2, 1e-5, 0  # bench's learning rate; the second loss knows it
-        args.out, args.tensorboard, args.save_every = tmp_path, False, 0
+        args.out, args.tensorboard, args.save_every, args.save_minutes = tmp_path, False, 0, 0
         model = empty_transformer(config)
+        if lora_rank:
+            add_adapters(model, lora_rank, 2 * lora_rank, ("q", "k", "v", "o", "gate", "up", "down"))
         fsdp.shard(model, device, torch.float32)
         bench_module.randomise(model, device)
         document = bench_module.RandomDocument(config.vocab_size, 2**20)
@@ -162,6 +169,8 @@ def test_efficiency_draws_both_methods_by_target(bench, tmp_path):
         (["train", "--plot", "p.png"], ["--plot belongs to --task efficiency"]),
         (["train", "--lengths", "64"], ["--lengths belongs to --task efficiency or prefill"]),
         (["prefill", "--cpu_offload"], ["--cpu_offload belongs to --task train or efficiency"]),
+        (["prefill", "--lora_rank", 4], ["--lora_rank belongs to --task train or efficiency"]),
+        (["train", "--lora_rank", 4, "--compare", "transformers"], ["--lora_rank", "all weights"]),
         (["prefill", "--param_dtype", "float32"], ["--param_dtype belongs to --task train or efficiency"]),
         (["efficiency", "--plot", "p.xyz"], ["--plot", "p.xyz"]),
         (["train", "--json", "absent/r.json"], ["absent/r.json"]),

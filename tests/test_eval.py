@@ -48,17 +48,20 @@ def token_losses(model, row):
 
 
 @pytest.mark.parametrize("with_bos", [True, False])
+@pytest.mark.parametrize("cut_to", [120, None])
 @pytest.mark.parametrize("length, stride", [(32, 7), (32, 32), (90, 45), (120, 120)])
-def test_perplexity_equals_scoring_token_by_token(tiny, monkeypatch, with_bos, length, stride):
+def test_perplexity_equals_scoring_token_by_token(tiny, monkeypatch, with_bos, cut_to, length, stride):
     """Each token is scored with exactly the context that its window gives it, once."""
     model, tokenizer = tiny
     bos = [tokenizer.bos_id] if with_bos else []
     monkeypatch.setattr(tokenizer, "bos_id", tokenizer.bos_id if with_bos else None)
     torch.manual_seed(0)
     documents = [torch.randint(3, 2048, (n,)).numpy() for n in (100, 131, 20)]
-    got = evaluation.perplexity(model, tokenizer, length, documents, 120, stride)
+    got = evaluation.perplexity(model, tokenizer, length, documents, cut_to, stride)
     nats, count = 0.0, 0
-    long_enough = [d[: 120 - len(bos)].tolist() for d in documents if len(d) >= length]
+    long_enough = [d.tolist() for d in documents if len(d) >= length]
+    if cut_to:
+        long_enough = [text[: cut_to - len(bos)] for text in long_enough]
     for text in long_enough:
         seen_to, begin, room = 0, 0, length - len(bos)
         while seen_to < len(text):
@@ -306,7 +309,7 @@ def test_several_models_stand_in_one_table_and_plot(evaluate, tmp_path, two_mode
         assert short["ppl"] > 1 and short["standard_error"] is None
         assert (long["documents"], long["left_out"], long["tokens"], long["ppl"]) == (0, 1, 0, None)
     assert written["results"][0]["ppl"] > 100 * written["compared"][0]["results"][0]["ppl"]
-    rows = [line.split()[:2] for line in out.splitlines()[1:5]]
+    rows = [line.split()[:2] for line in out.splitlines()[2:6]]
     assert [rows[0], rows[2]] == [["64", "tiny"], ["128", "tiny"]]
     assert [rows[1][0], rows[3][0]] == [other, other + "*"]
     assert (tmp_path / "p.png").stat().st_size > 10000
@@ -318,7 +321,7 @@ def test_other_tables_of_several_models(evaluate, tmp_path, two_models):
     out = evaluate("needle", *both, "--lengths", "300,600", "--trials", 2, "--json", tmp_path / "n.json")
     written = json.loads((tmp_path / "n.json").read_text())
     assert len(written["compared"][0]["results"][1]["by_trial"]) == 2
-    assert "is below 95% already at 300 tokens" in out
+    assert "tiny gives no right answer at any length" in out
 
     out = evaluate("ppl", *both, "--lengths", "64,128", "--tail", 32, "--json", tmp_path / "tail.json")
     assert "loss against 64" in out
@@ -357,6 +360,45 @@ def test_perplexities_of_other_documents_are_not_compared(evaluate, tmp_path):
     assert [result["documents"] for result in results] == [4, 4, 1]
     assert long["ppl"] < short["ppl"] / 2
     assert "tiny holds its perplexity to 128 tokens" in out and "other lengths have other documents" in out
+
+
+def test_the_key_of_the_text(evaluate, tmp_path):
+    """The figures are those of the same texts under the usual key. A file without a key goes on."""
+    written, texts = tmp_path / "r.json", [f"The cat sat on the mat. {i}" * 90 for i in range(2)]
+    for key in ("text", "content"):
+        (tmp_path / f"{key}.jsonl").write_text("".join(json.dumps({key: text}) + "\n" for text in texts))
+    arguments = ("--model", "tiny", "--lengths", "64", "--data")
+    other = evaluate("ppl", *arguments, tmp_path / "content.jsonl", "--text_key", "content")
+    assert evaluate("ppl", *arguments, tmp_path / "text.jsonl", "--json", written) == other
+    content = json.loads(written.read_text())
+    assert content["settings"].pop("text_key") == "text"
+    written.write_text(json.dumps(content))
+    assert evaluate("ppl", *arguments, tmp_path / "text.jsonl", "--json", written) == other
+
+
+def test_whole_documents_are_scored(evaluate, tmp_path):
+    """All that have the tokens, or the longest of them, with every token once at each length."""
+    texts = ["The cat sat on the mat. " * n for n in (40, 5, 90, 60)]
+    data, written = tmp_path / "t.jsonl", tmp_path / "r.json"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    sizes = [len(builtin.open_model("tiny").load_tokenizer().encode(text)) for text in texts]
+    arguments = ("--model", "tiny", "--data", data, "--all", "--lengths", "128,200")
+    out = evaluate("ppl", *arguments, "--json", written, "--stride", 200)
+    count = sum(sizes) - sizes[1]
+    assert [result["tokens"] for result in read_results(written)] == [count, count]
+    introduction = "{:,} of the texts' {:,} tokens are scored, each with the same weight: all of {}"
+    assert introduction.format(count, sum(sizes), "3 documents") in out
+    out = evaluate("ppl", *arguments, "--stride", 200, "--documents", 1)
+    assert introduction.format(sizes[2], sum(sizes), "1 document") in out
+
+
+def test_without_a_run_the_built_in_model_is_measured_and_named(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--task", "passkey", "--device", "cpu", "--lengths", 128, "--trials", 1)
+    done = call("eval", *arguments)
+    first_line = done.stderr.splitlines()[0]
+    assert first_line == "no run in out/, so this measures the built-in tiny; --model names another"
+    assert "no run" not in call("eval", *arguments, "--model", "tiny").stderr
 
 
 def test_a_killed_evaluation_goes_on(start, evaluate, tmp_path, monkeypatch):

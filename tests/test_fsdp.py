@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch, torch.distributed as dist
-import cli, fsdp
+import cli, fsdp, model as decoder
 from hf import weights
 from hf.folder import CheckpointFolder
 from model import empty_transformer
@@ -19,9 +19,11 @@ folders = [Path(path) for path in sys.argv[2:]]
 device = fsdp.start("cpu")
 rank, world = dist.get_rank(), dist.get_world_size()
 
-def sharded(path, *how):
+def sharded(path, *how, adapters=()):
     folder = CheckpointFolder(path)
     model = empty_transformer(folder.config)
+    if adapters:
+        decoder.add_adapters(model, *adapters)
     fsdp.shard(model, device, *how)
     torch.set_num_threads(1)  # for a model this small; cpu_offload takes all there are
     folder.read_into(model)
@@ -177,3 +179,76 @@ def test_every_way_to_save_memory_gives_the_same_gradients(launch, make_llama, p
     }
     by_mode = [f"{mode} {products} {activations}" for mode, (products, activations) in expected.items()]
     assert lines == [line for line in by_mode for _ in range(2)]  # offload or not
+
+
+ADAPTERS = """
+from functools import partial
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+torch.compile = partial(torch.compile, backend="aot_eager")
+
+class Count(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten.mm.default:
+            seen.append("narrow" if args[0].shape[1] == 4 else "wide")  # what it sums over
+        return op(*args, **(kwargs or {}))
+
+plain = weights.load(folders[0], dtype=torch.float32)
+rng = torch.Generator().manual_seed(0)
+tokens, targets = torch.randint(plain.config.vocab_size, (2, 2, 48), generator=rng)
+pairs = {}
+for name, weight in plain.named_parameters():
+    if "blocks" in name and weight.dim() == 2:
+        shapes = (4, weight.shape[1]), (len(weight), 4)
+        pairs[name] = tuple(0.3 * torch.randn(*shape, generator=rng) for shape in shapes)
+        for part in pairs[name]:
+            part.requires_grad_()
+changed = {name: plain.get_parameter(name) + 0.5 * b @ a for name, (a, b) in pairs.items()}
+logits = functional_call(plain, changed, (tokens,))
+torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+for activation_checkpointing, compiled in (
+    ("none", False), ("selective", False), ("full", False), ("full", True)
+):
+    adapters = 4, 2, decoder.linear_layers(plain.config)
+    how, seen = (activation_checkpointing, False, compiled), []
+    model = sharded(folders[0], torch.float32, torch.float32, *how, adapters=adapters)
+    for name, pair in pairs.items():
+        adapter = model.get_submodule(name.removesuffix(".weight")).adapter
+        for parameter, value in zip((adapter.a, adapter.b), pair):
+            parameter.data.copy_(value)
+    with Count() if not compiled else torch.enable_grad():
+        model(tokens, None, targets).backward()
+    if not compiled:
+        print(activation_checkpointing, seen.count("narrow"), seen.count("wide"))
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for name, pair in pairs.items():
+        for letter, part in zip("ab", pair):
+            error = (found.pop(name.replace("weight", f"adapter.{letter}")) - part.grad).norm()
+            assert error / part.grad.norm() < 1e-4, (*how, name, letter, error)
+    assert not found
+
+rounded = sharded(folders[0], torch.bfloat16, adapters=adapters)
+whole_weights = sharded(folders[0], torch.bfloat16)
+for name, p in rounded.named_parameters():
+    is_frozen_matrix = p.dim() == 2 and "adapter" not in name
+    assert p.dtype == (torch.bfloat16 if is_frozen_matrix else torch.float32), name
+    if ".adapter." in name:
+        p.data.zero_()
+with torch.no_grad():
+    assert torch.equal(rounded(tokens), whole_weights(tokens))
+"""
+
+
+def test_adapters_have_the_same_gradients_in_every_way_to_save_memory(launch, make_llama):
+    """They are those of the parts of whole weights W + B A. The first block's input needs no gradient.
+
+    selective: of a layer's products only an adapter's second one is computed again, whose result is as large
+    as the layer's own. full: the last layer's own is not. Frozen matrices are rounded when they are read,
+    with the result that they have when they are rounded where they are used. Sharded: test_lora.py.
+    """
+    modes = [line.split() for line in launch(ADAPTERS, 1, make_llama()[0])]
+    narrow, wide = ({mode: int(counts[i]) for mode, *counts in modes} for i in range(2))
+    assert narrow["selective"] - narrow["none"] == narrow["full"] - narrow["none"] == 2 * 7
+    assert wide["selective"] == wide["none"]
+    assert wide["full"] - wide["none"] == 2 * (7 + 7 - 1)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, scaling_of
+from conftest import ROOT, needs_gpu, scaling_of
 from tqdm import tqdm
 from transformers import AutoTokenizer, TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -96,6 +96,18 @@ def test_an_answer_ends_before_a_stop(make_llama):
     assert stream(ours, random_ids(20), 15, [free[0]]) == []
 
 
+@needs_gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_gpu_says_what_generation_without_a_graph_says(make_llama, shape):
+    ours = weights.load(make_llama(**SHAPES[shape])[0], "cuda")
+    session = sample.Session(ours)
+    said = []
+    for n in (37, 60):  # the second prompt goes on from the first
+        prompt = (random_ids(37) + said + random_ids(20))[:n]
+        said = list(session.stream(prompt, 12, (), greedy))
+        assert said == ours.generate(torch.tensor([prompt], device="cuda"), 12)[0].tolist()
+
+
 # ---------------------------------------------------------------- what was read before
 
 
@@ -139,6 +151,10 @@ class Counting:
         self.tokens += tokens.shape[1]
         return self.model.hidden(tokens, **how)
 
+    def hidden_at(self, tokens, *rotation_and_cache):
+        self.tokens += tokens.shape[1]
+        return self.model.hidden_at(tokens, *rotation_and_cache)
+
 
 def test_an_interrupt_leaves_the_session_whole(make_llama):
     """Wherever it comes: while the prompt is read, or while the answer is made."""
@@ -162,7 +178,12 @@ class Interrupted(Counting):
         self.after = after
 
     def hidden(self, tokens, **how):
-        h = super().hidden(tokens, **how)
+        return self.unless_interrupted(super().hidden(tokens, **how))
+
+    def hidden_at(self, tokens, *rotation_and_cache):
+        return self.unless_interrupted(super().hidden_at(tokens, *rotation_and_cache))
+
+    def unless_interrupted(self, h):
         if self.tokens > self.after:
             raise KeyboardInterrupt
         return h
@@ -228,7 +249,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
 )
 STATUS = re.compile(
-    r"\[([\d,]+) of 256 tokens, read in \d+\.\d s; ([\d,]+) new( \(the most allowed\))?(, \d+ a second)?\]\n"
+    r"\[([\d,]+) of 256 tokens, read in \d+\.\d s; ([\d,]+) new( \([^)]+\))?(, \d+ a second)?\]\n"
 )
 
 
@@ -283,7 +304,8 @@ def test_a_prompt_is_gone_on_with(ask, folder, tiny):
     done = ask(folder, "--prompt", text)
     assert (done.returncode, done.stdout) == (0, expected + "\n")
     status = STATUS.fullmatch(done.stderr)
-    assert status[1] == str(len(ids)) and status[2] == "20" and status[3]
+    assert status[1] == str(len(ids)) and status[2] == "20"
+    assert status[3] == " (the most that --max_new_tokens allows)"
     (folder / "chat_template.jinja").unlink()  # without a template, a question is no other thing
     assert ask(folder, "--ask", text).stdout == done.stdout
     drawn = [
@@ -311,8 +333,8 @@ def test_a_question_goes_through_the_template(ask, folder, tiny, monkeypatch):
 
 def test_an_answer_ends_at_the_end_of_the_window(ask, folder):
     done = ask(folder, "--prompt", "x = 1\n" * 40, "--max_new_tokens", 10**9)
-    prompt, new, all_allowed = STATUS.fullmatch(done.stderr).groups()[:3]
-    assert int(prompt) + int(new) == 256 and int(new) > 9 and all_allowed
+    prompt, new, reason = STATUS.fullmatch(done.stderr).groups()[:3]
+    assert int(prompt) + int(new) == 256 and int(new) > 9 and reason == " (the window is full)"
 
 
 def test_an_answer_ends_at_the_stop_of_generation_config(ask, folder, tiny):
@@ -347,15 +369,48 @@ def test_a_conversation_goes_on_until_its_end(ask, folder, tiny, monkeypatch):
     assert (done.returncode, done.stdout) == (0, f"> {said[0]}\n> > > > {said[1]}\n> \n")
     told = done.stderr.splitlines()
     assert [line for line in told if line.startswith("error: ")] == [told[2], told[3]]
-    assert "window of 256; shorten it" in told[2] and "UTF-8" in told[3]
-    assert len(told) == 5
+    assert "window of 256; shorten it" in told[2] and told[2].endswith("; /new begins a new conversation")
+    assert "UTF-8" in told[3] and len(told) == 5
+
+
+def test_a_conversation_that_fills_the_window_can_begin_anew(ask, folder, tiny, monkeypatch):
+    """After /new a question is answered as the first one, behind the file again."""
+    (folder / "book.txt").write_text("pages = 7\n")
+    talk(monkeypatch, ["first?", "second?", " /new ", "first?"])
+    done = ask(folder, "--file", folder / "book.txt", "--max_new_tokens", 1000)
+    first, *others, again = done.stderr.splitlines()
+    assert "/new" in first and "Ctrl-D" in first
+    assert any("(the window is full; /new begins a new conversation)" in line for line in others)
+    assert any(line.startswith("error: ") and "/new" in line for line in others)
+    answers = done.stdout.split("> ")
+    messages = [{"role": "user", "content": "pages = 7\n\n\nfirst?"}]
+    ids = chat.encode(tokenizer.load(folder), messages)
+    expected = tiny[1].decode(continuation(tiny, ids, n_new=256 - len(ids)))
+    assert answers[1] == answers[-2] == expected + "\n" and STATUS.fullmatch(again + "\n")[1] == str(len(ids))
+
+
+def test_an_interrupt_before_a_question_says_how_to_leave(ask, folder, monkeypatch):
+    talk(monkeypatch, ["first?"])
+    real, interrupts = Terminal.readline, iter([True, True])
+
+    def readline(terminal, *size):
+        if next(interrupts, None):
+            raise KeyboardInterrupt
+        return real(terminal, *size)
+
+    monkeypatch.setattr(Terminal, "readline", readline)
+    done = ask(folder)
+    assert done.returncode == 0 and done.stdout.count("> ") == 4  # one question, and the end
+    assert done.stderr.count("Ctrl-D leaves") == 3 and "Traceback" not in done.stderr
 
 
 def test_without_a_template_each_line_is_gone_on_with(ask, folder, monkeypatch):
-    talk(monkeypatch, ["def main(", "class A"])
+    lines = ["def main(", "/new", "class A"]  # where nothing is kept, /new is a text like any other
+    talk(monkeypatch, lines)
     done = ask(folder, "--raw")
-    alone = [ask(folder, "--prompt", text).stdout for text in ("def main(", "class A")]
-    assert done.stdout == f"> {alone[0]}> {alone[1]}> \n"
+    alone = [ask(folder, "--prompt", text).stdout for text in lines]
+    assert done.stdout == f"> {alone[0]}> {alone[1]}> {alone[2]}> \n"
+    assert "/new" not in done.stderr
 
 
 def test_an_interrupt_ends_the_answer_and_not_the_conversation(ask, folder, tiny, monkeypatch):

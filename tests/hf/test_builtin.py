@@ -1,8 +1,9 @@
-"""The built-in smollm2-135m is fetched once, checked, and whole even if two processes ask for it at once."""
+"""Models by name. smollm2-135m is fetched once, checked, and whole if two processes ask for it at once."""
 
 import gc
 import hashlib
 import multiprocessing
+import os
 import subprocess
 import threading
 import zipfile
@@ -14,6 +15,46 @@ from safetensors.torch import save_file
 
 from hf import builtin, weights, writing
 from storage.errors import InputError
+
+LLAMA_2 = "meta-llama/Llama-2-7b-hf"
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("smollm2", "did you mean smollm2-135m?"),
+        ("SmolLM2-135M", "did you mean smollm2-135m?"),
+        ("tinny", "did you mean tiny?"),
+        (LLAMA_2, f"hf download {LLAMA_2} --local-dir Llama-2-7b-hf"),
+        (f"https://huggingface.co/{LLAMA_2}/", f"hf download {LLAMA_2} --local-dir Llama-2-7b-hf"),
+        ("../nope", "check the path"),
+        ("./nope", "check the path"),
+        ("folder/nope", "check the path"),
+        ("some/where/nope", "check the path"),
+    ],
+)
+def test_a_name_that_is_no_model(tmp_path, monkeypatch, name, says):
+    """The Hub is thought of where the name could be one there, and not where a path is meant."""
+    (tmp_path / "here" / "folder").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InputError) as error:
+        builtin.resolve(name)
+    said = str(error.value)
+    assert said.startswith(f"{name}: no such folder; ") and says in said and "\n" not in said
+    assert ("Hub" in said) == (LLAMA_2 in name)
+
+
+def test_a_folder_of_the_hubs_cache(tmp_path, monkeypatch):
+    """Of several snapshots the one that was fetched last is named."""
+    monkeypatch.chdir(tmp_path)
+    for name, seconds in (("b", 300), ("a", 100), ("c", 200)):
+        snapshot = Path("models--x--y/snapshots", name)
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text("{}")
+        os.utime(snapshot, (seconds, seconds))
+    with pytest.raises(InputError, match="models--x--y: no model here.* name models--x--y/snapshots/b$"):
+        builtin.resolve("models--x--y")
+    assert builtin.resolve("models--x--y/snapshots/b") == Path("models--x--y/snapshots/b")
 
 
 @pytest.fixture

@@ -121,9 +121,28 @@ def test_a_long_prompt_takes_no_minutes(tiny, task):
 def test_a_length_that_is_too_short_is_refused(make, task):
     make(task, 2048)
     for length in (10, 150):
-        too_few = f"{length} tokens are too few for RULER's {task}: this tokenizer needs about"
+        too_few = rf"{length} tokens are too few for RULER: this tokenizer needs about \d+ for {task}$"
         with pytest.raises(InputError, match=too_few):
             make(task, length)
+
+
+def test_all_tasks_that_a_length_is_too_short_for_are_named_at_once(tiny):
+    """They are those that refuse it when asked one by one, with the same lengths, the longest first."""
+    corpus = np.array(tiny.encode(SOURCE), dtype=np.uint16)
+    for length, count in ((600, 2), (300, 6)):
+        one_by_one = []
+        for task in ruler.TASKS:
+            try:
+                ruler.make_prompt(task, tiny, length, 0, 3, corpus)
+            except InputError as error:
+                one_by_one.append(str(error).split("about ")[1])
+        with pytest.raises(InputError) as error:
+            ruler.check_length(tiny, length, 3, corpus)
+        at_once = str(error.value).split("about ")[1].split(", ")
+        assert sorted(at_once) == sorted(one_by_one) and len(at_once) == count
+        needed = [int(each.split()[0]) for each in at_once]
+        assert needed == sorted(needed, reverse=True)
+    ruler.check_length(tiny, 1300, 3, corpus)
 
 
 def test_texts_without_spaces_are_refused(make_byte_level):

@@ -1,0 +1,118 @@
+"""Write the adapters of a model (LoRA) as PEFT does.
+
+PATH gets adapter_config.json and adapter_model.safetensors, and PATH/base the model that they belong on: the
+weights as they were, which are links, with the config.json of the extended window.
+
+Notable choices:
+- An adapter does not record the interpolation. On the model as published it would load, and compute nonsense
+  without a word. So it names PATH/base as its base, by its full path: if that has moved, loaders say so.
+- What was trained beside the adapters (embedding, norms) is stored whole, as PEFT's modules_to_save.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fsdp import whole
+from hf import families
+from hf.folder import INDEX
+from hf.writing import save_tensors
+from model import Adapter
+from storage.errors import InputError
+from storage.files import new_folder
+
+CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base"
+
+
+def check(config):
+    """Raise InputError if adapters would not fit the files of a model of this Config as they are.
+
+    So it is with GPT-J and Baichuan, which are written under the names of another family, and with Phi-3 and
+    GPT-NeoX, where one layer is what are several here.
+    """
+    written = families.as_written(config).model_type
+    names = families.stored_parameters(config)
+    reason = None
+    if any(
+        families.published_name(n, config.model_type) != families.published_name(n, written) for n in names
+    ):
+        reason = f"its weights are written as those of {written}"
+    elif len(families.by_published_name(names, config.model_type)) < len(names):
+        reason = "it has q, k and v in one layer"
+    if reason:
+        raise InputError(
+            f"adapters of {config.model_type} fit no stock model: {reason}; take the merged model"
+        )
+
+
+def save(model, base, tokenizer, path):
+    """Write the adapters of a model, and what else was trained, as a folder that PEFT reads.
+
+    base: the CheckpointFolder of its other weights. The model's Config must have passed `check`. Under
+    torch.distributed every process calls this, and process 0 writes. Adapters that are there stay until
+    these are whole.
+    """
+    path = Path(path)
+    config = families.as_written(model.config)
+    adapters = _adapters(model, config)
+    others = _others(model, config)
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    first = next(module for module in model.modules() if isinstance(module, Adapter))
+    rank = len(first.a)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str((path / BASE).resolve()),
+        "r": rank,
+        "lora_alpha": round(first.scale * rank),
+        "target_modules": sorted({name.split(".")[-3] for name in adapters}),
+        "modules_to_save": sorted({name.split(".")[-2] for name in others}) or None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    with new_folder(path, (CONFIG, WEIGHTS, BASE).__contains__) as aside:
+        save_tensors(adapters | others, aside / WEIGHTS)
+        (aside / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        _write_base(config, base, tokenizer, aside / BASE)
+
+
+def _adapters(model, config):
+    """Return {PEFT's name: tensor, float32 or as it was trained} of a model's adapters."""
+    tensors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Adapter):
+            weight = families.published_name(f"{name.removesuffix('.adapter')}.weight", config.model_type)
+            layer = f"base_model.model.{weight.removesuffix('.weight')}"
+            tensors[f"{layer}.lora_A.weight"] = whole(module.a.detach()).cpu()
+            tensors[f"{layer}.lora_B.weight"] = whole(module.b.detach()).cpu()
+    return tensors
+
+
+def _others(model, config):
+    """Return {PEFT's name: tensor, in the dtype of exports} of what was trained beside a model's adapters."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".adapter." not in name:
+            tensor = whole(parameter.detach()).to("cpu", getattr(torch, config.dtype))
+            tensors[f"base_model.model.{families.published_name(name, config.model_type)}"] = tensor
+            # PEFT leaves a tied head the old embedding, so the head is replaced as well.
+            if name == "embed.weight" and config.tie_embeddings:
+                head = families.published_name("head.weight", config.model_type)
+                tensors[f"base_model.model.{head}"] = tensor.clone()
+    return tensors
+
+
+def _write_base(config, base, tokenizer, folder):
+    """Write the folder of the model that the adapters belong on. Its weights are links to those of `base`."""
+    folder.mkdir()
+    for file in (*base.files, base.path / INDEX):
+        if file.exists():
+            (folder / file.name).symlink_to(file.resolve())
+    (folder / "config.json").write_text(json.dumps(families.hf_config(config), indent=2) + "\n")
+    for name, content in families.tokenizer_files(config, tokenizer.files).items():
+        (folder / name).write_bytes(content)
