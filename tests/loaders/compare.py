@@ -67,20 +67,26 @@ YARNS = {  # more of yarn
     "yarn, factor 16, beta_fast 8": {"factor": 16.0, "beta_fast": 8.0},  # tiny's recipe
     "yarn, factor 4": {"factor": 4.0},
 }
+# Families for which the modes are enough: what the further cases change is decided outside of their code.
+FEWER_CASES = ("qwen3", "phi3", "smollm3", "olmo2", "granite", "gpt_neox")
+WITHOUT_TINYS_WEIGHTS = ("phi", "gpt_neox")
 
 
 def cases():
     """Return {name: (base, scale of the queries, [(mode, target_len, settings), ...])}."""
     found = {}
-    for base in ("llama", "mistral", "qwen2", "phi", "scaled queries"):
+    for base in ("llama", "mistral", "qwen2", "phi", "scaled queries", *FEWER_CASES):
         beta = 0.1 if base == "scaled queries" else 0.0
         modes = {mode: (mode, settings) for mode, settings in MODES.items()}
-        if base != "mistral":  # which loaders treat as LLaMA
+        if base == "phi3":  # which cannot be written so
+            del modes["dynamic"]
+        if base not in ("mistral", *FEWER_CASES):
             modes |= {name: ("yarn", settings) for name, settings in YARNS.items()}
         for name, (mode, settings) in modes.items():
             found[f"{base}: {name}"] = base, beta, [(mode, TARGET_LEN, settings)]
-        on_linear = [("linear", 2 * 256, {}), ("yarn", TARGET_LEN, {})]
-        found[f"{base}: yarn on linear"] = base, beta, on_linear
+        if base not in FEWER_CASES:
+            on_linear = [("linear", 2 * 256, {}), ("yarn", TARGET_LEN, {})]
+            found[f"{base}: yarn on linear"] = base, beta, on_linear
     ntk_twice = [("ntk", 2 * 256, {"factor": 3.0}), ("ntk", TARGET_LEN, {"factor": 8.0})]
     found["scaled queries: ntk on ntk"] = "scaled queries", 0.1, ntk_twice
     found["smollm2-135m: its recipe"] = "smollm2-135m", None, []
@@ -113,22 +119,34 @@ def base_config(base):
     family = "llama" if base == "scaled queries" else base
     tiny = builtin.open_model("tiny").config
     config = dataclasses.replace(tiny, model_type=family, dtype="float32", **FAMILIES[family].block)
-    if family == "phi":
+    if family in WITHOUT_TINYS_WEIGHTS:
         config.tie_embeddings = False
         config.rotary_dim = config.head_dim // 2
         config.intermediate_dim = 4 * config.hidden_dim  # llama.cpp's converter takes it for granted
+    if family == "gpt_neox":
+        config.parallel = config.qkv_bias = config.o_bias = True
+    elif family == "olmo2":
+        config.tie_embeddings = False  # llama.cpp knows no other
+    elif family == "smollm3":
+        config.rope_layers = [1, 1, 1, 0]
+    elif family == "granite":
+        config.embedding_multiplier, config.attention_scale = 1.5, 0.1
+        config.residual_multiplier, config.logits_divisor = 0.75, 0.5
     return config
 
 
 def base_model(base):
-    """Return `tiny` in float32 as a model of another family, and a tokenizer. Phi has random weights."""
+    """Return `tiny` in float32 as a model of another family, and a tokenizer.
+
+    Phi and GPT-NeoX have random weights.
+    """
     import torch
 
     from hf import builtin, weights
     from model import empty_transformer
 
     config = base_config(base)
-    known = {} if base == "phi" else weights.load("tiny", dtype=torch.float32).state_dict()
+    known = {} if base in WITHOUT_TINYS_WEIGHTS else weights.load("tiny", dtype=torch.float32).state_dict()
     model = empty_transformer(config).to_empty(device="cpu")
     torch.manual_seed(0)
     for name, parameter in model.state_dict().items():
@@ -138,7 +156,7 @@ def base_model(base):
             torch.nn.init.ones_(parameter)
         else:  # large enough for two models not to agree by chance
             torch.nn.init.normal_(parameter, 0.0, 0.1)
-    if config.model_type in ("llama", "mistral"):
+    if config.model_type in ("llama", "mistral", "phi3", "granite"):
         return model.eval(), builtin.open_model("tiny").load_tokenizer()
     return model.eval(), byte_level_tokenizer(config.vocab_size)
 
@@ -215,8 +233,10 @@ def read_with_transformers(folder, asked):
 
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
     with torch.no_grad():
-        hidden = model.model(torch.tensor([asked["tokens"]])).last_hidden_state[0]
-        logits = model.lm_head(hidden[[n - 1 for n in asked["counts"]]])
+        # Not the logits of all tokens, which would take gigabytes of smollm2-135m.
+        hidden = model.base_model(torch.tensor([asked["tokens"]])).last_hidden_state[0]
+        logits = model.get_output_embeddings()(hidden[[n - 1 for n in asked["counts"]]])
+        logits = logits / getattr(model.config, "logits_scaling", 1)  # Granite
     logprobs = logits.float().log_softmax(-1)
     return [dict(enumerate(row)) for row in logprobs.tolist()]
 
