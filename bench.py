@@ -126,15 +126,12 @@ def seconds_since_start():
 # ---------------------------------------------------------------- training steps, ours and theirs
 
 
-class RandomDocument:
-    """One long document of random tokens, for data.Batches to take in the place of data.Documents."""
+class RandomDocument(data.Documents):
+    """One long document of random tokens."""
 
     def __init__(self, vocab_size, length):
-        self.starts = np.array([0, length])
+        self.starts, self.masked = np.array([0, length]), None
         self.tokens = np.random.default_rng(0).integers(vocab_size, size=length)
-
-    def __getitem__(self, i):
-        return self.tokens
 
 
 def random_batches(config, args, sampling, device):

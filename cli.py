@@ -2,7 +2,7 @@
 
 Options have their types and ranges here; what depends on several of them, or on the model, is checked when
 they are completed. Exit codes: 0 done, 2 input that cannot be used (one line on stderr says what, where,
-and what to do), 130 interrupted.
+and what to do), 130 interrupted; and a training run that a signal has stopped ends with 128 + its number.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import errno
 import importlib.util
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -22,10 +23,11 @@ import torch.distributed as dist
 
 import pose
 import rope
+from hf import families
 from model import TRAINED_BESIDE, linear_layers
-from storage.errors import InputError, LocalError, printable
+from storage.errors import InputError, LocalError, printable, warn
 from storage.files import is_stream, only_one_process
-from storage.log import is_finished
+from storage.log import is_finished, is_half_trained
 from storage.values import describe_changes, read_json
 
 LARGEST = 2**31  # length in tokens, or factor
@@ -187,6 +189,14 @@ def refuse_options_of_other_tasks(args, belongs):
             raise InputError(f"--{option} belongs to --task {' or '.join(tasks)}; leave it out")
 
 
+def warn_if_half_trained(model):
+    """Warn if a model, a path or a built-in name, is what an interrupted run wrote."""
+    if is_half_trained(model):
+        out = Path(model).parent
+        going_on = shlex.join(["python", "train.py", "--resume", "--out", str(out)])
+        warn(f"{model} is half-trained, its run was interrupted; it goes on with: {going_on}")
+
+
 def device(named):
     """Return the device that --device names, "cuda" or "cpu". None stands for cuda if there is one.
 
@@ -212,13 +222,14 @@ def process_count():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def split_batch(batch_size, micro_batch_size, tokens):
+def split_batch(batch_size, micro_batch_size, tokens, world=None):
     """Return (examples of each process in a step, examples in one forward pass).
 
     tokens: in an example. micro_batch_size: None for as many examples as make about MICRO_BATCH_TOKENS.
-    Raise InputError for a batch that cannot be split evenly or that is too large.
+    world: the number of processes, by default process_count(). Raise InputError for a batch that cannot be
+    split evenly or that is too large.
     """
-    world = process_count()
+    world = world or process_count()
     if batch_size * tokens > LARGEST_BATCH_TOKENS:
         raise InputError(
             f"--batch_size {batch_size} with {tokens} tokens in an example: a step takes at most "
@@ -265,7 +276,7 @@ def run(main):
             # The process that reports it ends, and then torchrun ends this one. If that does not happen, this
             # process has met the error alone, as the one that tokenises does while others wait for it.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10)
+            time.sleep(20)
             is_reported_here = True
         if is_reported_here:
             print(f"error: {printable(message)}", file=sys.stderr)
@@ -314,8 +325,36 @@ def one_line(error):
     return None
 
 
+class LastingStderr:
+    """sys.stderr whose end is no error: a closed terminal, or a pipe that nobody reads any more.
+
+    What is written after that is lost. Hours of work must not be lost with it.
+    """
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        self._outlive(self._stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._outlive(self._stream.flush)
+
+    def _outlive(self, action, *arguments):
+        """Call an action. If it cannot write any more, all that writes into descriptor 2 loses its lines."""
+        try:
+            action(*arguments)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 def run_distributed(main):
     """Call main() as `run` does and end this process. For commands that join a process group."""
+    sys.stderr = LastingStderr(sys.stderr or open(os.devnull, "w"))  # None where it is closed
     try:
         run(main)
     except SystemExit as end:
@@ -344,7 +383,7 @@ class Recipe:
     """The defaults of those training options that depend on the model. The values here are section 4.1's."""
 
     steps: int = 1000
-    batch_size: int = 64  # examples in a step, if an example is one window of the model
+    tokens_per_step: int = 131072  # the paper's 64 examples of 2,048 tokens, whatever the model's window
     lr: float = 2e-5
     warmup_steps: int = 10
     target_windows: int = 16  # target_len, in windows of the model
@@ -357,19 +396,11 @@ class Recipe:
     retrieval: float = 0.0  # share of the examples that are retrieval episodes
 
 
-# The recipes of the built-in models: tiny for a laptop, smollm2-135m for a few minutes on one GPU.
 RECIPES = {
-    "tiny": Recipe(
-        steps=150,
-        batch_size=32,
-        lr=2e-4,
-        target_windows=8,
-        headroom=2,
-        beta_fast=8,
-    ),
-    "smollm2-135m": Recipe(
+    "paper": Recipe(),
+    # What was found for smollm2-135m: minutes on one GPU, and codes are found far back.
+    "fast": Recipe(
         steps=300,
-        batch_size=16,
         lr=4e-4,
         train_windows=4,
         retrieval=0.5,
@@ -378,19 +409,30 @@ RECIPES = {
         overshoot=1.25,
         llama_4_scaling_beta=0.1,
     ),
+    # For the model of that name, on a laptop.
+    "tiny": Recipe(
+        steps=150,
+        tokens_per_step=8192,
+        lr=2e-4,
+        target_windows=8,
+        headroom=2,
+        beta_fast=8,
+    ),
 }
+RECIPE_OF_MODEL = {"smollm2-135m": "fast", "tiny": "tiny"}  # of others it is the paper's
 
-# Options that records of earlier versions lack, and their value in those runs.
+# Options that records of earlier versions lack, and their value when such a run goes on. (All that a recipe
+# says is recorded as well. Those runs wrote no timed checkpoints, but nobody minds some.)
 NEWER = {
-    "retrieval": 0.0, "lora_rank": 0, "lora_alpha": None, "lora_targets": None, "lora_train": None,
-    "adapter": False,
+    "retrieval": 0.0, "recipe": None, "save_minutes": 10.0, "text_key": "text", "loss_on": "answers",
+    "lora_rank": 0, "lora_alpha": None, "lora_targets": None, "lora_train": None, "adapter": False,
 }  # fmt: skip
-NOT_RECORDED = ("out", "resume")  # options that belong to one call
+NOT_RECORDED = ("out", "resume", "dry_run")  # options that belong to one call
 BY_CONTENT = ("model", "data")  # paths: a resumed run may have others, with the same model and texts there
 # Options that a resumed run may change: speed, and what is shown or kept.
 MAY_CHANGE = (
-    "micro_batch_size", "device", "compile", "activation_checkpointing", "cpu_offload", "save_every", "keep",
-    "tensorboard", "eval_every", "eval_data", "eval_lengths", "adapter",
+    "micro_batch_size", "device", "compile", "activation_checkpointing", "cpu_offload", "save_every",
+    "save_minutes", "keep", "tensorboard", "eval_every", "eval_data", "eval_lengths", "adapter",
 )  # fmt: skip
 
 
@@ -404,12 +446,22 @@ def training_parser():
     p.add_argument("--model", type=path_name,
         help="a Hugging Face folder, or tiny or smollm2-135m (default: smollm2-135m with a GPU, else tiny)")
     p.add_argument("--data", type=path_name, nargs="+", action="extend", default=[], metavar="FILE",
-        help="texts: .txt, .jsonl, .ndjson files (.gz too), and folders of them (default: Python's "
-        "standard library)")
+        help="texts: .txt, .md, .jsonl, .ndjson, .json files (.gz and .zst too), .parquet, folders of them, "
+        "or - for standard input (default: Python's standard library)")
+    p.add_argument("--text_key", default="text", metavar="KEY",
+        help="key of the text in JSON and Parquet (default: text); objects without it may have messages, or "
+        "prompt and completion")
     p.add_argument("--out", type=as_path, default=Path("out"), metavar="DIR",
         help="a new folder for this run (default: out)")
     p.add_argument("--target_len", type=whole_number(1),
         help="tokens in the new window (default: 16 times the model's window, 8 times with tiny)")
+    p.add_argument("--recipe", choices=RECIPES,
+        help="defaults of the other options. paper: section 4.1's, 131 million tokens with YaRN. fast: 39 "
+        "million tokens with ntk, half of the examples retrieval episodes, measured on smollm2-135m alone; a "
+        "larger model may want a lower --lr than its 4e-4. tiny: that model's (default: fast with "
+        "smollm2-135m, tiny with tiny, else paper)")
+    p.add_argument("--dry_run", action="store_true",
+        help="say what the run will need, tokens, memory and disk, and stop; --out is left alone")
     # fmt: on
     add_method(p.add_argument_group("the method"))
     add_schedule(p.add_argument_group("training"))
@@ -430,8 +482,8 @@ def add_method(g):
         "a window of target_len. pi: a plain short window. randpos: a short text at random positions "
         "(default: pose)")
     g.add_argument("--train_len", type=whole_number(1),
-        help="tokens in an example (default: the model's window; with --method full target_len; with "
-        "smollm2-135m and --data four windows)")
+        help="tokens in an example (default: the model's window; with --method full target_len; with the "
+        "fast recipe and --data four windows, at most 32,768 tokens)")
     g.add_argument("--chunks", type=whole_number(1), default=2,
         help="pose: chunks in an example (default: 2)")
     g.add_argument("--offset", choices=pose.OFFSETS, default="uniform",
@@ -439,41 +491,45 @@ def add_method(g):
         "right behind it. skip: as far behind as its positions say (default: uniform)")
     g.add_argument("--overshoot", type=number(1, LARGEST), metavar="X",
         help="pose, randpos: draw positions from a window of X times target_len; otherwise its last "
-        "stretch is met rarely (default: 1; 1.25 with smollm2-135m and ntk)")
+        "stretch is met rarely (default: 1; 1.25 with the fast recipe and ntk)")
     g.add_argument("--retrieval", type=number(0, 1), metavar="SHARE",
         help="pose, pi: share of the examples that are episodes: texts with facts and, behind a skip, "
         "questions about them, in which the answers count most; they have chunks and skips of their own "
-        "(default: 0; 0.5 with smollm2-135m and pose)")
+        "(default: 0; 0.5 with the fast recipe and pose)")
     g.add_argument("--episode_len", type=whole_number(1),
         help="tokens in an episode; an example holds as many as fit (default: the model's window)")
     g.add_argument("--rope", choices=rope.EXTENSIONS,
-        help="interpolation (default: yarn; ntk with smollm2-135m)")
+        help="interpolation (default: yarn; ntk with the fast recipe)")
     g.add_argument("--factor", type=number(1, LARGEST),
         help="factor of the interpolation (default: target_len / window, and twice that with tiny and "
         "yarn; for ntk the factor that slows the critical pair by target_len / window, or by 1.188 times "
-        "that with smollm2-135m, see rope.ntk_factor; for dynamic 1)")
+        "that with the fast recipe, see rope.ntk_factor; for dynamic 1)")
     g.add_argument("--beta_fast", type=number(1, LARGEST),
         help="yarn: pairs that turn at least so often in the window stay as they are (default: 32; 8 with "
         "tiny)")
     g.add_argument("--llama_4_scaling_beta", type=number(0, 100), metavar="BETA",
         help="multiply the queries of token i by 1 + BETA ln(1 + floor(i / window)), as Llama 4 does "
-        "(default: what the model has, else 0, which is not at all; 0.1 with smollm2-135m and ntk)")
+        "(default: what the model has, else 0, which is not at all; 0.1 with the fast recipe and ntk, for "
+        "LLaMA and Mistral)")
 
 
 def add_schedule(g):
     g.add_argument("--steps", type=whole_number(0),
         help="optimizer steps; 0 writes the untrained model with its interpolation (default: 1000; 150 "
-        "with tiny, 300 with smollm2-135m)")
+        "with tiny's recipe, 300 with the fast one)")
     g.add_argument("--batch_size", type=whole_number(1),
-        help="examples in a step, over all processes (default: 64, 32 with tiny, 16 with smollm2-135m, and "
-        "fewer where an example is longer than the model's window)")
+        help="examples in a step, over all processes (default: as many as make 131,072 tokens; "
+        "8,192 with tiny's recipe)")
     g.add_argument("--lr", type=number(0, LARGEST_LR),
-        help="peak learning rate of AdamW (default: 2e-5; 2e-4 with tiny, 4e-4 with smollm2-135m; with "
+        help="peak learning rate of AdamW (default: 2e-5; 2e-4 with tiny, 4e-4 with the fast recipe; with "
         f"--lora_rank {LORA_LR} times that)")
     g.add_argument("--warmup_steps", type=whole_number(0),
         help="steps of linear warm-up, before linear decay to 0 (default: 10)")
     g.add_argument("--seed", type=whole_number(0, LARGEST_SEED), default=0,
         help="seed of the examples (default: 0)")
+    g.add_argument("--loss_on", choices=("answers", "all"), default="answers",
+        help="what counts in conversations and completions: what the assistant says, or all. Of plain texts "
+        "all counts (default: answers)")
 
 
 def add_lora(g):
@@ -493,11 +549,14 @@ def add_lora(g):
 
 def add_interruptions(g):
     g.add_argument("--save_every", type=whole_number(0), default=0, metavar="N",
-        help="write a checkpoint every N steps (default: only when interrupted)")
-    g.add_argument("--keep", type=whole_number(1), default=2, metavar="N",
-        help="keep the newest N checkpoints (default: 2)")
+        help="write a checkpoint every N steps, and keep them when the run has ended (default: 0, never)")
+    g.add_argument("--save_minutes", type=number(0, 100_000), default=10.0, metavar="M",
+        help="write a checkpoint every M minutes; these go when the model is written (default: 10; 0: never)")
+    g.add_argument("--keep", type=whole_number(1), metavar="N",
+        help="keep the newest N checkpoints (default: 1, 2 with --save_every)")
     g.add_argument("--resume", action="store_true",
-        help="go on from the newest checkpoint in --out; options that are not given stay as they were")
+        help="go on from the newest checkpoint in --out, or begin where there is none; options that are not "
+        "given stay as they were")
 
 
 def add_watching(g):
@@ -555,13 +614,19 @@ def training_arguments(args):
     """
     # torchrun --max_restarts gives the same command again after a process has died: then the run goes on.
     is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if args.resume or (is_restarted and (args.out / "args.json").exists()):
+    if (args.resume or is_restarted) and (args.out / "args.json").exists():
         return options_of_earlier_run(args)
     has_metrics = (args.out / "metrics.jsonl").is_file()
-    if has_metrics or any((args.out / name).exists() for name in ("args.json", "checkpoints", "model")):
+    holds_a_run = has_metrics or any(
+        (args.out / name).exists() for name in ("args.json", "checkpoints", "model")
+    )
+    if holds_a_run and not args.dry_run:
         raise InputError(
             f"--out {args.out} already holds a run; name another folder, remove it, or add --resume"
         )
+    if args.resume and os.environ.get("RANK", "0") == "0":  # in case that another folder was meant
+        warn(f"--resume: {args.out} holds no run yet; beginning one")
+    args.resume = False
     return args
 
 
@@ -579,13 +644,11 @@ def check_out(out):
 def options_of_earlier_run(given):
     """Return the options of the run in --out, replaced by those that are given.
 
-    given: the options as given. Raise InputError if there is no such run, if it is finished, or if an option
-    differs that must not change.
+    given: the options as given. Raise InputError if the run is finished and more steps are asked for, or
+    if an option differs that must not change.
     """
     parser = training_parser()
     out, record = given.out, given.out / "args.json"
-    if not record.exists():
-        raise InputError(f"--resume: {out} holds no run; leave --resume out to start one")
     try:
         earlier = NEWER | read_json(record)
     except InputError:
@@ -599,24 +662,42 @@ def options_of_earlier_run(given):
     args.resume = True
     if not args.eval_every:  # validation is switched off: the run's own texts and lengths go too
         args.eval_data, args.eval_lengths = given.eval_data, given.eval_lengths
-    if is_finished(out):
-        hint = ""
-        if describe_changes(earlier, {"steps": args.steps}):
-            hint = (
-                "; its learning rate has fallen to 0, so more steps cannot follow: train that model in a run "
-                f"of its own (--model {out / 'model'} --rope default --target_len {args.target_len})"
-            )
-        raise InputError(f"--resume: the run in {out} is finished, its model is {out / 'model'}{hint}")
+    if is_finished(out) and describe_changes(earlier, {"steps": args.steps}):
+        raise InputError(
+            f"--resume: the run in {out} is finished, and its learning rate has fallen to 0. Train its "
+            f"model in a run of its own: {command_for_more_steps(args, earlier)}"
+        )
     not_compared = NOT_RECORDED + MAY_CHANGE
     options = {option: value for option, value in vars(args).items() if option not in not_compared}
     must_match = {option: value for option, value in options.items() if option not in BY_CONTENT}
     if describe_changes(earlier, must_match):
         changed = describe_changes(earlier, options)
         raise InputError(f"--resume: the run in {out} had other arguments: {changed}")
-    if (out / "model").exists() and not any((out / "checkpoints").glob("step-*")):
+    has_checkpoint = any((out / "checkpoints").glob("step-*"))
+    if (out / "model").exists() and not has_checkpoint and not is_finished(out):
         reason = f"{out} has a model but no checkpoint to go on from; starting anew would replace the model"
         raise InputError(f"--resume: {reason}; name another --out")
     return args
+
+
+def command_for_more_steps(args, earlier):
+    """Return the command that trains a finished run's model on, with the same settings and its window.
+
+    args: the options, with the new number of steps. earlier: the finished run's, {option: value}.
+    """
+    out = args.out
+    settings = earlier | {"model": str(out / "model"), "out": f"{out}-more", "rope": "default"}
+    settings["steps"] = max(1, args.steps - earlier["steps"])
+    # Those of the interpolation are in the model. Its recipe is spelt out.
+    for option in ("factor", "beta_fast", "llama_4_scaling_beta", "recipe"):
+        settings.pop(option, None)
+    parser = training_parser()
+    nothing_given = parser.parse_args([])
+    words = ["python", "train.py"]
+    for option, value in settings.items():
+        if value != parser.get_default(option):
+            words += words_of(option, value, nothing_given)
+    return shlex.join(words)
 
 
 def words_of(option, value, given):
@@ -642,7 +723,8 @@ def complete_training(args, config):
 
     config: the model's Config. Raise InputError for options that cannot work together.
     """
-    recipe = RECIPES.get(args.model, Recipe())
+    args.recipe = args.recipe or RECIPE_OF_MODEL.get(args.model, "paper")
+    recipe = RECIPES[args.recipe]
     window = config.max_position_embeddings
     for option in ("steps", "warmup_steps", "rope"):
         if getattr(args, option) is None:
@@ -655,12 +737,13 @@ def complete_training(args, config):
     complete_batch(args, window, recipe)
     # The factor, the overshoot and the scale of the queries were found for one interpolation and need not
     # suit another: with another one they are the paper's.
-    complete_interpolation(args, config, recipe if args.rope == recipe.rope else Recipe())
+    complete_interpolation(args, config, recipe if args.rope == recipe.rope else RECIPES["paper"])
     if args.beta_fast is None and args.rope in rope.RAMPED:
         args.beta_fast = recipe.beta_fast  # it suits the model's size, not one interpolation
     refuse_contradictions(args)
     args.compile = args.device == "cuda" if args.compile is None else args.compile
     args.dtype = args.dtype or compute_dtype(args.device)
+    args.keep = args.keep or (2 if args.save_every else 1)
 
 
 def complete_lora(args, config):
@@ -700,7 +783,8 @@ def complete_lengths(args, window, recipe):
     elif args.train_len is None:
         # Few files of the standard library are longer than one window.
         windows = recipe.train_windows if args.data else 1
-        longest = max(window, args.target_len // 4)  # leaves room for skips
+        # A quarter of the target leaves room for skips, a quarter of a step for different texts in it.
+        longest = max(window, min(args.target_len, recipe.tokens_per_step) // 4)
         args.train_len = min(windows * window, longest)
     if args.target_len < args.train_len:
         raise InputError(
@@ -735,15 +819,12 @@ def complete_episodes(args, window, recipe):
 def complete_batch(args, window, recipe):
     """Fill in batch_size and micro_batch_size. window: the model's, in tokens."""
     if args.batch_size is None:
-        # With longer examples there are fewer of them (but not with full), so that a step has as many
-        # tokens, as near as the number of processes divides them.
-        windows_per_example = 1 if args.method == "full" else max(1, args.train_len / window)
+        # A step has as many tokens whatever the length of an example, as near as the number of processes
+        # divides them. (With full it has as many examples as there would be windows.)
+        length = window if args.method == "full" else args.train_len
         world = process_count()
-        share = max(1, round(recipe.batch_size / windows_per_example / world))
-        args.batch_size = world * share
-    # Plain windows and shorter episodes do not go through the model together, and all processes must make
-    # the same number of forward passes. So examples go one at a time.
-    if 0 < args.retrieval < 1 and args.episode_len < args.train_len:
+        args.batch_size = world * max(1, round(recipe.tokens_per_step / length / world))
+    if takes_single_examples(args):
         if args.micro_batch_size not in (None, 1):
             raise InputError(
                 f"--micro_batch_size {args.micro_batch_size}: examples go one at a time where episodes are "
@@ -751,6 +832,15 @@ def complete_batch(args, window, recipe):
             )
         args.micro_batch_size = 1
     _, args.micro_batch_size = split_batch(args.batch_size, args.micro_batch_size, args.train_len)
+
+
+def takes_single_examples(args):
+    """Return whether examples go through the model one at a time.
+
+    Plain windows and shorter episodes do not go through it together, and all processes must make the same
+    number of forward passes.
+    """
+    return 0 < args.retrieval < 1 and args.episode_len < args.train_len
 
 
 def complete_interpolation(args, config, recipe):
@@ -765,7 +855,8 @@ def complete_interpolation(args, config, recipe):
             args.factor = float(f"{factor:.3g}")  # rounded to three digits
     if args.llama_4_scaling_beta is None:
         own = (config.rope_scaling or {}).get("llama_4_scaling_beta")
-        args.llama_4_scaling_beta = recipe.llama_4_scaling_beta if own is None else own
+        of_recipe = recipe.llama_4_scaling_beta if families.can_scale_queries(config) else 0.0
+        args.llama_4_scaling_beta = of_recipe if own is None else own
     if args.overshoot is None:
         args.overshoot = recipe.overshoot if args.method in ("pose", "randpos") else 1.0
 

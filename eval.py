@@ -45,6 +45,7 @@ import data
 from hf import weights
 from hf.builtin import default_model, open_model
 from hf.tokenizer import bos_ids, stop_ids
+from storage import texts
 from storage.errors import InputError
 from storage.files import cache_dir, is_stream
 from storage.values import read_json
@@ -418,7 +419,7 @@ def prepare_passkey(args, model, tokenizer, lengths):
 
 
 def prepare_needle(args, model, tokenizer, lengths):
-    corpus = data.tokenised(args.data, tokenizer, cache_dir()).tokens
+    corpus = data.tokenised(args.data, tokenizer, cache_dir(), args.text_key).tokens
 
     def measure(length):
         return needle(model, tokenizer, corpus, length, args.trials, args.seed, args.keys, args.generate)
@@ -427,7 +428,7 @@ def prepare_needle(args, model, tokenizer, lengths):
 
 
 def prepare_ruler(args, model, tokenizer, lengths):
-    corpus = data.tokenised(args.data, tokenizer, cache_dir()).tokens
+    corpus = data.tokenised(args.data, tokenizer, cache_dir(), args.text_key).tokens
     ruler.check_length(tokenizer, lengths[0], args.seed, corpus)
 
     def measure(length):
@@ -438,7 +439,7 @@ def prepare_ruler(args, model, tokenizer, lengths):
 
 def prepare_perplexity(args, model, tokenizer, lengths):
     shortest, longest = lengths[0], lengths[-1]
-    documents = data.tokenised(args.data, tokenizer, cache_dir())
+    documents = data.tokenised(args.data, tokenizer, cache_dir(), args.text_key)
     chosen = longest_documents(documents, args.documents, needed=longest if args.tail else shortest)
 
     def measure(length):
@@ -496,20 +497,20 @@ TASKS = {
         draw=plots.draw_accuracy,
     ),
     "needle": Task(
-        options=("trials", "seed", "generate", "keys", "data"),
+        options=("trials", "seed", "generate", "keys", "data", "text_key"),
         prepare=prepare_needle,
         table=report.AccuracyTable(),
         draw=plots.draw_accuracy_grids,
     ),
     "ruler": Task(
-        options=("samples", "seed", "data"),
+        options=("samples", "seed", "data", "text_key"),
         prepare=prepare_ruler,
         table=report.RulerTable(),
         draw=plots.draw_ruler,
         shortest=2048,
     ),
     "ppl": Task(
-        options=("documents", "stride", "tail", "by_position", "all", "data"),
+        options=("documents", "stride", "tail", "by_position", "all", "data", "text_key"),
         prepare=prepare_perplexity,
         table=report.PerplexityTable(for_more="--all scores them all"),
         draw=plots.draw_perplexity,
@@ -528,7 +529,7 @@ TASKS = {
 # ---------------------------------------------------------------- the command
 
 # argparse must not fill these in: an option that is given and belongs to another task is refused.
-DEFAULTS = {"trials": 50, "seed": 0, "keys": 4, "samples": 25, "documents": 50}
+DEFAULTS = {"trials": 50, "seed": 0, "keys": 4, "samples": 25, "documents": 50, "text_key": "text"}
 
 
 def parse_arguments():
@@ -555,6 +556,8 @@ def parse_arguments():
     p.add_argument("--data", type=cli.path_name, nargs="+", action="extend", default=[], metavar="FILE",
         help="needle, ruler, ppl: texts (default: Python's standard library); benchmarks: the folder with "
         "their files")
+    p.add_argument("--text_key", metavar="KEY",
+        help="needle, ruler, ppl: key of the text in JSON and Parquet (default: text)")
     p.add_argument("--documents", type=cli.whole_number(1),
         help="ppl: use that many, the longest (default: 50), each to the longest of --lengths")
     p.add_argument("--all", action="store_true", default=None,  # None is also what earlier files recorded
@@ -657,7 +660,7 @@ def result_settings(args, names, folders, units):
     if not task.may_add_lengths:
         settings["lengths"] = units
     if "data" in task.options:
-        settings["sha256 of data"] = data.fingerprint(data.find_files(args.data))
+        settings["sha256 of data"] = texts.fingerprint(texts.find_files(args.data))
     return settings
 
 
@@ -687,6 +690,8 @@ def evaluate(args):
     task = TASKS[args.task]
     keeps_results = args.json and not is_stream(args.json)  # a pipe gets them at the end, once
     names = list(dict.fromkeys(args.model or default_models(args.device)))  # each once
+    for name in names:
+        cli.warn_if_half_trained(name)
     folders = [open_model(name) for name in names]  # all are checked before hours of work with the first
     units = units_to_measure(args, [folder.config for folder in folders])
     settings = result_settings(args, names, folders, units) if args.json else None

@@ -1,8 +1,8 @@
 """The decoder: tokens and positions in, logits or the training loss out; and greedy generation.
 
-One architecture covers LLaMA, Mistral, Qwen2 and Baichuan (RMSNorm, SwiGLU, grouped-query attention) as
-well as GPT-J and Phi (LayerNorm, GELU, attention and MLP side by side). What a block computes is data in
-`Config`; families are known in hf/ only.
+One architecture covers LLaMA and its relatives (RMSNorm, SwiGLU, grouped-query attention) as well as GPT-J,
+GPT-NeoX and Phi (LayerNorm, GELU, attention and MLP side by side). What a block computes is data in `Config`;
+families are known in hf/ only.
 
 Notable choices:
 - Positions are an input. cos and sin are computed once a forward pass from the actual positions
@@ -54,14 +54,22 @@ class Config:
     rotary_dim: int | None = None  # RoPE turns so many dimensions of each head, the first ones; None: all
     # What a block computes:
     norm: str = "rms"  # or "layer"
-    mlp: str = "swiglu"  # or "gelu"
-    parallel: bool = False  # attention and MLP read the same normed input and stand side by side
+    post_norm: bool = False  # the norms follow attention and MLP (OLMo 2) instead of preceding them
+    qk_norm: str | None = None  # RMSNorm of queries and keys over each "head" (Qwen3), "all_heads" (OLMo 2)
+    mlp: str = "swiglu"  # or "gelu", which is its tanh approximation, or "exact_gelu"
+    parallel: bool = False  # attention and MLP read the same input and stand side by side
+    parallel_norms: bool = False  # a norm for each of these two (GPT-NeoX) instead of one for both
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    rope_layers: list[int] | None = None  # 1 for each layer with RoPE, 0 for one without; None: all have it
+    attention_scale: float | None = None  # what products of queries and keys are multiplied by; None: D^-0.5
+    residual_multiplier: float = 1.0  # of what attention and MLP add
+    embedding_multiplier: float = 1.0
     # What the head computes:
     head_bias: bool = False
     normalised_head: bool = False  # each row of the head's weight is taken at unit length (Baichuan2)
+    logits_divisor: float = 1.0
 
     def __post_init__(self):
         if self.rotary_dim is None:
@@ -168,10 +176,27 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
+class AllHeadsNorm(RMSNorm):
+    """RMSNorm over all heads together: (B, T, H, D) -> the same shape."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(-2)).view_as(x)
+
+
 def make_norm(config):
     """Return the norm that this Config names."""
     kind = {"rms": RMSNorm, "layer": LayerNorm}[config.norm]
     return kind(config.hidden_dim, eps=config.norm_eps)
+
+
+def make_qk_norm(config, n_heads):
+    """Return the norm (B, T, n_heads, D) -> the same shape of queries or of keys, or an identity."""
+    if config.qk_norm is None:
+        return nn.Identity()
+    if config.qk_norm == "head":
+        return RMSNorm(config.head_dim, eps=config.norm_eps)
+    assert config.qk_norm == "all_heads", config.qk_norm
+    return AllHeadsNorm(n_heads * config.head_dim, eps=config.norm_eps)
 
 
 class SwiGLU(nn.Module):
@@ -188,15 +213,16 @@ class SwiGLU(nn.Module):
 
 
 class GeluMLP(nn.Module):
-    """down(gelu(up(x))) with GELU's tanh approximation."""
+    """down(gelu(up(x))), with GELU as it is or in its tanh approximation."""
 
     def __init__(self, config):
         super().__init__()
+        self.approximate = {"gelu": "tanh", "exact_gelu": "none"}[config.mlp]
         self.up = Linear(config.hidden_dim, config.intermediate_dim, bias=config.mlp_bias)
         self.down = Linear(config.intermediate_dim, config.hidden_dim, bias=config.mlp_bias)
 
     def forward(self, x):
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))
 
 
 class Attention(nn.Module):
@@ -210,6 +236,9 @@ class Attention(nn.Module):
         self.k = Linear(C, config.n_kv_heads * D, bias=config.qkv_bias)
         self.v = Linear(C, config.n_kv_heads * D, bias=config.qkv_bias)
         self.o = Linear(config.n_heads * D, C, bias=config.o_bias)
+        self.q_norm = make_qk_norm(config, config.n_heads)
+        self.k_norm = make_qk_norm(config, config.n_kv_heads)
+        self.scale = config.attention_scale
 
     def queries_keys_values(self, h, cos, sin, query_scale=None):
         """Return queries (B, T, H, D), keys and values (B, T, K, D) of normed hidden states h (B, T, C).
@@ -218,6 +247,7 @@ class Attention(nn.Module):
         (1, T, 1, 1) if there is one.
         """
         q, k, v = (layer(h).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))
+        q, k = self.q_norm(q), self.k_norm(k)
         if query_scale is None:
             q = rope.apply_rope(q, cos, sin)
         else:
@@ -225,40 +255,47 @@ class Attention(nn.Module):
         return q, rope.apply_rope(k, cos, sin), v
 
 
-def causal_attention(q, k, v, place=None):
+def causal_attention(q, k, v, scale=None, place=None):
     """Return the attention of the last T of S tokens: q (B, T, H, D), k, v (B, S, K, D) -> (B, T, H * D).
 
-    place: None, or an int64 tensor (1,): the place of a single query, which sees the keys up to there.
+    scale: what products of queries and keys are multiplied by, by default D^-0.5. place: None, or an int64
+    tensor (1,): the place of a single query, which sees the keys up to there.
     """
     T, S = q.shape[1], k.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T or S, D)
     grouped = k.shape[1] != q.shape[1]
     if T == S and place is None:
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     else:
         # is_causal would line up the first query with the first key. With a cache, the last query belongs
         # to the last key.
         mask = None if T == 1 else causal_lower_right(T, S)
         if place is not None:
             mask = (torch.arange(S, device=place.device) <= place).expand(1, 1, 1, S)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return attended.transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
     """A layer: x + attention(norm(x)), then x + MLP(norm(x)).
 
-    In a parallel one, x + attention(h) + MLP(h) with h = norm(x).
+    In a parallel one, x + attention(h) + MLP(h) with h = norm(x), or each with a norm of its own. With
+    post-norms, x + norm(attention(x)), then x + norm(MLP(x)).
     """
 
     def __init__(self, config):
         super().__init__()
         self.parallel = config.parallel
+        self.shares_norm = config.parallel and not config.parallel_norms
+        self.residual_multiplier = config.residual_multiplier
         self.attention = Attention(config)
-        self.attention_norm = make_norm(config)
-        if not config.parallel:
-            self.mlp_norm = make_norm(config)
-        self.mlp = {"swiglu": SwiGLU, "gelu": GeluMLP}[config.mlp](config)
+        pre, post = (nn.Identity, make_norm) if config.post_norm else (make_norm, nn.Identity)
+        self.attention_norm = pre(config)
+        self.attention_post_norm = post(config)
+        if not self.shares_norm:
+            self.mlp_norm = pre(config)
+        self.mlp_post_norm = post(config)
+        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GeluMLP(config)
 
     def forward(self, x, cos, sin, query_scale=None, cache=None, start=0):
         """Return the block's output (B, T, C) for its input x (B, T, C).
@@ -283,15 +320,17 @@ class Block(nn.Module):
             keys[:, start:end] = k
             values[:, start:end] = v
             k, v = keys[:, :end], values[:, :end]
-        return self.after_attention(x, causal_attention(q, k, v, place))
+        return self.after_attention(x, causal_attention(q, k, v, self.attention.scale, place))
 
     def after_attention(self, x, attended):
         """Return the block's output from its input x (B, T, C) and the heads' outputs (B, T, H * D)."""
         if self.parallel:
-            # The norm is computed once more: keeping it from before attention would take memory.
-            return x + self.attention.o(attended) + self.mlp(self.attention_norm(x))
-        x = x + self.attention.o(attended)
-        return x + self.mlp(self.mlp_norm(x))
+            # A shared norm is computed once more: keeping it from before attention would take memory.
+            norm = self.attention_norm if self.shares_norm else self.mlp_norm
+            return x + self.attention.o(attended) + self.mlp(norm(x))
+        m = self.residual_multiplier
+        x = torch.add(x, self.attention_post_norm(self.attention.o(attended)), alpha=m)
+        return torch.add(x, self.mlp_post_norm(self.mlp(self.mlp_norm(x))), alpha=m)
 
     def forward_in_slices(self, x, cos, sin, query_scale):
         """Compute `forward` without gradients, all but attention for SLICE_TOKENS tokens at a time.
@@ -307,7 +346,7 @@ class Block(nn.Module):
             projected.append(self.attention.queries_keys_values(h, cos[:, part], sin[:, part], scale))
         q, k, v = (torch.cat(pieces, dim=1) for pieces in zip(*projected))
         del projected  # the pieces would stay in memory beside the whole
-        attended = causal_attention(q, k, v)
+        attended = causal_attention(q, k, v, self.attention.scale)
         del q, k, v
         for part in slices:
             x[:, part] = self.after_attention(x[:, part], attended[:, part])
@@ -315,6 +354,11 @@ class Block(nn.Module):
 
 
 # ---------------------------------------------------------------- the model
+
+
+def multiplied(x, factor):
+    """Return x times a factor. The usual one, 1, takes neither time nor memory."""
+    return x if factor == 1 else x * factor
 
 
 class Transformer(nn.Module):
@@ -372,6 +416,7 @@ class Transformer(nn.Module):
     def hidden(self, tokens, positions=None, cache=None, start=0, seq_lens=None):
         """Return the normed last hidden states (B, T, C); `head` turns those that are needed into logits.
 
+        They are divided by Config.logits_divisor already, and so are the logits.
         tokens: int64 (B, T). positions: int64 (B, T), by default start ... start + T - 1. cache: None,
         or for each block the (keys, values) of Block.forward. start: tokens that are in the cache
         already. seq_lens: tokens in each row's whole sequence, a list, for `dynamic` and `longrope`
@@ -394,10 +439,14 @@ class Transformer(nn.Module):
 
     def hidden_at(self, tokens, cos, sin, query_scale, cache=None, start=0):
         """Return what `hidden` does, given the results of `rotations`. start: see Block.forward."""
+        unturned = cos.new_ones(1).expand_as(cos), sin.new_zeros(1).expand_as(sin)  # everywhere the angle 0
+        rope_layers = self.config.rope_layers or [1] * len(self.blocks)
         x = self.embed(tokens).to(self.hidden_dtype)  # (B, T, C)
+        x = multiplied(x, self.config.embedding_multiplier)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, query_scale, cache[i] if cache else None, start)
-        return self.norm(x)
+            turned = (cos, sin) if rope_layers[i] else unturned
+            x = block(x, *turned, query_scale, cache[i] if cache else None, start)
+        return multiplied(self.norm(x), 1 / self.config.logits_divisor)
 
     def frequencies(self, positions, seq_lens=None):
         """Return rope.rope_frequencies at positions (B, T): (inv_freq (D/2,) or (B, D/2), attention_factor).
@@ -550,6 +599,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
+def loss_chunk_tokens(vocab_size, max_logits=MAX_LOGITS):
+    """Return how many tokens the loss takes at once.
+
+    It is a power of two, so that all chunks are equal for the usual number of tokens.
+    """
+    fitting_tokens = max(1, max_logits // vocab_size)
+    return 2 ** (fitting_tokens.bit_length() - 1)
+
+
 def chunked_cross_entropy(
     hidden,
     weight,
@@ -563,9 +621,7 @@ def chunked_cross_entropy(
 
     At most max_logits logits are in memory. Shapes as in ChunkedCrossEntropy. token_weights: by default 1.
     """
-    fitting_tokens = max(1, max_logits // len(weight))
-    # A power of two, so that all chunks are equal for the usual N.
-    chunk_size = 2 ** (fitting_tokens.bit_length() - 1)
+    chunk_size = loss_chunk_tokens(len(weight), max_logits)
     if token_weights is None:
         token_weights = torch.ones(len(targets), device=hidden.device)
     if torch.is_grad_enabled():

@@ -18,8 +18,9 @@ only the window tells the answer. Many facts of one kind, names that differ in o
 name and values handed on from name to name make it hard enough to be of use. No sentence is one of the tests
 in tasks/, which are to measure a skill and not sentences learned by heart. All are English, in any text.
 
-Every target has a weight in the loss: 1 in the text, as in any other window; 0 in facts, in what a question
-says before its answer, and at the line breaks before both, since nothing in the window foretells them; and
+Every target has a weight in the loss: in the text 1, or 0 where only answers count, as in any other window;
+0 in facts, in what a question says before its answer, and at the line breaks before both, since nothing in
+the window foretells them; and
 ANSWER_WEIGHT in answers and at the token behind each, for a model must also know where an answer ends.
 """
 
@@ -44,7 +45,7 @@ GROUPED = 0.15  # share of the questions of other lookups that ask for several n
 # ---------------------------------------------------------------- the window
 
 
-def episode(rng, document, length, target_len, tokenizer):
+def episode(rng, document, length, target_len, tokenizer, weights=None):
     """Draw an episode and return (tokens, positions, targets, weights), each of shape (length,).
 
     The first three are int64, the weights float32. Positions are strictly increasing and below target_len.
@@ -52,7 +53,8 @@ def episode(rng, document, length, target_len, tokenizer):
     the window is too short for a fact and its question.
 
     rng: the numpy Generator that everything is drawn with. document: at least length + 1 ids of one text, a
-    1-d array. length: tokens in the window. target_len: where positions end, at least `length`.
+    1-d array. length: tokens in the window. target_len: where positions end, at least `length`. weights: what
+    each token of the document counts in the loss, float32, by default 1.
     """
     last = max(round(rng.uniform(*LAST_CHUNK) * length), min(FEWEST_IN_LAST_CHUNK, length // 2))
     first = length + 1 - last  # tokens before the last chunk; with the last target there are length + 1
@@ -65,7 +67,8 @@ def episode(rng, document, length, target_len, tokenizer):
 
     n_text = length + 1 - sum(lengths)
     seam = first - sum(lengths[: len(facts)])  # tokens of the text before the last chunk
-    text = np.stack([document[:n_text], np.ones(n_text)])  # ids and weights
+    weights = np.ones(n_text) if weights is None else weights[:n_text]
+    text = np.stack([document[:n_text], weights])  # ids and weights
     ends = line_ends(tokenizer, document[:n_text])
     if style == "repeated":
         passage = rng.integers(12, 80)

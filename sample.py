@@ -23,10 +23,10 @@ import torch
 from tqdm import tqdm
 
 import cli
-import data
 import rope
 from hf import builtin, chat, weights
 from hf.tokenizer import Detokenizer, bos_ids, stop_ids
+from storage import texts
 from storage.errors import InputError
 
 NEW = "/new"  # a line that begins a new conversation
@@ -308,12 +308,13 @@ def main():
         has_run = Path("out/model/config.json").is_file()
         args.model = "out/model" if has_run else builtin.default_model(args.device)
         print(f"model: {args.model}", file=sys.stderr)
+    cli.warn_if_half_trained(args.model)
     folder = builtin.open_model(args.model)
     tokenizer = folder.load_tokenizer()
     args.raw = args.raw or args.prompt is not None or chat.find_template(tokenizer) is None
     text = ""
     if args.file:
-        text = "\n\n".join([*data.read_documents(args.file), ""])
+        text = "\n\n".join([*texts.read_texts(args.file), ""])
         if not text:
             raise InputError(f"{args.file}: there is no text in it")
     asked = args.ask if args.prompt is None else args.prompt

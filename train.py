@@ -3,17 +3,21 @@
     python train.py                                   # a laptop: the built-in tiny model, 256 -> 2,048
     python train.py --model my-llama --data texts/    # one GPU
     torchrun --nproc_per_node=8 train.py --model my-llama --target_len 131072
+    python train.py --dry_run --model my-llama --data texts/     # what that will need
 
 OUT/metrics.jsonl gets a line for each step, OUT/model is a Hugging Face folder at the end, OUT/checkpoints is
 what --resume goes on from, and OUT/finished.json says that nothing is left to do.
 """
 
+import contextlib
 import copy
 import math
 import os
 import resource
 import shlex
+import shutil
 import signal
+import statistics
 import sys
 import time
 
@@ -26,18 +30,21 @@ import data
 import fsdp
 import retrieval
 from hf import adapter, builtin, families, loaders, scaling, weights
+from hf.tokenizer import load as load_tokenizer
 from model import Adapter, add_adapters, empty_transformer, initial_a
+from storage import texts
 from storage.checkpoint import Checkpoints
 from storage.errors import InputError
 from storage.files import cache_dir, write_json
-from storage.log import Log, mark_finished, show_progress, unmark_finished
+from storage.log import Log, is_finished, mark_finished, show_progress, unmark_finished
 from storage.values import describe_changes, read_json
+from tasks import plan
 from tasks.validation import Validation
 
 MAX_GRAD_NORM = 1.0
-MANY_PASSES = 10  # A run that goes over its texts more often than this warns.
 MAX_SKIPPED = 10  # A run gives up after so many updates in a row that are not finite.
 STEADY_STEP = 3  # The step of a call, counted from 1, whose time is that of later steps.
+TIMED_STEPS = 10  # After so many steps of a call the time that is left is said.
 
 
 # ---------------------------------------------------------------- the loop
@@ -47,12 +54,12 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
     """Train from first_step (steps count from 0) to args.steps, and return how many steps are done then.
 
     batches: data.Batches. validation: None, or a function of model and device that returns {length: nats a
-    token}. signals: the list of catch_signals. Once a process has caught one, all stop after the same step,
-    with a checkpoint. Raise InputError after MAX_SKIPPED updates in a row that were not finite.
+    token}. signals: the list of catch_signals: once a process has caught one, all save and stop together.
+    Raise InputError after MAX_SKIPPED updates in a row that were not finite.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     log = Log(args.out, first_step, args.tensorboard) if rank == 0 else None
-    done, skipped_in_a_row = first_step, 0
+    done, skipped_in_a_row, step_seconds = first_step, 0, []
     disable = None if rank == 0 else True  # None: tqdm draws a bar only where there is a terminal
     progress = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=disable)
     began = time.perf_counter()
@@ -66,6 +73,7 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
         loss = torch.zeros((), device=device)  # nats a token, the weighted mean over the global batch
         total_weight = sum(token_weights.sum() for *_, token_weights in batch)
         dist.all_reduce(total_weight)
+        total_weight.clamp_(min=1)  # where no token counts, as may happen in conversations, the loss is 0
         for micro_batch in batch:  # tokens, positions, targets, token weights
             part = model(*micro_batch) / total_weight
             (part * world).backward()  # FSDP averages over processes, and the loss is a sum over them
@@ -78,24 +86,25 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
         optimizer.zero_grad()
 
         done = step + 1
-        stop = any_process(signals, device) and done < args.steps
+        is_stopped, is_due = agreed(bool(signals), checkpoints.is_due(args.save_minutes), device=device)
+        stop = is_stopped and done < args.steps
         figures = {"step": done, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
-        figures |= speed_and_memory(model, args, time.perf_counter() - began, device)
-        was_skipped = not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"]))
-        skipped_in_a_row = skipped_in_a_row + 1 if was_skipped else 0
-        if was_skipped:
-            figures["skipped"] = True
+        step_seconds.append(time.perf_counter() - began)
+        figures |= speed_and_memory(model, args, step_seconds[-1], device)
+        is_finite = math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])
+        skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1
+        figures |= {} if is_finite else {"skipped": True}
         if validation and not stop and (done % args.eval_every == 0 or done == args.steps):
             figures["validation"] = validate(validation, model, device, done)
         if rank == 0:
             log.write(figures)
             show_progress(progress, figures)
-        say_if_nothing_is_saved(args, first_step, figures)
-
+        say_time_left(args.steps - done, step_seconds)
         checkpoints.raise_if_failed()
         raise_if_diverged(skipped_in_a_row, done, args.steps)
-        if stop or (args.save_every and done % args.save_every == 0):
-            checkpoints.save(model, optimizer, done)
+        is_asked_for = stop or (args.save_every and done % args.save_every == 0)
+        if is_asked_for or (is_due and done < args.steps):
+            checkpoints.save(model, optimizer, done, is_optional=not is_asked_for)
         if stop:
             progress.close()
             say(f"stopped after step {done} of {args.steps}; what is done is saved, add --resume to go on")
@@ -130,25 +139,21 @@ def raise_if_diverged(skipped_in_a_row, done, steps):
         )
 
 
-def say_if_nothing_is_saved(args, first_step, figures):
-    """Say once what a crash would cost, if hours are left and no checkpoint will be written.
+def say_time_left(steps_left, step_seconds):
+    """Say once, after TIMED_STEPS, how long the steps that are left will take.
 
-    figures: those of the step that was just done.
+    step_seconds: what each step of this call has taken so far.
     """
-    tokens_left = (args.steps - figures["step"]) * args.batch_size * args.train_len
-    hours = tokens_left / figures["tokens_per_second"] / 3600
-    if figures["step"] == first_step + STEADY_STEP and hours > 1 and not args.save_every:
-        say(
-            f"about {hours:.0f} hours to go, and a crash would lose all: no checkpoint is written before the "
-            "end; Ctrl-C saves, and --resume --save_every N goes on and saves every N steps"
-        )
+    if steps_left and len(step_seconds) == TIMED_STEPS:
+        steady = statistics.median(step_seconds[STEADY_STEP - 1 :])
+        say(f"about {plan.duration(steps_left * steady)} to go")
 
 
-def any_process(signals, device):
-    """Return whether any process has caught a signal, so that all decide the same."""
-    caught = torch.tensor(float(bool(signals)), device=device)
-    dist.all_reduce(caught)
-    return bool(caught.item())
+def agreed(*values, device):
+    """Return, in all processes, the largest that any process has of each value, a small number."""
+    largest = torch.tensor(values, dtype=torch.float32, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.int().tolist()
 
 
 def validate(validation, model, device, step):
@@ -190,8 +195,13 @@ def peak_memory_gib(device):
 
 def say(line):
     """Print a line on stderr, from process 0 alone."""
-    if dist.get_rank() == 0:
+    if os.environ.get("RANK", "0") == "0":
         tqdm.write(line, file=sys.stderr)
+
+
+def warn(line):
+    """Say a line that stands out."""
+    say(f"warning: {line}")
 
 
 # ---------------------------------------------------------------- before and after
@@ -199,21 +209,31 @@ def say(line):
 
 def main():
     given = cli.training_parser().parse_args()
-    with cli.own_out(given.out):
+    # A plan leaves --out alone, and may be made while a run is there.
+    with contextlib.nullcontext() if given.dry_run else cli.own_out(given.out):
         run(cli.training_arguments(given))
 
 
 def run(args):
     """Train as the options say. The folder args.out must belong to this run alone."""
+    if args.resume and is_finished(args.out):
+        return say(f"the run in {args.out} is finished, its model is {args.out / 'model'}")
+    # --resume finds there what came through standard input.
+    args.data, args.eval_data = map(texts.with_saved_stdin, (args.data, args.eval_data))
     as_given = copy.copy(args)
     args.device = cli.device(args.device)
     args.model = args.model or builtin.default_model(args.device)
-    folder = builtin.open_model(args.model)
-    base = folder.config
+    if args.dry_run:  # which needs no weights, so that they need not be there
+        path = builtin.resolve(args.model)
+        base, tokenizer = families.read_config(path), load_tokenizer(path)
+    else:
+        folder = builtin.open_model(args.model)
+        base, tokenizer = folder.config, folder.load_tokenizer()
     cli.complete_training(args, base)
     config = extended_config(base, args)
-    tokenizer = folder.load_tokenizer()
     batches, validation = read_texts(args, tokenizer) if args.steps else (None, None)
+    if args.dry_run:
+        return announce(args, as_given, base, config, batches)
     record = cli.training_record(args, as_given)
     record["model_sha256"] = folder.fingerprint()  # the same path may hold something else another day
     if batches:
@@ -224,6 +244,7 @@ def run(args):
     # All that a user can get wrong has been checked. What follows takes memory and writes into --out.
     device = fsdp.start(args.device)
     check_agreement(record)
+    announce(args, as_given, base, config, batches)
     model = load_sharded(args, folder, config, device)
     dist.barrier()  # a process that has read a weight that is NaN ends there, and then nothing is written
     if dist.get_rank() == 0 and not args.resume:
@@ -233,10 +254,7 @@ def run(args):
     may_differ = cli.MAY_CHANGE + cli.BY_CONTENT
     must_match = {key: value for key, value in record.items() if key not in may_differ}
     checkpoints = Checkpoints(args.out / "checkpoints", must_match, args.keep)
-    first_step = checkpoints.load(model, optimizer, say) if args.resume else 0
-    if args.resume and dist.get_rank() == 0:
-        unmark_finished(args.out)
-    announce(args, base, model, batches, first_step)
+    first_step = go_on_from(checkpoints, model, optimizer, args.out) if args.resume else 0
     if validation:  # the loss before training; and too little memory for it shows here, not at the end
         validate(validation, model, device, first_step)
 
@@ -256,22 +274,51 @@ def run(args):
                 adapter.save(model, folder, tokenizer, args.out / "adapter")
             if dist.get_rank() == 0 and done == args.steps:
                 mark_finished(args.out, done)
+    end_run(args, done, checkpoints, signals, device)
+
+
+def go_on_from(checkpoints, model, optimizer, out):
+    """Restore the newest of the Checkpoints of the run in `out`, and return its step, 0 if there are none."""
+    first_step = checkpoints.load(model, optimizer, say)
+    if dist.get_rank() == 0:
+        unmark_finished(out)
+    say(f"going on after step {first_step}" if first_step else f"--resume: {out} holds no checkpoint yet")
+    return first_step
+
+
+def end_run(args, done, checkpoints, signals, device):
+    """Say what a run has written, once its model is. End the process if a signal has stopped it.
+
+    The exit code is then 128 + the signal's number, as a shell's own is: the model is half-trained, and what
+    was to follow must not start. A run that has made all its steps is done all the same, unless by Ctrl-C.
+    """
     # All decide together, and none before all have saved: torchrun ends every process soon after the first
     # one that leaves with another code than 0.
-    if any_process([number for number in signals if number == signal.SIGINT], device):
-        sys.exit(130)  # so that a shell does not go on to the next command
-    next_model = shlex.quote(str(args.out / "model"))
-    hint = "" if signals else f"; next: python eval.py --task passkey --model {next_model}"
-    say(f"wrote {args.out / 'model'}{hint}")
+    (number,) = agreed(max(signals, default=0), device=device)
+    is_done = done == args.steps
+    if is_done and not args.save_every:  # nothing will go on from them, and nobody has asked for them
+        checkpoints.remove_all()
+    if number and (not is_done or number == signal.SIGINT):
+        sys.exit(128 + number)
+    say(
+        f"wrote {args.out / 'model'}; next: python eval.py --task passkey --model "
+        f"{shlex.quote(str(args.out / 'model'))}"
+    )
 
 
 def read_texts(args, tokenizer):
     """Return the data.Batches to train on, and the Validation or None."""
-    documents = data.tokenised(args.data, tokenizer, cache_dir())
-    validation = None
+
+    def read(paths):
+        documents = data.tokenised(paths, tokenizer, cache_dir(), args.text_key)
+        if args.loss_on == "all":
+            documents.masked = None
+        return documents
+
+    documents, validation = read(args.data), None
     if args.eval_every:
         lengths = args.eval_lengths or [args.train_len]
-        validation = Validation(lengths, data.tokenised(args.eval_data, tokenizer, cache_dir()), tokenizer)
+        validation = Validation(lengths, read(args.eval_data), tokenizer)
     batches = data.Batches(
         documents,
         args.seed,
@@ -286,12 +333,18 @@ def read_texts(args, tokenizer):
     return batches, validation
 
 
-def load_sharded(args, folder, config, device):
-    """Return the model in a CheckpointFolder, but with this Config, sharded and ready for training."""
+def empty_model(args, config):
+    """Return the model of this Config without values, with the adapters that the options ask for."""
     model = empty_transformer(config)
     if args.lora_rank:
         train = args.lora_train.split(",") if args.lora_train else ()
         add_adapters(model, args.lora_rank, args.lora_alpha, args.lora_targets.split(","), train)
+    return model
+
+
+def load_sharded(args, folder, config, device):
+    """Return the model in a CheckpointFolder, but with this Config, sharded and ready for training."""
+    model = empty_model(args, config)
     fsdp.shard(
         model,
         device,
@@ -339,8 +392,8 @@ def retrieval_episodes(args, tokenizer):
     # Without skips an episode is a plain window with facts and questions.
     reach = round(args.overshoot * args.target_len) if args.method == "pose" else args.episode_len
 
-    def make(rng, document):
-        return retrieval.episode(rng, document, args.episode_len, reach, tokenizer)
+    def make(rng, document, weights):
+        return retrieval.episode(rng, document, args.episode_len, reach, tokenizer, weights)
 
     return data.Episodes(args.retrieval, args.batch_size, args.episode_len, make)
 
@@ -368,16 +421,16 @@ def check_agreement(record):
             )
 
 
-def announce(args, base, model, batches, first_step):
-    """Say what will be done. base: the Config before the window was extended."""
-    config = model.config
-    if args.resume and not first_step:
-        say(f"--resume: {args.out} holds no checkpoint yet; starting with the first step")
+def announce(args, as_given, base, config, batches):
+    """Say what will be done, what it needs, and what speaks against it.
+
+    base, config: the Config before and after the window was extended. batches: data.Batches, None without
+    training.
+    """
     stretch = f"{args.rope} by {args.factor:g}" if args.factor else args.rope
-    going_on = f", going on after step {first_step}" if first_step else ""
     windows = f"window {base.max_position_embeddings:,} -> {args.target_len:,}"
     episodes = f", {args.retrieval:.0%} of the examples are episodes" if args.retrieval else ""
-    say(f"{args.model}: {windows}, {args.method}, {stretch}{episodes}{going_on}")
+    say(f"{args.model}: {windows}, {args.method}, {stretch}{episodes} (recipe {args.recipe})")
     earlier = base.rope_scaling or {}
     if "factor" in earlier:
         if args.factor:
@@ -387,30 +440,95 @@ def announce(args, base, model, batches, first_step):
         say(f"the model is scaled already ({earlier['rope_type']} by {earlier['factor']:g}); {together}")
     warn_of_loaders(args, base, config)
     if args.lora_rank:
-        announce_adapters(args, model)
+        beside = f" and of {args.lora_train}" if args.lora_train else ""
+        say(f"LoRA of rank {args.lora_rank} on {args.lora_targets}{beside}")
     if batches:
-        n_used = len(batches.documents) - batches.n_too_short
-        say(
-            f"{args.steps} steps of {args.batch_size} x {args.train_len:,} tokens on "
-            f"{dist.get_world_size()} process(es); {batches.usable_tokens:,} tokens in {n_used} document(s), "
-            f"{batches.n_too_short} too short and left out"
-        )
-        passes = args.steps * args.batch_size * args.train_len / batches.usable_tokens
-        if passes > MANY_PASSES:
-            say(f"that is {passes:,.0f} passes over these texts, which will be learnt by heart: add more")
+        say_plan(args, as_given, config, batches)
+        if batches.counted_share < 1:
+            say(f"{batches.counted_share:.1%} of the tokens are answers or plain text, and only these count")
         if not args.data and args.model != "tiny":
             say("without --data it trains on the source of Python's standard library; name texts like yours")
 
 
-def announce_adapters(args, model):
-    """Say what is trained instead of the whole model."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    beside = f", and {args.lora_train}" if args.lora_train else ""
-    say(
-        f"LoRA of rank {args.lora_rank} on {args.lora_targets}{beside}: {trained:,} parameters are trained, "
-        f"{frozen:,} stay as they are"
+def say_plan(args, as_given, config, batches):
+    """Say what a run needs of texts, memory and disk. Warn of what speaks against it."""
+    shape, way = plan.Shape(empty_model(args, config)), way_of(args, cli.process_count())
+    checkpoints = args.keep + 1 if args.save_every or args.save_minutes else 1  # the new one and those before
+    room = room_for(args.device, args.out)
+    needs = plan.Needs(shape, way, args.steps, args.batch_size, batches, checkpoints, room)
+    for line in needs.lines():
+        say(line)
+    if args.dry_run:
+        by_number = {n: way_on_gpus(args, as_given, n) for n in (1, 2, 4, 8)}
+        total = {n: plan.memory(shape, way).total + plan.CUDA_CONTEXT for n, way in by_number.items() if way}
+        each = [f"{plan.gib(need)} on {n}" for n, need in total.items()]
+        say(f"GPU memory by the number of GPUs: {', '.join(each)}")
+    for line in needs.warnings():
+        warn(line)
+    if not needs.fits():
+        warn(f"the memory is too small; {mending(args, needs)}")
+
+
+def way_of(args, processes):
+    """Return the plan.Way of a run with these completed options on so many processes."""
+    return plan.Way(
+        train_len=args.train_len,
+        examples=args.micro_batch_size,
+        micro_batches=args.batch_size // processes // args.micro_batch_size,
+        processes=processes,
+        param_bytes=getattr(torch, args.param_dtype).itemsize,
+        compute_bytes=getattr(torch, args.dtype).itemsize,
+        activation_checkpointing=args.activation_checkpointing,
+        cpu_offload=args.cpu_offload,
+        compiled=args.compile,
     )
+
+
+def way_on_gpus(args, as_given, n):
+    """Return the plan.Way of the same batches on n GPUs, None where they do not share them evenly."""
+    on_gpu = copy.copy(args)
+    on_gpu.dtype = as_given.dtype or cli.compute_dtype("cuda")
+    on_gpu.compile = as_given.compile is not False
+    given = 1 if cli.takes_single_examples(args) else as_given.micro_batch_size
+    try:
+        _, on_gpu.micro_batch_size = cli.split_batch(args.batch_size, given, args.train_len, n)
+    except InputError:
+        return None
+    return way_of(on_gpu, n)
+
+
+def room_for(device, out):
+    """Return the plan.Room of a process that computes on "cuda" or "cpu" and writes into the folder `out`."""
+    paths = (out.absolute(), *out.absolute().parents)
+    disk = shutil.disk_usage(next(path for path in paths if path.exists())).free
+    if device == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0))
+        memory = torch.cuda.get_device_properties(index).total_memory
+        return plan.Room(memory, plan.CUDA_CONTEXT, disk, on_cpu=False)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    share = memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    so_far = peak_memory_gib(torch.device(device)) * 2**30
+    return plan.Room(share, so_far + plan.LOADED_LATER, disk, on_cpu=True)
+
+
+def mending(args, needs):
+    """Return in words the options with which a run fits into the memory. needs: a plan.Needs."""
+    more_gpus = "take a larger machine" if needs.room.on_cpu else "spread it over more GPUs"
+    fitting = plan.way_that_fits(needs.shape, needs.way, needs.room)
+    if fitting is None:
+        return f"no option mends that: {more_gpus}"
+    options = {
+        "micro_batch_size": fitting.examples,
+        "activation_checkpointing": fitting.activation_checkpointing,
+        "param_dtype": {2: "bfloat16", 4: "float32"}[fitting.param_bytes],
+        "cpu_offload": fitting.cpu_offload,
+    }
+    words = []
+    for option, value in options.items():
+        if value != getattr(args, option):
+            words.append(f"--{option}" if value is True else f"--{option} {value}")
+    need = plan.gib(plan.of_process(needs.shape, fitting, needs.room))
+    return f"{' '.join(words)} makes it {need}, or {more_gpus}"
 
 
 def warn_of_loaders(args, base, config):
@@ -424,26 +542,35 @@ def warn_of_loaders(args, base, config):
 
 
 def catch_signals(checkpoints):
-    """Catch SIGINT and SIGTERM from here on, and return the list to which each adds its number.
+    """Catch SIGINT, SIGTERM and SIGHUP from here on, and return the list to which each adds its number.
 
-    The first one does not end the process. checkpoints: tells what a second one would cost.
+    The first one does not end the process. checkpoints: tells what a second Ctrl-C would cost.
     """
     caught = []
     speaks = dist.get_rank() == 0
+    # torchrun passes signals on several times, and kills after a while itself.
+    may_end_at_once = "TORCHELASTIC_RUN_ID" not in os.environ
+
+    def tell(line):
+        if speaks:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, f"\n{line}\n".encode())  # print may be in the middle of something
 
     def catch(number, frame):
-        caught.append(number)
-        line = "stopping after this step and saving"
-        # A second signal ends the process at once. Not under torchrun: it passes signals on several times,
-        # and kills after a while itself.
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        lost = f"what came after step {checkpoints.newest}" if checkpoints.newest else "all steps so far"
+        if number == signal.SIGINT and number in caught and may_end_at_once:
+            tell(f"ended at once; {lost} is discarded")
             signal.signal(number, signal.SIG_DFL)
-            line += f"; a second time ends it at once, and loses what came after step {checkpoints.newest}"
-        if speaks:
-            os.write(2, f"\n{line}\n".encode())  # print may be in the middle of something
+            os.kill(os.getpid(), number)
+        caught.append(number)
+        at_once = ""
+        if number == signal.SIGINT and may_end_at_once:
+            at_once = f"; a second Ctrl-C ends it at once and discards {lost}"
+        tell(f"stopping after this step and saving{at_once}")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup ignores
+            signal.signal(number, catch)
     return caught
 
 

@@ -24,6 +24,7 @@ from hf import tokenizer as tokenizers
 from hf import weights
 from model import Config, Transformer
 from storage.files import cache_dir
+from storage.texts import find_files, read_texts
 from tasks.prompts import GARBAGE, PASSKEY, PASSKEY_QUESTION, PASSKEY_TASK
 
 WINDOW = 256
@@ -206,8 +207,8 @@ def main():
     args = p.parse_args()
 
     rng = random.Random(0)
-    files = data.find_files(args.data) + data.find_files([])
-    texts = [text for path in files for text in data.read_documents(path)]
+    files = find_files(args.data) + find_files([])
+    texts = [text for path in files for text in read_texts(path)]
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "tokenizer.model").exists():
         train_tokenizer(texts, rng, args.out)

@@ -29,13 +29,22 @@ CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "bas
 def check(config):
     """Raise InputError if adapters would not fit the files of a model of this Config as they are.
 
-    So it is with GPT-J and Baichuan, which are written under the names of another family.
+    So it is with GPT-J and Baichuan, which are written under the names of another family, and with Phi-3 and
+    GPT-NeoX, where one layer is what are several here.
     """
     written = families.as_written(config).model_type
-    for name in families.stored_parameters(config):
-        if families.published_name(name, config.model_type) != families.published_name(name, written):
-            reason = f"its weights are written as those of {written}; take the merged model"
-            raise InputError(f"adapters of {config.model_type} fit no stock model: {reason}")
+    names = families.stored_parameters(config)
+    reason = None
+    if any(
+        families.published_name(n, config.model_type) != families.published_name(n, written) for n in names
+    ):
+        reason = f"its weights are written as those of {written}"
+    elif len(families.by_published_name(names, config.model_type)) < len(names):
+        reason = "it has q, k and v in one layer"
+    if reason:
+        raise InputError(
+            f"adapters of {config.model_type} fit no stock model: {reason}; take the merged model"
+        )
 
 
 def save(model, base, tokenizer, path):

@@ -10,6 +10,7 @@ Notable choices:
 
 import contextlib
 import datetime
+import functools
 import json
 import re
 import signal
@@ -19,13 +20,18 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-from hf.tokenizer import json_object, one_of
+from hf.tokenizer import json_object, one_of, special_tokens
 from storage.errors import InputError
 
 RENDER_SECONDS = 10  # that a template may take
 ZERO_WIDTH_SPACE = "\u200b"
+# What {% generation %} and {% endgeneration %} become in a rendered text, before they are taken out: two
+# characters that Unicode keeps out of texts.
+GENERATION, END_OF_GENERATION = "\ufdd0", "\ufdd1"
+MARKS = re.compile(f"[{GENERATION}{END_OF_GENERATION}]")
 
 
+@functools.cache
 def find_template(tokenizer):
     """Return the chat template among a tokenizer's files, None if there is none.
 
@@ -54,12 +60,25 @@ def encode(tokenizer, messages):
 
     messages: see `render`, which raises InputError.
     """
+    text = render(tokenizer, without_control_tokens(tokenizer, messages))
+    return tokenizer.encode_with_control_tokens(text)
+
+
+def without_control_tokens(tokenizer, messages):
+    """Return the messages with an invisible character in each control token that one of them spells.
+
+    MARKS are left out of them.
+    """
     control_token = re.compile(one_of(tokenizer.control_tokens))
     harmless = []
     for message in messages:
-        content = control_token.sub(lambda found: _broken(found[0]), message["content"])
-        harmless.append(message | {"content": content})
-    return tokenizer.encode_with_control_tokens(render(tokenizer, harmless))
+        parts = {}
+        for key, part in message.items():
+            if isinstance(part, str):
+                part = control_token.sub(lambda found: _broken(found[0]), MARKS.sub("", part))
+            parts[key] = part
+        harmless.append(parts)
+    return harmless
 
 
 def _broken(control_token):
@@ -73,20 +92,23 @@ def render(tokenizer, messages, add_generation_prompt=True):
     messages: dicts with role and content. add_generation_prompt: end with what the assistant's answer begins
     with. Raise InputError if the model has no template, or it fails or refuses these messages.
     """
+    return MARKS.sub("", render_with_marks(tokenizer, messages, add_generation_prompt))
+
+
+def render_with_marks(tokenizer, messages, add_generation_prompt=True, day=None):
+    """Return what `render` does, but with GENERATION and END_OF_GENERATION where the template has blocks.
+
+    day: the datetime that the template takes for now, None for the present.
+    """
     template = find_template(tokenizer)
     if template is None:
         raise InputError("this model has no chat template; put chat_template.jinja into its folder")
-    special_tokens = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        for name, token in json_object(tokenizer.files, file).items():
-            text = token.get("content") if isinstance(token, dict) else token
-            if name.endswith("_token") and isinstance(text, str):
-                special_tokens[name] = text
     variables = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-    variables |= {"tools": None, "documents": None} | special_tokens
+    variables |= {"tools": None, "documents": None} | special_tokens(tokenizer)
+    variables["strftime_now"] = lambda pattern: (day or datetime.datetime.now()).strftime(pattern)
     try:
         with _time_limit(RENDER_SECONDS):
-            return _environment().from_string(template).render(variables)
+            return _compiled(template).render(variables)
     except Exception as error:  # whatever another's program raises is no bug of ours
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = f"it failed or does not fit this conversation ({said})"
@@ -96,26 +118,30 @@ def render(tokenizer, messages, add_generation_prompt=True):
 # ---------------------------------------------------------------- what templates are written for
 
 
-def _environment():
-    """Return the Jinja environment of transformers' chat templates."""
+@functools.lru_cache(maxsize=4)
+def _compiled(template):
+    """Return a template compiled in the Jinja environment of transformers' chat templates."""
     made = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     made.filters["tojson"] = _to_json
     made.globals["raise_exception"] = _raise_exception
-    made.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
-    return made
+    return made.from_string(template)
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %}, which marks what the assistant says, and changes nothing."""
+    """{% generation %} … {% endgeneration %}, which marks what the assistant says."""
 
     tags = {"generation"}
 
     def parse(self, parser):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
+        begin, end = (
+            jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)], lineno=line)
+            for mark in (GENERATION, END_OF_GENERATION)
+        )
+        return [begin, jinja2.nodes.Scope(body, lineno=line), end]
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):

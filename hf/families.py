@@ -5,9 +5,9 @@ This is the only file that knows the families of config.json, which goes in (`re
 
 Notable choices:
 - Several of our weights may share one published tensor. They are stacked there by rows, in our order
-  (Baichuan's W_pack holds q, k and v).
+  (Baichuan's W_pack holds q, k and v; Phi-3 fuses gate and up too). They are apart in the model.
 - Inside the model, rotary pairs are half-split. GPT-J publishes them interleaved, so its q and k are permuted
-  when read.
+  when read. GPT-NeoX stacks q, k and v head by head, and its rows are permuted on both ways.
 - Stock GPT-J knows no RoPE scaling, and Baichuan is code of its own. So GPT-J is written as Phi (the same
   computation, where the biases that GPT-J lacks are zero), and Baichuan as LLaMA (q, k and v apart,
   Baichuan2's head already normalised).
@@ -38,6 +38,8 @@ LLAMA_NAMES = {  # our name of a module -> LLaMA's; those of a block come after 
     "attention.k": "self_attn.k_proj",
     "attention.v": "self_attn.v_proj",
     "attention.o": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
     "mlp_norm": "post_attention_layernorm",
     "mlp.gate": "mlp.gate_proj",
     "mlp.up": "mlp.up_proj",
@@ -71,6 +73,8 @@ LARGEST_SIZES = {
     "max_position_embeddings": 2**31,
 }
 SWIGLU = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+NO_PADDING = {"pad_token_id": None}  # else stock classes take one of their own, which may be out of range
+ALL_BUT_LLAMA3 = ("default", "linear", "yarn")  # the rope_types that llama.cpp has for most families
 PARALLEL = {"norm": "layer", "mlp": "gelu", "parallel": True, "mlp_bias": True, "head_bias": True}
 
 
@@ -88,19 +92,27 @@ class Family:
     optional: tuple = ("num_key_value_heads", "head_dim")
     norm_eps: str = "rms_norm_eps"
     fixed: dict = field(default_factory=lambda: SWIGLU)  # keys with the only value that this code computes
+    flags: dict = field(default_factory=dict)  # a switch in Config -> its key
+    multipliers: dict = field(default_factory=dict)  # a positive number in Config -> its key
+    names_rope_layers: bool = False  # no_rope_layers says which layers have RoPE
     # What stock loaders take for an absent key:
     defaults: dict = field(default_factory=lambda: {"rms_norm_eps": 1e-6})
     # What partial_rotary_factor, the share of a head that RoPE turns, is where it is absent. None: always 1.
     partial_rotary: float | None = None
+    rope_theta: float = 10000.0  # what it is where it is absent
+    # Its own names for what the stock class reads of RoPE outside rope_parameters -> the usual names:
+    rope_keys: dict = field(default_factory=dict)
+    rope_types: tuple = rope.MODES  # those that the stock class computes
     slides_unless_null: bool = False  # sliding_window is in use wherever it is a number
     written: dict = field(default_factory=dict)  # further keys to write
     # Weights and tokenizer:
     layers: str = "model.layers"
     names: dict = field(default_factory=dict)  # modules whose published name is not LLaMA's
     interleaved_rotary: bool = False  # the rotary pairs of q and k are (x[2j], x[2j + 1])
+    stacked_by_head: bool = False  # the tensor of q, k and v has these three of the first head, then the next
     tokenizer_class: str | None = None  # to write instead of a class of the family's own code
     # The rope_types that other loaders compute, see hf/loaders.py:
-    llama_cpp: tuple = ("default", "linear", "llama3", "yarn")
+    llama_cpp: tuple | None = (*ALL_BUT_LLAMA3, "llama3")  # (): not even another base; None: it reads none
     mlx_lm: tuple = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -124,10 +136,93 @@ FAMILIES = {  # by the model_type of config.json
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
-        llama_cpp=("default", "linear", "yarn"),
+        llama_cpp=ALL_BUT_LLAMA3,
         block={"qkv_bias": True},
         defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 32},
         written={"sliding_window": None},
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        llama_cpp=ALL_BUT_LLAMA3,
+        block={"qk_norm": "head"},
+        defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "head_dim": 128},
+        written={"sliding_window": None},
+    ),
+    "phi3": Family(  # and Phi-4
+        "Phi3ForCausalLM",
+        llama_cpp=("default",),
+        mlx_lm=("default",),
+        sizes={name: key for name, key in LLAMA_SIZES.items() if name != "head_dim"},
+        defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+        partial_rotary=1.0,
+        rope_types=("default", "longrope"),
+        slides_unless_null=True,
+        written={"sliding_window": None} | NO_PADDING,
+        names={
+            **{f"attention.{name}": "self_attn.qkv_proj" for name in ("q", "k", "v")},
+            **{f"mlp.{name}": "mlp.gate_up_proj" for name in ("gate", "up")},
+        },
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        llama_cpp=ALL_BUT_LLAMA3,
+        fixed=SWIGLU | {"use_sliding_window": False},
+        names_rope_layers=True,
+        defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 4, "tie_word_embeddings": True},
+        rope_theta=2e6,
+        written=NO_PADDING,
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        llama_cpp=ALL_BUT_LLAMA3,
+        block={"post_norm": True, "qk_norm": "all_heads"},
+        defaults={"rms_norm_eps": 1e-5},
+        written=NO_PADDING,
+        names={
+            "attention_post_norm": "post_attention_layernorm",
+            "mlp_post_norm": "post_feedforward_layernorm",
+        },
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        llama_cpp=ALL_BUT_LLAMA3,
+        multipliers={
+            "embedding_multiplier": "embedding_multiplier",
+            "attention_scale": "attention_multiplier",
+            "residual_multiplier": "residual_multiplier",
+            "logits_divisor": "logits_scaling",
+        },
+        defaults={
+            "rms_norm_eps": 1e-6,
+            "embedding_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    ),
+    "gpt_neox": Family(  # Pythia among them
+        "GPTNeoXForCausalLM",
+        llama_cpp=None,
+        mlx_lm=("default",),
+        block={"norm": "layer", "mlp": "exact_gelu", "parallel_norms": True, "mlp_bias": True},
+        sizes={name: key for name, key in LLAMA_SIZES.items() if name not in ("n_kv_heads", "head_dim")},
+        norm_eps="layer_norm_eps",
+        fixed={"hidden_act": "gelu"},
+        flags={"parallel": "use_parallel_residual", "qkv_bias": "attention_bias", "o_bias": "attention_bias"},
+        defaults={"layer_norm_eps": 1e-5, "use_parallel_residual": True, "attention_bias": True},
+        partial_rotary=0.25,
+        rope_keys={"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
+        layers="gpt_neox.layers",
+        names={
+            **{f"attention.{name}": "attention.query_key_value" for name in ("q", "k", "v")},
+            "attention.o": "attention.dense",
+            "mlp.up": "mlp.dense_h_to_4h",
+            "mlp.down": "mlp.dense_4h_to_h",
+            "embed": "gpt_neox.embed_in",
+            "norm": "gpt_neox.final_layer_norm",
+            "head": "embed_out",
+        },
+        stacked_by_head=True,
     ),
     "phi": Family(
         "PhiForCausalLM",
@@ -189,6 +284,17 @@ FAMILIES = {  # by the model_type of config.json
 ALIBI = ("bloom", "mpt")
 LEARNED_POSITIONS = ("gpt2", "opt", "gpt_bigcode", "gpt_neo", "bert")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+MIXTURE = "its MLP is a mixture of experts"
+LOCAL = "some of its layers have a sliding window"
+RECURRENT = "it has layers without attention"
+OTHERS = {
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "olmoe", "granitemoe"), MIXTURE),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), MIXTURE),
+    **dict.fromkeys(("llama4", "llama4_text", "gpt_oss"), f"{LOCAL}, and {MIXTURE}"),
+    **dict.fromkeys(("gemma2", "olmo3"), LOCAL),
+    **dict.fromkeys(("gemma3", "gemma3_text", "gemma3n"), f"{LOCAL} and another rope_theta"),
+    **dict.fromkeys(("mamba", "mamba2", "qwen3_next", "granitemoehybrid"), RECURRENT),
+}
 BAICHUAN_13B_HIDDEN = 5120
 BAICHUAN2_VOCAB = 125696
 
@@ -223,7 +329,13 @@ def _config(c):
         if (c.get(key) or value) != value:  # null and false mean the default
             raise ValueError(f"{key} {c[key]!r} is not known for {model_type}")
     sizes = _sizes(c, family)
-    theta, scaling, partial = read_rope(c, sizes["max_position_embeddings"], family.partial_rotary or 1)
+    for key, usual in family.rope_keys.items():
+        c = c | {usual: c.get(key)}
+    defaults = family.partial_rotary or 1, family.rope_theta
+    theta, scaling, partial = read_rope(c, sizes["max_position_embeddings"], *defaults)
+    rope_type = (scaling or {}).get("rope_type", "default")
+    if rope_type not in family.rope_types:
+        raise ValueError(f"rope_type {rope_type!r} is not known for {model_type}")
     window = stretched_window(scaling, sizes["max_position_embeddings"])
     sizes["max_position_embeddings"] = window
     _refuse_sliding_window(c, family, sizes["n_layers"], window)
@@ -252,8 +364,32 @@ def _config(c):
         dtype=dtype,
         model_type=model_type,
         normalised_head=is_baichuan2,
+        rope_layers=_rope_layers(c, sizes["n_layers"]) if family.names_rope_layers else None,
+        **_flags(c, family),
+        **{name: positive(c, key) for name, key in family.multipliers.items()},
         **family.block,
     )
+
+
+def _flags(c, family):
+    """Return the switches of a Config, {field: bool}. Raise ValueError for one that is something else."""
+    flags = {name: c[key] for name, key in family.flags.items()}
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{family.flags[name]} is {value!r}, neither true nor false")
+    return flags
+
+
+def _rope_layers(c, n_layers):
+    """Return for each layer 1 if it has RoPE and 0 if not. Raise ValueError if a config.json says neither."""
+    layers = c.get("no_rope_layers")  # in spite of its name, 0 is for those without
+    if layers is None:
+        interval = positive(c, "no_rope_layer_interval", int, default=4)
+        layers = [int((i + 1) % interval != 0) for i in range(n_layers)]
+    known = isinstance(layers, list) and len(layers) >= n_layers and all(i in (0, 1) for i in layers)
+    if not known or not any(layers[:n_layers]):
+        raise ValueError(f"no_rope_layers {layers!r} is not a 0 or 1 for each layer, and 1 for some")
+    return [int(i) for i in layers[:n_layers]]
 
 
 def check_config(config):
@@ -309,6 +445,8 @@ def _refuse_other_architectures(c):
             raise ValueError("Baichuan 13B uses ALiBi, not RoPE; the 7B models do")
     if model_type in LEARNED_POSITIONS:
         raise ValueError(f"{model_type!r} uses learned positions, not RoPE")
+    if isinstance(model_type, str) and model_type in OTHERS:
+        raise ValueError(f"model_type {model_type!r} is not known: {OTHERS[model_type]}")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not known")
     for key in EXPERTS:
@@ -352,6 +490,11 @@ def _refuse_sliding_window(c, family, n_layers, window):
 # ---------------------------------------------------------------- Config -> config.json
 
 
+def can_scale_queries(config):
+    """Return whether a stock class computes this Config's model with scaled queries (rope.query_scale)."""
+    return FAMILIES[config.model_type].scaled_queries_as is not None
+
+
 def as_written(config):
     """Return the Config of the same model in the family that it is written as.
 
@@ -366,6 +509,10 @@ def as_written(config):
     if model_type is None:
         message = f"stock loaders scale the queries of LLaMA and Mistral, not of {config.model_type}"
         raise InputError(f"llama_4_scaling_beta: {message}; leave it out")
+    if config.rope_scaling and config.rope_scaling["rope_type"] == "dynamic":
+        if "dynamic" not in FAMILIES[model_type].rope_types:
+            message = f"stock loaders do not compute it for {config.model_type}"
+            raise InputError(f"dynamic scaling: {message}; take another interpolation")
     block = FAMILIES[model_type].block
     return dataclasses.replace(config, model_type=model_type, normalised_head=False, **block)
 
@@ -384,6 +531,8 @@ def hf_config(config):
         family.norm_eps: config.norm_eps,
         **_rope_keys(config),  # the window among them
         "tie_word_embeddings": config.tie_embeddings,
+        **{key: getattr(config, name) for name, key in (family.flags | family.multipliers).items()},
+        **({"no_rope_layers": config.rope_layers} if family.names_rope_layers else {}),
         **family.fixed,
         **family.written,
         "bos_token_id": config.bos_token_id,
@@ -393,16 +542,25 @@ def hf_config(config):
     }
 
 
+def written_rope(config):
+    """Return (theta, rope_scaling or None) of a Config in terms that its family's stock class computes."""
+    return stock_terms(config, FAMILIES[config.model_type].rope_types)
+
+
 def _rope_keys(config):
     """Return what config.json says of RoPE and the window, in both spellings (see scaling.read_rope)."""
-    theta, scaling = stock_terms(config)
+    family = FAMILIES[config.model_type]
+    theta, scaling = written_rope(config)
     partial = {}
-    if FAMILIES[config.model_type].partial_rotary is not None:
+    if family.partial_rotary is not None:
         partial = {"partial_rotary_factor": config.rotary_dim / config.head_dim}
     window = int(config.max_position_embeddings)  # vLLM and llama.cpp refuse 512.0
     keys = {"max_position_embeddings": window, "rope_theta": theta, **partial}
+    keys |= {key: keys[usual] for key, usual in family.rope_keys.items()}
     if scaling is None:
         parameters = {"rope_type": "default", "rope_theta": theta} | partial
+        if "original_max_position_embeddings" in family.defaults:  # llama.cpp's converter asks for it
+            keys["original_max_position_embeddings"] = window
         return keys | {"rope_scaling": None, "rope_parameters": parameters}
 
     mode = scaling["rope_type"]
@@ -491,9 +649,18 @@ def split_name(name):
 def is_recomputed(published):
     """Return whether a published tensor is one that models compute themselves.
 
-    Old exports carry rotary tables and causal masks (GPT-J's).
+    Old exports carry rotary tables and causal masks (GPT-J's and GPT-NeoX's).
     """
-    return "rotary_emb" in published or published.endswith((".attn.bias", ".attn.masked_bias"))
+    masks = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+    return "rotary_emb" in published or published.endswith(masks)
+
+
+def by_published_name(names, model_type):
+    """Return {published name: our names of the weights that are stacked in it, in their order}."""
+    stacked = {}
+    for name in names:
+        stacked.setdefault(published_name(name, model_type), []).append(name)
+    return stacked
 
 
 def is_query_or_key(name):
@@ -501,9 +668,29 @@ def is_query_or_key(name):
     return name.endswith((".attention.q.weight", ".attention.k.weight"))
 
 
-def has_interleaved_rotary(name, config):
-    """Return whether a weight of ours is published with interleaved rotary pairs, see half_split."""
-    return FAMILIES[config.model_type].interleaved_rotary and is_query_or_key(name)
+def has_other_rows(names, config):
+    """Return whether a published tensor has its rows in another order than our weights in it have them."""
+    family = FAMILIES[config.model_type]
+    return (family.interleaved_rotary and is_query_or_key(names[0])) or _is_stacked_by_head(names, config)
+
+
+def our_rows(w, names, config):
+    """Return a published tensor with its rows in the order of our weights `names`, stacked one by one."""
+    if _is_stacked_by_head(names, config):
+        return w.unflatten(0, (config.n_heads, 3, config.head_dim)).transpose(0, 1).flatten(0, 2)
+    return half_split(w, config.head_dim, config.rotary_dim)
+
+
+def published_rows(w, names, config):
+    """Return our weights `names`, stacked one by one, with their rows in the order that is published."""
+    if _is_stacked_by_head(names, config):
+        return w.unflatten(0, (3, config.n_heads, config.head_dim)).transpose(0, 1).flatten(0, 2)
+    return w  # interleaved pairs are not written
+
+
+def _is_stacked_by_head(names, config):
+    """Return whether our weights `names` are published head by head, q, k and v of each."""
+    return FAMILIES[config.model_type].stacked_by_head and len(names) == 3
 
 
 def half_split(w, head_dim, rotary_dim):

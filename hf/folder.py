@@ -29,22 +29,15 @@ class CheckpointFolder:
         """Check the folder. Raise InputError if a file, the architecture, a name or a shape is wrong."""
         self.path = Path(path)
         self.config = families.read_config(self.path)
-        self._our_names = {}  # published name -> our names of the parameters in it, in their order
+        parameters = families.stored_parameters(self.config)
+        # published name -> our names of the parameters that are stacked there by rows, in their order
+        self._our_names = families.by_published_name(parameters, self.config.model_type)
         self._shapes = {}  # published name -> its shape
-        for name, parameter in families.stored_parameters(self.config).items():
-            self._expect(name, tuple(parameter.shape))
+        for published, names in self._our_names.items():
+            shapes = [parameters[name].shape for name in names]
+            self._shapes[published] = (sum(shape[0] for shape in shapes), *shapes[0][1:])
         self.files = find_tensors(self.path, self._shapes)
         self._check_names_and_shapes()
-
-    def _expect(self, name, shape):
-        """Note under which published name a parameter of ours is found.
-
-        Parameters that share a published name are stacked there by rows.
-        """
-        published = families.published_name(name, self.config.model_type)
-        rows = self._shapes[published][0] if published in self._shapes else 0
-        self._our_names.setdefault(published, []).append(name)
-        self._shapes[published] = (rows + shape[0], *shape[1:])
 
     def parameter_count(self):
         """Return how many numbers the weights hold."""
@@ -70,18 +63,17 @@ class CheckpointFolder:
 
         parameters: the model's state_dict.
         """
+        names = self._our_names[published]
+        if families.has_other_rows(names, self.config):
+            # Permuted rows cross the borders of shards, so the whole tensor is read.
+            stored = families.our_rows(stored[:], names, self.config)
         first_row = 0
-        for name in self._our_names[published]:
+        for name in names:
             parameter = parameters[name]
             local, rows = parameter, slice(0, len(parameter))
             if isinstance(parameter, DTensor):
                 local, rows = parameter.to_local(), own_rows(parameter)
-            if families.has_interleaved_rotary(name, self.config):
-                # Permuted rows cross the borders of shards, so the whole tensor is read.
-                whole = families.half_split(stored[:], self.config.head_dim, self.config.rotary_dim)
-                local.copy_(whole[rows])
-            else:
-                local.copy_(stored[first_row + rows.start : first_row + rows.stop])
+            local.copy_(stored[first_row + rows.start : first_row + rows.stop])
             check_finite(path, published, local)
             first_row += len(parameter)
 
@@ -112,6 +104,7 @@ class CheckpointFolder:
         """
         loaded = tokenizer.load(self.path)
         tokenizer.check_size(loaded, self.config.vocab_size, self.path)
+        loaded.n_embeddings = self.config.vocab_size
         return loaded
 
     def _check_names_and_shapes(self):

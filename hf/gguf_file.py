@@ -1,7 +1,8 @@
 """A GGUF file -> a safetensors folder.
 
-GGUF is the format of llama.cpp: metadata, the tokenizer and all tensors, quantised or not, in one file. Two
-architectures are read, llama (Mistral has it too) and qwen2. hf/gguf_tokenizer.py rebuilds the tokenizer.
+GGUF is the format of llama.cpp: metadata, the tokenizer and all tensors, quantised or not, in one file. Three
+architectures are read: llama (Mistral has it too), qwen2 and qwen3. hf/gguf_tokenizer.py rebuilds the
+tokenizer.
 """
 
 import gguf
@@ -26,7 +27,7 @@ from storage.errors import InputError
 from storage.values import positive
 
 # The architectures that are read. Each is written as the family of its name.
-ARCHITECTURES = ("llama", "qwen2")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 INTERLEAVED = ("llama",)  # those whose rotary pairs are neighbours in the rows of q and k
 
 # What the metadata of an architecture may say. Any other key could mean another computation.
@@ -56,6 +57,8 @@ GGUF_NAMES = {  # our name of a module -> GGUF's; those of a block come after th
     "attention.k": "attn_k",
     "attention.v": "attn_v",
     "attention.o": "attn_output",
+    "attention.q_norm": "attn_q_norm",
+    "attention.k_norm": "attn_k_norm",
     "mlp_norm": "ffn_norm",
     "mlp.gate": "ffn_gate",
     "mlp.up": "ffn_up",
@@ -128,7 +131,7 @@ class GGUFFile:
         """Raise InputError if the metadata speak of a model that this code would not compute exactly."""
         if self.architecture not in ARCHITECTURES:
             reason = f"architecture {self.architecture!r} is not known"
-            raise InputError(f"{self.path}: {reason}; this code reads {' and '.join(ARCHITECTURES)}")
+            raise InputError(f"{self.path}: {reason}; this code reads {', '.join(ARCHITECTURES)}")
         parts = self.metadata.get("split.count", 1)
         if parts not in (0, 1):  # 0: they were joined
             remedy = "join them first (llama.cpp: llama-gguf-split --merge)"

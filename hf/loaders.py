@@ -7,8 +7,7 @@ file with that one. transformers computes all that is written from 5.0 on. Other
 import math
 
 import rope
-from hf.families import FAMILIES, as_written
-from hf.scaling import stock_terms
+from hf.families import FAMILIES, as_written, written_rope
 
 
 def differences(config, ratio):
@@ -19,7 +18,7 @@ def differences(config, ratio):
     """
     written = as_written(config)
     family = FAMILIES[written.model_type]
-    theta, scaling = stock_terms(written)
+    theta, scaling = written_rope(written)
     scaling = scaling or {"rope_type": "default"}
     mode = (config.rope_scaling or {}).get("rope_type", "default")
     where = "with scaled queries" if rope.has_query_scale(scaling) else f"in {family.architecture}"
@@ -28,7 +27,7 @@ def differences(config, ratio):
 
     found = []
     if not _llama_cpp_computes(family, theta, scaling):
-        mending = another_mode if "yarn" in family.llama_cpp else {}
+        mending = another_mode if "yarn" in (family.llama_cpp or ()) else {}
         found.append((f"llama.cpp does not compute {mode} {where}", mending))
     elif _llama_cpp_ignores_beta_fast(scaling):
         found.append((f"llama.cpp ignores beta_fast {scaling['beta_fast']:g}", {"beta_fast": 32}))
@@ -47,6 +46,8 @@ def differences(config, ratio):
 
 def _llama_cpp_computes(family, theta, scaling):
     """Return whether llama.cpp and its converter compute these terms of config.json, beta_fast aside."""
+    if family.llama_cpp is None:  # The converter does not know what transformers 5 makes of its config.json.
+        return False
     if scaling["rope_type"] not in family.llama_cpp:
         # Of a family without any type it does not read the base either, and takes the usual one.
         return not family.llama_cpp and scaling["rope_type"] == "default" and theta == 10000

@@ -75,12 +75,13 @@ def _without_sizes(scaling):
 # ---------------------------------------------------------------- written for stock loaders
 
 
-def stock_terms(config):
+def stock_terms(config, known=rope.MODES):
     """Return (theta, rope_scaling or None) that give the same angles in terms that stock loaders have.
 
-    Static NTK becomes another base, NTK-by-parts YaRN without its factor on cos and sin, and revised YaRN
-    LongRoPE's factors. Where the queries are scaled, llama.cpp reads YaRN alone, so what has another base at
-    most becomes a YaRN that slows nothing. `_own_mode` reads these forms back.
+    known: the modes that they have for this family. Static NTK becomes another base, NTK-by-parts YaRN
+    without its factor on cos and sin, and revised YaRN and whatever is not known LongRoPE's factors. Where
+    the queries are scaled, llama.cpp reads YaRN alone, so what has another base at most becomes a YaRN that
+    slows nothing. `_own_mode` reads these forms back.
     """
     dim, theta, original = config.rotary_dim, config.rope_theta, config.original_window
     scaling = config.rope_scaling or {"rope_type": "default"}
@@ -96,9 +97,9 @@ def stock_terms(config):
         if not query_scale:
             return theta, None
         return theta, _yarn_that_slows_nothing(theta, config.max_position_embeddings, original) | query_scale
-    if mode in ("yarn_revised", "longrope"):
+    if mode in ("yarn_revised", "longrope") or mode not in known:
         inv_freq, attention_factor = rope.rope_frequencies(dim, theta, scaling)
-        if mode == "yarn_revised":
+        if mode != "longrope":
             scaling = _as_longrope(dim, theta, inv_freq, attention_factor, scaling["factor"], original)
         # Loaders derive the attention factor from the windows in different ways, and vLLM has two names of
         # its own for it.
@@ -161,10 +162,10 @@ POSITIVE = (
 DEFAULT_IF_ZERO = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "llama_4_scaling_beta")
 
 
-def read_rope(c, window, default_partial=1):
+def read_rope(c, window, default_partial=1, default_theta=10000.0):
     """Return what a config.json says of RoPE: rope_theta, rope_scaling, and the share of a head that turns.
 
-    c: its content. window: its max_position_embeddings. default_partial: the share where it says none.
+    c: its content. window: its max_position_embeddings. default_partial, default_theta: where it says none.
     rope_scaling is as rope.py reads it, or None. Both spellings are read: rope_scaling beside rope_theta
     (transformers before 5) and rope_parameters that holds both (since 5). Raise ValueError for terms that are
     not known, and where the two disagree.
@@ -177,7 +178,7 @@ def read_rope(c, window, default_partial=1):
         if any(isinstance(value, dict) for value in spellings[key].values()):
             raise ValueError(f"{key} that differ from layer to layer are not known")
     places = (*spellings.values(), c)
-    theta = positive(_agreed("rope_theta", places), "rope_theta", default=10000.0)
+    theta = positive(_agreed("rope_theta", places), "rope_theta", default=default_theta)
     partial = _agreed("partial_rotary_factor", places)
     partial = positive(partial, "partial_rotary_factor", most=1, default=default_partial)
 

@@ -4,8 +4,11 @@ A tokenizer has
 - `vocab_size`, the number of ids;
 - `bos_id`, the token that this model's windows begin with, None if it was trained without one;
 - `encode(text)` and `encode_batch(texts)`, which return lists of ids without special tokens;
+- `eos_id`, the token that ends a text, None if the files name none;
 - `control_tokens`, {text: id} of the tokens with which a chat template says who speaks;
 - `encode_with_control_tokens(text)`, which makes these of their texts, as transformers does;
+- `encode_with_spans(text, spans)`, which also tells which tokens are in spans of the text;
+- `n_embeddings`, of the model beside it, None if no model is: a control token may have an id beyond;
 - `decode(ids)`, which returns the text;
 - `files`, {name: bytes} of the files that it was read from.
 
@@ -112,6 +115,12 @@ class SentencePiece:
         self._settings = json_object(files, "tokenizer_config.json")
         has_bos = self._model.bos_id() >= 0
         self.bos_id = self._model.bos_id() if has_bos and self._settings.get("add_bos_token", True) else None
+        self.n_embeddings = None
+
+    @functools.cached_property
+    def eos_id(self):
+        own = self._model.eos_id() if self._model.eos_id() >= 0 else None
+        return self.control_tokens.get(special_tokens(self).get("eos_token"), own)
 
     @functools.cached_property
     def control_tokens(self):
@@ -132,16 +141,35 @@ class SentencePiece:
         )
 
     def encode_with_control_tokens(self, text):
-        ids = []
+        return self.encode_with_spans(text, [])[0]
+
+    def encode_with_spans(self, text, spans):
+        ids, inside = [], []
+        for place, part, model in self._parts(text):
+            of_part = [self.control_tokens[part]] if model is None else model.encode(part)
+            is_inside = np.zeros(len(of_part), dtype=bool)
+            for begin, end in spans:
+                first, _ = _tokens_at(model, part, of_part, begin - place)
+                _, last = _tokens_at(model, part, of_part, end - place)
+                is_inside[first:last] = True
+            ids += of_part
+            inside.append(is_inside)
+        return ids, np.concatenate([np.zeros(0, dtype=bool), *inside])
+
+    def _parts(self, text):
+        """Yield (place in the text, part, model that encodes it). The model of a control token is None."""
+        place, has_prefix = 0, True
         for part in re.split(f"({one_of(self.control_tokens)})", text):
             if part in self.control_tokens:
-                ids.append(self.control_tokens[part])
-                continue
-            # As in transformers, a space is put before the first words, and with "legacy" after each control
-            # token too, unless there is one.
-            has_prefix = not part.startswith(" ") and (not ids or self._settings.get("legacy"))
-            ids += (self._model if has_prefix else self._model_without_prefix).encode(part)
-        return ids
+                yield place, part, None
+                # As in transformers, a space is put before the first words, and with "legacy" after each
+                # control token too, unless there is one.
+                has_prefix = bool(self._settings.get("legacy"))
+            elif part:
+                has_prefix = has_prefix and not part.startswith(" ")
+                yield place, part, self._model if has_prefix else self._model_without_prefix
+                has_prefix = False
+            place += len(part)
 
     def encode(self, text):
         return self._model.encode(text)
@@ -152,6 +180,21 @@ class SentencePiece:
     def decode(self, ids):
         # A model may have embeddings beyond this vocabulary, for added tokens or as padding: not text.
         return self._model.decode([int(i) for i in ids if i < self.vocab_size])
+
+
+def _tokens_at(model, text, ids, place):
+    """Return how many of a text's ids end at a place in it, and how many begin before it.
+
+    They differ by one where a token reaches over the place. SentencePiece says where its tokens are in other
+    ways in each version, so that the text before the place is encoded once more, by the model.
+    """
+    if place <= 0:
+        return 0, 0
+    if place >= len(text):
+        return len(ids), len(ids)
+    alone = model.encode(text[:place])
+    same = len(os.path.commonprefix([alone, ids]))
+    return same, same + (same < len(alone))
 
 
 class TokenizerJson:
@@ -170,8 +213,15 @@ class TokenizerJson:
         example = self._model.encode("a")  # a panic of the library comes here, if at all
         begins_with_special_token = example.special_tokens_mask[:1] == [1]
         self.bos_id = example.ids[0] if begins_with_special_token else None
+        # From here on it would only take the blanks around a token out of its offsets.
+        self._model.post_processor = None
+        self.n_embeddings = None
         added = self._model.get_added_tokens_decoder()
         self.control_tokens = {token.content: i for i, token in added.items() if token.special}
+
+    @functools.cached_property
+    def eos_id(self):
+        return self._model.token_to_id(special_tokens(self).get("eos_token", ""))
 
     def encode(self, text):
         return self.encode_batch([text])[0]
@@ -179,14 +229,31 @@ class TokenizerJson:
     def encode_with_control_tokens(self, text):
         return self.encode(text)
 
+    def encode_with_spans(self, text, spans):
+        # A token that reaches over the edge of a span is in it, as in transformers' masks.
+        with refusing_texts():
+            encoded = self._model.encode(text, add_special_tokens=False)
+        begins, ends = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2).T
+        inside = np.zeros(len(begins), dtype=bool)
+        for begin, end in spans:
+            inside |= (ends > begin) & (begins < end)
+        return encoded.ids, inside
+
     def encode_batch(self, texts):
-        try:
+        with refusing_texts():
             return [encoded.ids for encoded in self._model.encode_batch_fast(texts, add_special_tokens=False)]
-        except Exception as error:  # such as a character that has no token, where there is none for unknown
-            raise InputError(f"tokenizer.json does not encode this text ({reason_of(error)})") from None
 
     def decode(self, ids):
         return self._model.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+@contextlib.contextmanager
+def refusing_texts():
+    """Turn the tokenizers library's error for a text that has no tokens into an InputError."""
+    try:
+        yield
+    except Exception as error:  # such as a character that has no token, where there is none for unknown
+        raise InputError(f"tokenizer.json does not encode this text ({reason_of(error)})") from None
 
 
 @contextlib.contextmanager
@@ -228,6 +295,18 @@ def json_object(files, name):
     Raise ValueError if the file holds something else.
     """
     return parse_object(files.get(name, b"{}"))
+
+
+@functools.cache
+def special_tokens(tokenizer):
+    """Return {name: text} of the special tokens that the settings name, such as eos_token."""
+    named = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        for name, token in json_object(tokenizer.files, file).items():
+            text = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and isinstance(text, str):
+                named[name] = text
+    return named
 
 
 def added_tokens(files):
@@ -288,6 +367,8 @@ def ids_of_x(tokenizer):
 def line_ends(tokenizer, text):
     """Return the places in a text, a 1-d array of ids, where a line or a sentence ends, 0 among them."""
     newline, stop, space = token_kinds(tokenizer)
+    # Ids beyond the vocabulary are control tokens, which all are of the last kind.
+    text = np.minimum(text.astype(np.int64), tokenizer.vocab_size)
     this, following = text[:-1], text[1:]
     ends_here = newline[this] | (stop[this] & space[following])
     return np.concatenate([[0], 1 + np.flatnonzero(ends_here)])
@@ -297,9 +378,9 @@ def line_ends(tokenizer, text):
 def token_kinds(tokenizer):
     """Return whether each token ends a line, may end a sentence, begins with a space.
 
-    Three boolean arrays (vocab_size,).
+    Three boolean arrays (vocab_size + 1,). The last entries are of all ids that are no words.
     """
-    texts = token_texts(tokenizer)
+    texts = [*token_texts(tokenizer), ""]
     ends_line = [text.endswith("\n") for text in texts]
     may_end_sentence = [text.rstrip("\"')”’").endswith((".", "!", "?")) for text in texts]
     begins_with_space = [text[:1].isspace() for text in texts]

@@ -20,7 +20,7 @@ from fsdp import whole
 from hf import families
 from hf.builtin import open_model
 from hf.convert import convert
-from hf.writing import is_model_file, save_tensors, shard_name, split_by_size, write_index
+from hf.writing import is_model_file, save_tensors, shard_name, split_by_size, stacked, write_index
 from model import empty_transformer
 from storage.errors import printable
 from storage.files import new_folder
@@ -56,14 +56,13 @@ def save(model, tokenizer, path):
     writes = not dist.is_initialized() or dist.get_rank() == 0
     with new_folder(Path(path), is_model_file) if writes else contextlib.nullcontext() as aside:
         weight_map = {}  # {published name: file}
-        for i, names in enumerate(shards):
+        for i, shard in enumerate(shards):
             file = "model.safetensors" if len(shards) == 1 else shard_name(i, len(shards))
             tensors = {}
-            for name in names:
-                tensor = _gather(name, model, parameters, written[name].shape)
+            for published, names in shard.items():
+                parts = [_gather(name, model, parameters, written[name].shape) for name in names]
                 if writes:
-                    published = families.published_name(name, config.model_type)
-                    tensors[published] = tensor.to("cpu", dtype).contiguous()
+                    tensors[published] = stacked(parts, names, config).to("cpu", dtype).contiguous()
             if writes:
                 save_tensors(tensors, aside / file)
                 weight_map |= dict.fromkeys(tensors, file)
@@ -114,6 +113,10 @@ def show(name):
         attention += ", biases on q, k, v"
     if config.o_bias:
         attention += ", o"
+    if config.qk_norm:
+        attention += ", queries and keys normalised"
+    if config.rope_layers:
+        attention += f", no RoPE in {config.rope_layers.count(0)} layer(s)"
     print(attention)
     vocabulary = f"vocabulary {config.vocab_size:,}, tokenizer {type(tokenizer).__name__}"
     print(f"{vocabulary} with {tokenizer.vocab_size:,}, begins with {tokenizer.bos_id}")

@@ -18,21 +18,29 @@ SHARD_BYTES = 5 * 2**30  # the largest safetensors file
 
 
 def split_by_size(config):
-    """Return which weights of a Config go into which file, a list of our names for each.
+    """Return which tensors of a Config go into which file.
 
-    Those of a file have at most SHARD_BYTES together, unless one weight alone has more.
+    That is for each file {published name: our names of the weights in it}. The tensors of a file have at
+    most SHARD_BYTES together, unless one alone has more.
     """
     itemsize = getattr(torch, config.dtype).itemsize
-    shards = [[]]
+    parameters = families.stored_parameters(config)
+    shards = [{}]
     shard_size = 0
-    for name, parameter in families.stored_parameters(config).items():
-        size = parameter.numel() * itemsize
+    for published, names in families.by_published_name(parameters, config.model_type).items():
+        size = sum(parameters[name].numel() for name in names) * itemsize
         if shards[-1] and shard_size + size > SHARD_BYTES:
-            shards.append([])
+            shards.append({})
             shard_size = 0
-        shards[-1].append(name)
+        shards[-1][published] = names
         shard_size += size
     return shards
+
+
+def stacked(parts, names, config):
+    """Return the published tensor of our weights `names`, whose values are `parts`."""
+    together = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return families.published_rows(together, names, config)
 
 
 def shard_name(i, count):
@@ -74,11 +82,17 @@ def write_converted(source, dest, config, read, others):
     config: its Config. read(name): returns one of our weights. others: the tokenizer's files.
     """
     shards = split_by_size(config)
-    tensors_of_files = (
-        {families.published_name(name, config.model_type): read(name) for name in names} for names in shards
-    )
+    tensors_of_files = (_tensors_of(shard, config, read) for shard in shards)
     config_json = json.dumps(families.hf_config(config), indent=2).encode()
     write_folder(source, dest, tensors_of_files, len(shards), others | {"config.json": config_json})
+
+
+def _tensors_of(shard, config, read):
+    """Return {published name: tensor} of a file. shard: see `split_by_size`. read: see `write_converted`."""
+    tensors = {}
+    for published, names in shard.items():
+        tensors[published] = stacked([read(name) for name in names], names, config)
+    return tensors
 
 
 def write_folder(source, dest, shards, count, others):

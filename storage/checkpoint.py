@@ -9,12 +9,14 @@ Notable choices:
   So only METADATA_CLASSES, tensors and plain values are read.
 """
 
+import contextlib
 import errno
 import json
 import os
 import pickle
 import resource
 import shutil
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +26,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from storage.errors import InputError, naming
+from storage.errors import InputError, naming, warn
 from storage.files import MARK, remove_folder, remove_left_overs, replace_folder, temporary_folder
 from storage.values import describe_changes, read_json
 
@@ -54,6 +56,8 @@ class Checkpoints:
         self.newest = 0  # the step of the newest checkpoint that is complete
         self.writing = None  # the future of the checkpoint that is being written
         self.aside = None  # the temporary folder into which it is written
+        self.is_optional = False  # whether the run goes on where it cannot be written
+        self.began = time.monotonic()  # when the last checkpoint began, or this run
         self.background = ThreadPoolExecutor(1)
         # The background thread's collectives must not meet those of training, so they have a group of
         # their own.
@@ -61,10 +65,18 @@ class Checkpoints:
 
     # ------------------------------------------------------------ saving
 
-    def save(self, model, optimizer, step):
-        """Copy the state and begin to write it. Training may go on at once."""
+    def save(self, model, optimizer, step, is_optional=False):
+        """Copy the state and begin to write it. Training may go on at once.
+
+        is_optional: where it cannot be written, because the disk is full or gone, a warning says so and that
+        is all. Otherwise raise OSError, here or in `finish`.
+        """
         self.finish()  # one at a time
-        self.aside = _of_process_0(lambda: temporary_folder(self.folder / f"step-{step}"))
+        self.is_optional, self.began = is_optional, time.monotonic()
+        try:
+            self.aside = _of_process_0(lambda: temporary_folder(self.folder / f"step-{step}"))
+        except OSError as error:
+            return self._fail(error)
         state = _trained_state(model, optimizer)
         written = dcp.async_save(state, checkpoint_id=self.aside, process_group=self.group)
         self.writing = self.background.submit(self._complete, written, self.aside, step)
@@ -72,9 +84,15 @@ class Checkpoints:
     def _complete(self, written, aside, step):
         """Wait until all processes have written their parts. Then give the folder its name."""
         written.result()
-        mine = {path.name: _checksum(path) for path in aside.glob(f"__{dist.get_rank()}_*.distcp")}
+        try:
+            mine = {path.name: _checksum(path) for path in aside.glob(f"__{dist.get_rank()}_*.distcp")}
+        except OSError as error:
+            mine = error  # the others must hear of it, as they would wait
         from_all = [None] * dist.get_world_size()
         dist.all_gather_object(from_all, mine, group=self.group)
+        for part in from_all:
+            if isinstance(part, OSError):
+                raise part
         _of_process_0(lambda: self._give_name(aside, step, from_all), self.group)
         self.newest = step
 
@@ -105,13 +123,20 @@ class Checkpoints:
         for other in set(steps) - set(staying):
             remove_folder(self.folder / f"step-{other}")
 
+    def is_due(self, minutes):
+        """Return whether so many minutes have gone by since the last checkpoint began. 0 means never.
+
+        Each process has its own clock, so that they must agree on it.
+        """
+        return minutes > 0 and time.monotonic() - self.began >= 60 * minutes
+
     def raise_if_failed(self):
         """Raise what `finish` raises if writing has failed so far. Do not wait."""
         if self.writing is not None and self.writing.done():
             self.finish()
 
     def finish(self):
-        """Wait until the checkpoint is written. Raise OSError if that was not possible."""
+        """Wait until the checkpoint is written. Raise OSError if it cannot be, unless it is optional."""
         if self.writing is None:
             return
         future, self.writing = self.writing, None
@@ -123,8 +148,26 @@ class Checkpoints:
                 shutil.rmtree(self.aside, ignore_errors=True)
             for cause, _ in getattr(error, "failures", {}).values():  # one for each process that failed
                 if number := _errno_of(cause):
-                    raise OSError(number, os.strerror(number), str(self.folder)) from None
+                    return self._fail(OSError(number, os.strerror(number), str(self.folder)))
+            if isinstance(error, OSError):
+                return self._fail(error)
             raise
+
+    def _fail(self, error):
+        """Raise the OSError of a checkpoint that cannot be written; warn of it if it is optional."""
+        if not self.is_optional:
+            raise error from None
+        if dist.get_rank() == 0:
+            reason = error.strerror or error
+            warn(f"{self.folder}: no checkpoint could be written ({reason}); free some space; going on")
+
+    def remove_all(self):
+        """Remove all checkpoints, since nothing will go on from them."""
+        if dist.get_rank() == 0:
+            for step in self._steps():
+                remove_folder(self.folder / f"step-{step}")
+            with contextlib.suppress(OSError):  # it may hold other files, or never have been made
+                self.folder.rmdir()
 
     # ------------------------------------------------------------ resuming
 

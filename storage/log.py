@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -86,3 +87,10 @@ def unmark_finished(out):
 def is_finished(out):
     """Return whether the run in `out` made all its steps, and its model is there."""
     return (out / FINISHED).exists() and (out / "model").exists()
+
+
+def is_half_trained(model):
+    """Return whether a folder is the model of a run that has not made all its steps."""
+    out = Path(model).parent
+    is_of_run = Path(model).name == "model" and (out / "args.json").is_file()
+    return is_of_run and not (out / FINISHED).exists()

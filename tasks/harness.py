@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from data import read_json_lines
 from hf.tokenizer import bos_ids
 from storage.errors import InputError
+from storage.texts import read_values
 from storage.values import check_characters
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
@@ -168,7 +168,7 @@ def read(path, convert):
     """
     import datasets
 
-    items = list(read_json_lines(path, convert, "an item of this benchmark"))
+    items = list(read_values(path, lambda value, place: convert(value), "an item of this benchmark"))
     if not items:
         raise InputError(f"{path}: is empty; remove it or copy it again")
     return datasets.Dataset.from_list(items)

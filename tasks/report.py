@@ -17,6 +17,7 @@ from storage.files import write_json
 from storage.values import describe_changes, read_json
 from tasks import ruler
 
+NEWER = {"text_key": "text"}  # settings that files of earlier versions lack, and their value there
 WORKS = 0.95  # a model works at a length where it gives at least this share of right answers
 GUESSES = 1000  # a model with a perplexity above this predicts next to nothing: it may be untrained
 HOLDS = 1.05  # a perplexity holds up to this ratio to that at the shortest length
@@ -107,7 +108,7 @@ def read(path, settings, table, unit):
     try:
         written = read_json(path)
         last = {key: written[key] for key in ("task", "model", "results")}
-        earlier = dict(written["settings"])
+        earlier = NEWER | written["settings"]
         reports = [*written.get("compared", []), last]
         if [report["model"] for report in reports] != earlier["model"]:
             raise ValueError("other models than its settings say")

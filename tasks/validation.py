@@ -23,22 +23,31 @@ class Validation:
         """Cut the windows. Raise InputError if no document fills the longest.
 
         lengths: of the windows, in tokens. documents: a data.Documents. The first MOST_DOCUMENTS that fill
-        the longest window are taken.
+        the longest window, and have tokens at its end that count, are taken.
         """
         bos = bos_ids(tokenizer)
         longest = max(lengths)
         needed = longest + 1 - len(bos)  # each window reads `length` tokens and predicts one more
-        long_enough = [documents[i] for i in range(len(documents)) if len(documents[i]) >= needed]
-        long_enough = long_enough[:MOST_DOCUMENTS]
-        if not long_enough:
-            has = np.diff(documents.starts).max()
+        self.scored = min(lengths)  # tokens of each window
+        lengths_of_documents = np.diff(documents.starts)
+        if lengths_of_documents.max() < needed:
+            has = lengths_of_documents.max()
             needs = f"validation windows of {longest} need {needed}"
             raise InputError(f"the longest validation document has {has} tokens, {needs}; add longer texts")
-        self.scored = min(lengths)  # tokens of each window
+        chosen, weights = [], []
+        for i in np.flatnonzero(lengths_of_documents >= needed):
+            token_weights = documents.token_weights(i, needed - self.scored, needed)
+            if token_weights.any() and len(chosen) < MOST_DOCUMENTS:
+                chosen.append(documents[i])
+                weights.append(token_weights)
+        if not chosen:
+            where = f"tokens {needed - self.scored} to {needed} of any validation document"
+            raise InputError(f"no answers among {where}, and only answers count; add texts or count all")
+        self.token_weights = torch.from_numpy(np.stack(weights))  # float32 (documents, scored)
         self.windows = {}  # {length: int64 (documents, length + 1)}
         for length in sorted(lengths):
             begin = longest - length  # all windows of a document end at the same token
-            rows = [np.concatenate((bos, document[begin:needed])) for document in long_enough]
+            rows = [np.concatenate((bos, document[begin:needed])) for document in chosen]
             self.windows[length] = torch.from_numpy(np.stack(rows).astype(np.int64))
 
     @torch.no_grad()
@@ -55,10 +64,12 @@ class Validation:
                 i = turn * world + rank
                 # FSDP gathers weights in all processes together, so one that has no window left reads the
                 # last one again.
-                window = windows[min(i, len(windows) - 1)][None].to(device)
-                loss = model(window[:, :-1], targets=window[:, -self.scored :])
+                row = min(i, len(windows) - 1)
+                window, token_weights = (x[row][None].to(device) for x in (windows, self.token_weights))
+                targets = window[:, -self.scored :]
+                loss = model(window[:, :-1], targets=targets, token_weights=token_weights)
                 if i < len(windows):
                     nats += loss
             dist.all_reduce(nats)
-            losses[length] = nats.item() / (len(windows) * self.scored)
+            losses[length] = nats.item() / self.token_weights.sum(dtype=torch.float64).item()
         return losses

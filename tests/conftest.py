@@ -132,7 +132,7 @@ def pose_positions(T, target_len, rows, seed=0):
 # ---------------------------------------------------------------- commands, in this process
 
 
-HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)  # signals that commands handle
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)  # signals that commands handle
 
 
 def call_main(module, *arguments):

@@ -480,6 +480,10 @@ def test_no_cuda(refused, monkeypatch):
         ("d.jsonl", b'{"text": "fine"}\n{"text": "half', ["line 2"]),
         ("d.jsonl", b'{"text": "fine"}\n{"text": "half an emoji: \\ud83d"}\n', ["line 2"]),
         ("d.jsonl.gz", b'{"text": "not compressed"}\n', ["gzip"]),
+        ("d.json", b'["fine",\n5]', ["item 2"]),
+        ("d.parquet", b"PAR1", ["not readable as Parquet"]),
+        ("d.jsonl", b'{"messages": [{"role": "assistant", "content": "a"}]}', ["line 1", "no chat template"]),
+        ("d.jsonl", b'{"messages": ["a"]}', ["line 1", "message 1"]),
     ],
     ids=lambda v: ascii(v)[:40],
 )
@@ -526,10 +530,13 @@ def finished(model):
     Path("done/model/config.json").write_text("{}")
 
 
-def test_weights_that_are_no_numbers_leave_no_folder(refused, model):
-    """So the same command goes on once they are mended."""
+def test_weights_that_are_no_numbers_leave_no_folder(call, model):
+    """So the same command goes on once they are mended. The plan was said before they were read."""
     change_tensors(lambda tensors: tensors.update({UP: tensors[UP] / 0}))(model)
-    refused("train", "--model", model, *TRAIN, says=[UP, "NaN or infinite"])
+    before = snapshot(Path())
+    done = call("train", "--model", model, *TRAIN)
+    assert done.returncode == 2 and snapshot(Path()) == before and "Traceback" not in done.stderr
+    assert f"weight {UP} is NaN or infinite" in done.stderr.splitlines()[-1]
 
 
 def test_a_weight_that_one_of_two_processes_reads(run, model):
@@ -575,11 +582,17 @@ def test_out_that_holds_a_run(really_refused, refused, model, finished):
     refused("train", *into_done, says=["done"])
 
 
-def test_resume_without_a_run(really_refused, refused, model):
+def test_resume_without_a_run_begins_one(call, refused, model):
+    """So that a job script has one command. But what may be a run's or a user's is left alone."""
     resume = ("--model", model, *TRAIN, "--resume")
-    really_refused("train.py", *resume, "--out", "absent", says=["--resume", "absent"])
     Path("bare").mkdir()
-    refused("train", *resume, "--out", "bare", says=["--resume", "bare"])
+    for out in ("absent", "bare"):
+        done = call("train", *resume, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert f"--resume: {out} holds no run yet; beginning one" in done.stderr
+        assert Path(out, "model", "config.json").exists() and Path(out, "args.json").exists()
+    Path("bare/args.json").unlink()
+    refused("train", *resume, "--out", "bare", says=["bare already holds a run"])
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_a_recipe_is_for_its_own_interpolation(parse_and_complete, arguments, fa
         ("--data texts --batch_size 6", 2, 32768, 6),
         ("--data texts --target_len 65536", 1, 16384, 8),
         ("--data texts --target_len 16384", 1, 8192, 16),
-        ("--train_len 4096", 1, 4096, 16),
+        ("--train_len 4096", 1, 4096, 32),
         ("--train_len 24576", 1, 24576, 5),
         ("--data texts --method full", 1, 131072, 16),
         ("--data texts --method pi", 1, 32768, 4),
@@ -107,7 +107,7 @@ def test_smollm2_trains_in_windows_longer_than_its_own_where_there_are_texts(
         ("smollm2-135m --method pi --retrieval 1", 1, 8192, 4),
         ("smollm2-135m --method full", 0, None, 1),
         ("smollm2-135m --retrieval 0", 0, None, 4),
-        ("tiny", 0, None, 4),
+        ("tiny", 0, None, 1),
         ("folder", 0, None, 4),
     ],
 )
@@ -121,6 +121,42 @@ def test_episodes_have_the_models_window_and_fill_an_example(
     recorded = copy.deepcopy(args)
     complete(args)  # as --resume does with what the run recorded
     assert args == recorded
+
+
+@pytest.mark.parametrize("window, batch_size", [(2048, 64), (4096, 32), (8192, 16), (32768, 4), (2**20, 1)])
+def test_the_papers_recipe_is_for_any_window(parse_and_complete, window, batch_size):
+    """131,072 tokens a step, section 4.1's 64 x 2,048, and all else as there."""
+    config = dataclasses.replace(SMOLLM2, max_position_embeddings=window)
+    args = parse_and_complete("--model", "folder", config=config)
+    assert parse_and_complete("--model", "folder", "--recipe", "paper", config=config) == args
+    assert (args.train_len, args.batch_size, args.steps, args.lr) == (window, batch_size, 1000, 2e-5)
+    assert (args.rope, args.target_len, args.factor, args.retrieval) == ("yarn", 16 * window, 16, 0)
+
+
+@pytest.mark.parametrize("window, train_len", [(2048, 8192), (8192, 32768), (32768, 32768), (131072, 131072)])
+def test_the_fast_recipe_is_for_any_model(parse_and_complete, window, train_len):
+    """A step has as many tokens, and at least four texts if the window allows it."""
+    config = dataclasses.replace(SMOLLM2, max_position_embeddings=window)
+    fast = ("--recipe", "fast", "--data", "texts")
+    args = parse_and_complete("--model", "folder", *fast, config=config)
+    assert (args.train_len, args.batch_size, args.episode_len) == (train_len, 131072 // train_len, window)
+    assert (args.steps, args.lr, args.rope, args.retrieval, args.overshoot) == (300, 4e-4, "ntk", 0.5, 1.25)
+    assert args.llama_4_scaling_beta == 0.1
+    # Qwen2's stock class does not scale its queries.
+    qwen = dataclasses.replace(config, model_type="qwen2", qkv_bias=True)
+    args = parse_and_complete("--model", "folder", *fast, config=qwen)
+    assert args.llama_4_scaling_beta == 0
+    scaling.extend(qwen, args.rope, args.target_len, args.llama_4_scaling_beta, factor=args.factor)
+
+
+def test_the_built_in_models_have_recipes_of_their_own(parse_and_complete):
+    smollm2 = parse_and_complete("--model", "smollm2-135m", "--data", "texts")
+    assert smollm2.recipe == "fast"
+    smollm2.model = "folder"
+    assert parse_and_complete("--model", "folder", "--recipe", "fast", "--data", "texts") == smollm2
+    tiny = parse_and_complete("--model", "tiny")
+    assert (tiny.recipe, tiny.steps, tiny.lr, tiny.beta_fast) == ("tiny", 150, 2e-4, 8)
+    assert parse_and_complete("--model", "tiny", "--recipe", "paper").lr == 2e-5
 
 
 def test_ntks_factor_is_not_rounded_away(parse_and_complete):

@@ -1,11 +1,7 @@
-"""data.py: what is read, what is refused and in which words, the token cache, and batches.
+"""data.py: the token cache, masks, and batches. A batch is a pure function of (seed, step, index)."""
 
-A batch is a pure function of (seed, step, index).
-"""
-
-import argparse
 import contextlib
-import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -30,11 +26,20 @@ TINY = Path(__file__).parent.parent / "assets" / "tiny"
 class FakeTokenizer:
     """Its ids are consecutive: the document "7 12" has the tokens 7, 8, 9, 10, 11.
 
-    `asked` counts the documents that it was asked for.
+    Those of a prompt and its completion, "7 12" and " 12 15", are 7 to 14. `asked` counts the documents that
+    it was asked for.
     """
+
+    bos_id = eos_id = n_embeddings = None
 
     def __init__(self, vocab_size=1000, files=None):
         self.vocab_size, self.files, self.asked = vocab_size, files or {"tokenizer.model": b"one"}, 0
+
+    def encode_with_spans(self, text, spans):
+        self.asked += 1
+        first, seam, _, end = map(int, text.split())
+        assert spans == [(text.index(f" {seam} {end}"), len(text))]
+        return list(range(first, end)), np.arange(first, end) >= seam
 
     def encode_batch(self, texts):
         self.asked += len(texts)
@@ -51,208 +56,9 @@ def jsonl(*texts):
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
-def texts_of(*paths):
-    return [text for file in data.find_files(paths) for text in data.read_documents(file)]
-
-
-# ---------------------------------------------------------------- readers
-
-
-def test_txt_is_one_document(tmp_path):
-    assert texts_of(write(tmp_path / "a.txt", "one\n\ntwo é 字\n")) == ["one\n\ntwo é 字\n"]
-
-
-def test_jsonl_is_a_document_a_line(tmp_path):
-    """Blank lines, blank texts and other keys are passed over.
-
-    A line separator inside a text does not end it.
-    """
-    lines = [
-        '{"text": "first"}',
-        "",
-        '{"id": 3, "text": "sec\\nond", "meta": {"text": 1}}',
-        '{"text": " \\n"}',
-        '{"text": "a\u2028b"}',
-    ]
-    plain = write(tmp_path / "a.jsonl", "\n".join(lines))
-    packed = write(tmp_path / "b.jsonl.gz", gzip.compress("\r\n".join(lines).encode()))
-    assert texts_of(plain) == texts_of(packed) == ["first", "sec\nond", "a\u2028b"]
-
-
-def test_folder_is_searched_in_order_and_other_files_are_left_alone(tmp_path):
-    write(tmp_path / "d" / "b.txt", "b")
-    write(tmp_path / "d" / "a" / "deep.jsonl", jsonl("deep 1", "deep 2"))
-    write(tmp_path / "d" / "c.jsonl.gz", gzip.compress(jsonl("packed").encode()))
-    write(tmp_path / "d" / "picture.png", b"\xff\xfe")
-    write(tmp_path / "d" / "notes.md", "not asked for")
-    assert texts_of(tmp_path / "d") == ["deep 1", "deep 2", "b", "packed"]
-    named = str(tmp_path / "d" / "b.txt"), tmp_path / "d" / "a"
-    assert texts_of(*named) == ["b", "deep 1", "deep 2"]  # in the order of their names, str or Path
-
-
-def test_a_name_that_is_not_utf_8(tmp_path):
-    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("The cat.")
-    documents = data.tokenised([tmp_path], tokenizer.load(TINY), tmp_path / "cache")
-    assert len(documents) == 1
-
-
-def test_a_named_file_of_another_suffix_is_read_as_text(tmp_path):
-    source = "def f():\n    return 1\n"
-    files = write(tmp_path / "code.py", source), write(tmp_path / "README", "read me")
-    assert texts_of(*files) == [source, "read me"]
-
-
-def test_structured_files_by_every_name(tmp_path):
-    """JSON Lines has several suffixes, in upper case too. A folder of JSON is data about texts at least."""
-    for name in ("a.JSONL", "b.ndjson", "c.NDJSON", "d.json"):
-        assert texts_of(write(tmp_path / name, jsonl("one", "two"))) == ["one", "two"]
-    assert texts_of(write(tmp_path / "e.Jsonl.GZ", gzip.compress(jsonl("packed").encode()))) == ["packed"]
-    write(tmp_path / "d" / "dataset_infos.json", '{"rows": 1}')
-    write(tmp_path / "d" / "a.TXT", "text")
-    write(tmp_path / "d" / "b.NDJSON", jsonl("line"))
-    assert texts_of(tmp_path / "d") == ["text", "line"]
-
-
-JSON_AS_PROSE = [
-    jsonl("one", "two"),
-    "\n" + jsonl("one"),
-    '[{"text": "one"}, {"text": "two"}]',
-    '[\n  {"text": "one"}\n]\n',
-    '{\n  "text": "one"\n}',
-    '["one", "two"]',
-]
-PROSE = [
-    "[1] A footnote.\n",
-    "{curly} braces",
-    "{\n  return 1;\n}\n",
-    "[1, 2]\n",
-    "{}\n",
-    "[TOC]\n# Title\n",
-    "\\{x\\}",
-]
-
-
-@pytest.mark.parametrize("text", JSON_AS_PROSE)
-@pytest.mark.parametrize("name", ["a.txt", "11", "a.text"])
-def test_json_is_not_read_as_prose(tmp_path, name, text):
-    """Whatever its name is: /dev/fd/11 says nothing."""
-    with pytest.raises(InputError, match=f"{name}: holds JSON; make it a .jsonl"):
-        texts_of(write(tmp_path / name, text))
-
-
-@pytest.mark.parametrize("text", PROSE)
-def test_prose_that_begins_like_json(tmp_path, text):
-    assert texts_of(write(tmp_path / "a.txt", text)) == [text]
-
-
-def test_what_a_folders_search_passes_over_is_said(tmp_path, capfd):
-    """Hidden copies and linked folders would count texts twice."""
-    folder = tmp_path / "d"
-    write(folder / "a.txt", "a")
-    write(folder / ".ipynb_checkpoints" / "a.txt", "copy")
-    write(folder / "._a.txt", "copy")
-    write(folder / "notes.md", "notes")
-    write(tmp_path / "elsewhere" / "b.txt", "b")
-    (folder / "link").symlink_to(tmp_path / "elsewhere")
-    os.mkfifo(folder / "pipe.txt")
-    assert texts_of(folder) == ["a"]
-    said = capfd.readouterr().err
-    assert said.startswith(f"warning: {folder}: 1 file(s) read; passed over: 2 hidden, 1 linked folder, 1 ")
-    assert "1 .md" in said and "1 .txt" in said and said.count("\n") == 1
-    assert texts_of(folder, folder / "notes.md") == ["a", "notes"]
-    assert capfd.readouterr().err == ""  # once
-
-
-def test_a_pipe_or_a_device_is_refused(tmp_path):
-    """It would be waited for, or never end."""
-    os.mkfifo(tmp_path / "pipe.txt")
-    for path in (tmp_path / "pipe.txt", "/dev/zero", "/dev/null"):
-        with pytest.raises(InputError, match="a device or a pipe; save the texts to a file"):
-            texts_of(path)
-    read, written = os.pipe()
-    with pytest.raises(InputError, match=f"/dev/fd/{read}: a device or a pipe"):
-        texts_of(f"/dev/fd/{read}")
-    os.close(read)
-    os.close(written)
-
-
-def test_without_paths_the_standard_library():
-    files = data.find_files([])
-    library = Path(argparse.__file__).parent.resolve()
-    inside = {file.resolve().relative_to(library) for file in files}
-    assert {Path("argparse.py"), Path("gzip.py"), Path("json/__init__.py")} <= inside
-    parts = {part for file in inside for part in file.parts}
-    assert not {"site-packages", "dist-packages", "test", "tests"} & parts
-    assert all(file.suffix == ".py" for file in files)
-    # All are read, so none of the files is refused.
-    assert Path(argparse.__file__).read_text(encoding="utf-8") in texts_of()
-
-
-PACKED = gzip.compress(jsonl(*(f"document {i} {i**5}" for i in range(2000))).encode())
-GOOD = '{"text": "good"}\n\n'  # a bad line after it is number 3
-
-
-@pytest.mark.parametrize(
-    "name, content, says",
-    [
-        ("latin.txt", "caf\u00e9".encode("latin-1"), ["not UTF-8 at byte 3"]),
-        ("a.bin", b"\x80", ["not UTF-8 at byte 0"]),
-        ("a.jsonl", GOOD + "{'text': 'single quotes'}\n", ["line 3"]),
-        ("a.jsonl", GOOD + '{"text": "cut sho', ["line 3"]),
-        ("a.jsonl", GOOD + '{"txt": "no text"}', ["line 3", '"text"']),
-        ("a.jsonl", GOOD + '{"text": 5}', ["line 3", '"text"']),
-        ("a.jsonl", GOOD + '{"text": null}', ["line 3", '"text"']),
-        ("a.jsonl", GOOD + '{"text": ["a"]}', ["line 3", '"text"']),
-        ("a.jsonl", GOOD + '["text"]', ["line 3"]),
-        ("a.jsonl", GOOD + '"text"', ["line 3"]),
-        ("a.jsonl", GOOD + "17", ["line 3"]),
-        ("a.jsonl", GOOD.encode() + '{"text": "caf\u00e9"}'.encode("latin-1"), ["line 3", "UTF-8"]),
-        ("a.jsonl.gz", gzip.compress((GOOD + '{"text": 5}').encode()), ["line 3", '"text"']),
-        ("a.jsonl", GOOD + '{"text": "a", "id": ' + "9" * 5000 + "}", ["line 3", "a number of 5000 digits"]),
-        ("a.jsonl", GOOD + "[" * 10**5, ["line 3", "nested too deeply"]),
-        ("a.jsonl", GOOD + '{"text": "\\ud83d"}', ["line 3", "half a character"]),
-        ("a.json", '{\n "text": "over several lines"\n}', ["a.json, line 1"]),
-        ("a.txt", "a text\0with NUL", ["NUL at character 6"]),
-        ("utf16.txt", "a text".encode("utf-16-le"), ["NUL at character 1"]),
-        ("cut.jsonl.gz", PACKED[: len(PACKED) // 2], ["truncated"]),
-        ("cut.jsonl.gz", PACKED[:-8], ["truncated"]),
-        ("flipped.jsonl.gz", PACKED[:-8] + bytes(8), ["damaged"]),  # the checksum
-        ("flipped.jsonl.gz", PACKED[:200] + bytes(50) + PACKED[250:], ["damaged"]),
-        ("plain.jsonl.gz", jsonl("not packed at all"), ["gzip"]),
-        ("empty.txt", "", ["no text"]),
-        ("blank.txt", " \n\t\n", ["no text"]),
-        ("empty.jsonl", "", ["no text"]),
-        ("blank.jsonl", jsonl("", "  ", "\n") + "\n\n", ["no text"]),
-        ("blank.jsonl.gz", gzip.compress(jsonl("").encode()), ["no text"]),
-    ],
-)
-def test_bad_input_is_named(tmp_path, name, content, says):
-    """One line names the file, and the line of a .jsonl.
-
-    Nothing stays in the cache, even when good files came before.
-    """
-    before = [] if says == ["no text"] else [write(tmp_path / "fine.jsonl", jsonl("0 5", "5 9"))]
-    bad = write(tmp_path / name, content)
-    fake = FakeTokenizer()
-    fake.encode_batch = lambda texts: [[1] * len(text) for text in texts]
-    with pytest.raises(InputError) as error:
-        data.tokenised([*before, bad], fake, tmp_path / "cache")
-    message = str(error.value)
-    assert all(part in message for part in [str(bad), *says]) and "\n" not in message
-    assert not list((tmp_path / "cache" / "tokens").iterdir())
-
-
-@pytest.mark.parametrize("missing", ["nowhere", "nowhere.txt", "nowhere/deeper.jsonl"])
-def test_missing_path(tmp_path, missing):
-    fine = write(tmp_path / "fine.txt", "text")
-    with pytest.raises(InputError, match=f"{tmp_path / missing}: no such file"):
-        data.tokenised([fine, tmp_path / missing], FakeTokenizer(), tmp_path / "cache")
-
-
-def test_folder_without_texts(tmp_path):
-    write(tmp_path / "empty" / "picture.png", b"\xff")
-    with pytest.raises(InputError, match=f"{tmp_path / 'empty'}: no .txt, .jsonl"):
-        data.tokenised([tmp_path / "empty"], FakeTokenizer(), tmp_path / "cache")
+def completion(first, seam, end):
+    """Return a line of JSON with the tokens `first` to end - 1, of which those from `seam` on count."""
+    return json.dumps({"prompt": f"{first} {seam}", "completion": f" {seam} {end}"}) + "\n"
 
 
 # ---------------------------------------------------------------- token files
@@ -313,9 +119,76 @@ def test_tokens_are_reused_until_something_changes(tmp_path):
     assert prepare([a, b], [(3, 9), *all_three[1:]]) == 0
     moved = a.rename(tmp_path / "moved.txt")
     assert prepare([moved, b], [(3, 9), *all_three[1:]]) == 0
+    as_text = moved.rename(tmp_path / "moved.md")  # the same bytes, read in the same way
+    assert prepare([as_text, b], [(3, 9), *all_three[1:]]) == 3
     as_lines = b.rename(tmp_path / "b.txt")  # the same bytes, read in another way
     with pytest.raises(InputError, match="holds JSON"):
-        prepare([moved, as_lines], [])
+        prepare([as_text, as_lines], [])
+
+
+def test_tokens_of_another_key_are_others(tmp_path):
+    file = write(tmp_path / "a.jsonl", '{"text": "10 20", "content": "30 50"}\n')
+    for _ in range(2):
+        for key, first in (("text", 10), ("content", 30)):
+            documents = data.tokenised([file], FakeTokenizer(), tmp_path / "cache", key)
+            assert documents[0][0] == first
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2
+
+
+def test_a_mask_lies_beside_the_tokens_where_a_document_has_one(tmp_path):
+    """What counts in a text is all, in a completion what is behind the prompt, in files that have both."""
+    lines = [
+        *jsonl("10 20", "30 50").splitlines(True),
+        completion(60, 64, 70),
+        *jsonl("80 90").splitlines(True),
+    ]
+    file = write(tmp_path / "a.jsonl", "".join(lines) + completion(90, 95, 99) + jsonl("100 103"))
+    for _ in range(2):  # made, then found
+        documents = data.tokenised([file], FakeTokenizer(), tmp_path / "cache")
+        weights = [documents.token_weights(i, 0, 10**6).tolist() for i in range(len(documents))]
+        assert weights == [[1] * 10, [1] * 20, [0] * 4 + [1] * 6, [1] * 10, [0] * 5 + [1] * 4, [1] * 3]
+        assert documents.token_weights(2, 3, 6).tolist() == [0, 1, 1]
+        assert len(documents.masked) == len(documents.tokens) and documents.masked.sum() == 9
+
+
+def test_the_hash_is_of_tokens_starts_and_mask(tmp_path):
+    """Without a mask it is as it was before there were any, so that earlier runs can be resumed."""
+
+    def hash_of(content):
+        file = write(tmp_path / "a.jsonl", content)
+        return data.tokenised([file], FakeTokenizer(), tmp_path / "cache").sha256
+
+    parts = np.arange(10, 20, dtype=np.uint16).tobytes() + np.array([0, 10], dtype=np.int64).tobytes()
+    assert hash_of(jsonl("10 20")) == hashlib.sha256(parts).hexdigest()[:16]
+    assert (
+        len({hash_of(jsonl("10 20")), hash_of(completion(10, 12, 20)), hash_of(completion(10, 13, 20))}) == 3
+    )
+
+
+def test_conversations_texts_and_completions_of_one_file(tmp_path):
+    """With a real tokenizer and a chat template; another template makes other tokens."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
+    lines = [{"text": "The cat."}, {"messages": messages}, {"prompt": "The", "completion": " cat."}]
+    file = write(tmp_path / "a.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(
+        InputError, match="a.jsonl, line 2: this model has no chat template; put chat_template"
+    ):
+        data.tokenised([file], tokenizer.load(folder), tmp_path / "cache")
+    for header in ("", "Be brief. "):
+        template = header + "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+        write(folder / "chat_template.jinja", template)
+        documents = data.tokenised([file], tokenizer.load(folder), tmp_path / "cache")
+        reference = sentencepiece.SentencePieceProcessor(model_file=str(TINY / "tokenizer.model"))
+        asked, end = reference.encode(header + "user: Where?"), reference.eos_id()
+        conversation = documents[1].tolist()
+        assert conversation[: len(asked) + 1] == [*asked, end] and conversation[-1] == end
+        assert documents[0].tolist() == reference.encode("The cat.")
+        assert documents[2].tolist() == [*reference.encode("The cat."), end]
+        counted = [documents.token_weights(i, 0, 99).astype(bool) for i in range(3)]
+        assert counted[0].all() and counted[2].tolist() == [False, *[True] * (len(documents[2]) - 1)]
+        assert reference.decode(documents[1][counted[1]].tolist()) == "assistant: Here."
 
 
 def flip_a_bit(path):
@@ -334,10 +207,10 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "starts.bin", "dtype", "sha256"])
+@pytest.mark.parametrize("name", ["tokens.bin", "starts.bin", "masked.bin", "dtype", "sha256"])
 @pytest.mark.parametrize("how", DAMAGE)
 def test_damaged_tokens_are_made_anew(tmp_path, capfd, name, how):
-    file = write(tmp_path / "a.jsonl", jsonl("10 20", "30 50"))
+    file = write(tmp_path / "a.jsonl", jsonl("10 20", "30 50") + completion(60, 64, 70))
     data.tokenised([file], FakeTokenizer(), tmp_path / "cache")
     (folder,) = (tmp_path / "cache" / "tokens").iterdir()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -607,10 +480,85 @@ def test_text_offset_skip_reaches_as_far_as_the_positions(make_documents):
     assert np.array_equal((tokens - tokens[:, :1])[enough], positions[enough])
 
 
+# ---------------------------------------------------------------- what counts
+
+
+@pytest.fixture
+def make_masked(tmp_path):
+    """make_masked((5, 5, 30), (9, 12, 80)): documents with these (first counted token, last, length).
+
+    Number i has the ids 1000 (i + 1), 1000 (i + 1) + 1, … What counts begins at the first place and ends
+    before the second.
+    """
+
+    def make(*documents):
+        starts = np.cumsum([0, *(length for *_, length in documents)])
+        made = data.Documents.__new__(data.Documents)
+        made.starts, made.sha256 = starts, ""
+        made.tokens = np.concatenate([1000 * i + np.arange(n) for i, (*_, n) in enumerate(documents, 1)])
+        counts = [(np.arange(n) >= first) & (np.arange(n) < last) for first, last, n in documents]
+        made.masked = (~np.concatenate(counts)).astype(np.uint8)
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["pose", "pi", "randpos"])
+@pytest.mark.parametrize("bos_id", [None, 1])
+def test_weights_are_those_of_the_targets_and_none_of_the_windows_is_empty(make_masked, method, bos_id):
+    """The answer may be short, at the end, the beginning or in the middle of a long document."""
+    documents = make_masked((10**4 - 3, 10**4, 10**4), (2, 4, 5000), (3000, 3001, 6000), (0, 20, 20))
+    documents.tokens = np.arange(len(documents.tokens))
+    batches = data.Batches(documents, 0, bos_id, **POSE | {"method": method})
+    _, positions, targets, weights = together(batches, 0, range(400))
+    assert np.array_equal(weights, 1 - documents.masked[targets]) and weights.dtype == np.float32
+    assert (weights.sum(1) > 0).all()
+    drawn = np.searchsorted(documents.starts, targets[:, 0], side="right")
+    assert set(drawn.tolist()) == {1, 2, 3, 4}
+    assert batches.counted_share == pytest.approx((3 + 2 + 1 + 20) / len(documents.tokens))
+
+
+def test_windows_in_which_something_counts_are_equally_likely(make_masked):
+    documents, n = [(0, 12, 12), (40, 42, 60), (5, 5, 30), (0, 1, 30)], 8000
+    batches = data.Batches(make_masked(*documents), seed=1, **POSE | {"method": "pi"})
+    first = Counter(together(batches, 0, range(n))[0][:, 0].tolist())
+    places = []
+    for i, (begin, end, length) in enumerate(documents, 1):
+        for start in range(length - 8):
+            if any(begin <= target < end for target in range(start + 1, start + 9)):
+                places.append(1000 * i + start)
+    assert set(first) == set(places) and len(places) == 4 + 9
+    expected = n / len(places)
+    statistic = sum((first[place] - expected) ** 2 / expected for place in places)
+    halves = torch.tensor([(len(places) - 1) / 2, statistic / 2], dtype=torch.float64)
+    assert float(torch.special.gammaincc(*halves)) > 1e-6  # chi-square
+
+
+@pytest.mark.parametrize("documents", [[(5, 5, 30)], [(0, 1, 30)], [(0, 8, 8), (3, 3, 20)]])
+def test_documents_in_which_nothing_counts(make_masked, documents):
+    """The first token of a document is no target, and one that is too short does not count."""
+    with pytest.raises(InputError, match="no token counts in the documents longer than .* 8 tokens"):
+        data.Batches(make_masked(*documents), seed=0, **POSE)
+
+
+def test_an_episode_is_made_of_a_text_and_its_weights(make_masked):
+    documents = make_masked((100, 130, 200))
+    seen = []
+
+    def make(rng, text, weights):
+        seen.append((text, weights))
+
+    episodes = data.Episodes(1, 1, 8, make)
+    data.Batches(documents, 0, episodes=episodes, **POSE)(0, range(50))
+    for text, weights in seen:
+        assert len(text) == len(weights) > 8
+        assert np.array_equal(weights, (text >= 1100) & (text < 1130))
+
+
 # ---------------------------------------------------------------- episodes among the examples
 
 
-def fake_episode(rng, text):
+def fake_episode(rng, text, weights):
     """Return a window of 4 that begins somewhere in a text, of weight 5, or None as often."""
     start = rng.integers(len(text) - 4)
     if rng.random() < 0.5:

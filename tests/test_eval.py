@@ -362,6 +362,20 @@ def test_perplexities_of_other_documents_are_not_compared(evaluate, tmp_path):
     assert "tiny holds its perplexity to 128 tokens" in out and "other lengths have other documents" in out
 
 
+def test_the_key_of_the_text(evaluate, tmp_path):
+    """The figures are those of the same texts under the usual key. A file without a key goes on."""
+    written, texts = tmp_path / "r.json", [f"The cat sat on the mat. {i}" * 90 for i in range(2)]
+    for key in ("text", "content"):
+        (tmp_path / f"{key}.jsonl").write_text("".join(json.dumps({key: text}) + "\n" for text in texts))
+    arguments = ("--model", "tiny", "--lengths", "64", "--data")
+    other = evaluate("ppl", *arguments, tmp_path / "content.jsonl", "--text_key", "content")
+    assert evaluate("ppl", *arguments, tmp_path / "text.jsonl", "--json", written) == other
+    content = json.loads(written.read_text())
+    assert content["settings"].pop("text_key") == "text"
+    written.write_text(json.dumps(content))
+    assert evaluate("ppl", *arguments, tmp_path / "text.jsonl", "--json", written) == other
+
+
 def test_whole_documents_are_scored(evaluate, tmp_path):
     """All that have the tokens, or the longest of them, with every token once at each length."""
     texts = ["The cat sat on the mat. " * n for n in (40, 5, 90, 60)]

@@ -81,7 +81,9 @@ def test_sharded_loading_reads_the_same_weights(launch, make_llama, tmp_path):
     tied, _ = make_llama("tied", tie_word_embeddings=True)
     odd, _ = make_llama("odd", vocab_size=321)
     biased, _ = make_llama("biased", family="Qwen2")
-    launch(COMPARE, 3, tied, odd, biased, gptj(tmp_path / "gptj"))
+    fused, _ = make_llama("fused", family="Phi3", pad_token_id=None)
+    fused_by_head, _ = make_llama("fused_by_head", family="GPTNeoX")
+    launch(COMPARE, 3, tied, odd, biased, fused, fused_by_head, gptj(tmp_path / "gptj"))
 
 
 MEASURE = """
@@ -158,7 +160,12 @@ def test_every_way_to_save_memory_gives_the_same_gradients(launch, make_llama, p
 
     full: all of a block. selective: no matrix product.
     """
-    folder, _ = make_llama(tie_word_embeddings=processes == 2)
+    settings = {
+        1: {"family": "SmolLM3", "no_rope_layers": [0, 1], "pad_token_id": None},
+        2: {"tie_word_embeddings": True},
+        4: {"family": "Qwen3"},
+    }
+    folder, _ = make_llama(**settings[processes])
     lines = launch(GRADIENTS, processes, folder)
     blocks = 2
     # Forward, and twice backward: seven products in each block, and the head's.

@@ -367,9 +367,17 @@ def test_peft_finds_all_that_was_trained_in_the_family_that_is_written(
         torch.testing.assert_close(loaded(tokens).logits, ours(tokens), rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("model_type, written", [("gptj", "phi"), ("baichuan", "llama")])
-def test_adapters_that_would_fit_no_stock_model_are_refused(model_type, written):
+@pytest.mark.parametrize(
+    "model_type, reason",
+    [
+        ("gptj", "those of phi"),
+        ("baichuan", "those of llama"),
+        ("phi3", "one layer"),
+        ("gpt_neox", "one layer"),
+    ],
+)
+def test_adapters_that_would_fit_no_stock_model_are_refused(model_type, reason):
     config = decoder.Config(320, 64, 96, 2, 4, 4, 16, 64, model_type=model_type)
     config = dataclasses.replace(config, **families.FAMILIES[model_type].block)
-    with pytest.raises(InputError, match=f"adapters of {model_type} .* those of {written}"):
+    with pytest.raises(InputError, match=f"adapters of {model_type} .* {reason}"):
         adapter.check(config)

@@ -285,9 +285,9 @@ def test_a_long_text_in_slices_holds_nothing_twice(make_llama, monkeypatch):
         pieces.extend(weakref.ref(t) for t in made)
         return made
 
-    def count_and_attend(q, k, v):
+    def count_and_attend(*arguments):
         alive.append(sum(piece() is not None for piece in pieces))
-        return attend(q, k, v)
+        return attend(*arguments)
 
     monkeypatch.setattr(decoder.Attention, "queries_keys_values", project_and_note)
     monkeypatch.setattr(decoder, "causal_attention", count_and_attend)
@@ -298,7 +298,13 @@ def test_a_long_text_in_slices_holds_nothing_twice(make_llama, monkeypatch):
 
 @pytest.mark.parametrize(
     "family",
-    [{"family": "Llama"}, {"family": "Phi"}, {"family": "Ministral3", "rope_parameters": SCALED}],
+    [
+        {"family": "Llama"},
+        {"family": "Phi"},
+        {"family": "Ministral3", "rope_parameters": SCALED},
+        {"family": "Olmo2"},
+        {"family": "SmolLM3", "no_rope_layers": [1, 0], "pad_token_id": None},
+    ],
     ids=lambda settings: settings["family"],
 )
 def test_a_long_text_in_slices_equals_one_piece(make_llama, monkeypatch, family):

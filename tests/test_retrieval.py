@@ -93,6 +93,18 @@ def test_text_goes_on_around_the_lines(tokenizer):
         assert np.array_equal(text, document[begin : begin + len(text)])
 
 
+def test_the_text_weighs_what_its_tokens_weigh(tokenizer):
+    """As where only answers of a conversation count. Facts and the answers about them weigh what they did."""
+    document = document_of(tokenizer)
+    for seed in range(20):
+        plain = episode(np.random.default_rng(seed), document, 1000, 9000, tokenizer)
+        is_odd = (document % 2).astype(np.float32)
+        window = episode(np.random.default_rng(seed), document, 1000, 9000, tokenizer, is_odd)
+        assert all(map(np.array_equal, plain[:3], window[:3])) and window[3].dtype == np.float32
+        expected = np.where(plain[3] == 1, plain[2] % 2, plain[3])
+        assert np.array_equal(window[3], expected) and (plain[3] == 1).any()
+
+
 def test_pure_function_of_the_generator(tokenizer):
     document = document_of(tokenizer)
 

@@ -3,12 +3,16 @@
 Losses are compared with a plain loop, for any number of processes; resuming, and what is written.
 """
 
-import argparse
+import io
+import itertools
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -22,6 +26,8 @@ import retrieval
 import train as train_script
 from hf import families, scaling, tokenizer, weights
 from hf.builtin import open_model, resolve
+from storage import texts as storage_texts
+from storage.checkpoint import Checkpoints
 from storage.files import cache_dir
 
 # ---------------------------------------------------------------- what a run writes
@@ -69,22 +75,63 @@ def test_the_newest_checkpoints_are_kept(four_steps, train, tmp_path):
     assert checkpoint_names(tmp_path / "one") == {"step-4"}
 
 
-@pytest.mark.parametrize("steps, save_every, says", [(10**7, 0, True), (10**7, 100, False), (10, 0, False)])
-def test_a_run_of_hours_without_checkpoints_says_so(capfd, monkeypatch, steps, save_every, says):
-    """After the third step of a call, from the time that this step took (here 1 s for 256 tokens)."""
-    monkeypatch.setattr(train_script, "say", print)
-    args = argparse.Namespace(steps=steps, save_every=save_every, batch_size=4, train_len=64)
-    for step in range(101, 107):
-        train_script.say_if_nothing_is_saved(args, 100, {"step": step, "tokens_per_second": 256.0})
-    told = capfd.readouterr().out
-    assert told.count("about 2778 hours to go") == told.count("\n") == says
+def test_a_run_without_a_number_of_steps_keeps_one_checkpoint_and_then_none(
+    train, call, short, tmp_path, monkeypatch
+):
+    """Checkpoints by the minute are there for the time of the run alone. This one has one after each step."""
+    seen = []
+
+    def look(checkpoints):
+        seen.append(checkpoint_names(tmp_path / "run"))
+        return remove_all(checkpoints)
+
+    remove_all = Checkpoints.remove_all
+    monkeypatch.setattr(Checkpoints, "remove_all", look)
+    train("run", "--steps", 4, "--save_minutes", 1e-6)
+    assert seen == [{"step-3"}] and not (tmp_path / "run" / "checkpoints").exists()
+    # It is finished for all that.
+    done = call("train", "--resume", "--out", tmp_path / "run")
+    assert done.returncode == 0 and "is finished" in done.stderr
+
+
+def test_a_short_run_writes_no_checkpoint(train, tmp_path, monkeypatch):
+    """Unless it has taken ten minutes."""
+    monkeypatch.setattr(Checkpoints, "save", None)
+    train("short", "--steps", 2)
+
+
+def test_after_ten_steps_the_time_that_is_left_is_said(call, short, tmp_path, monkeypatch):
+    """Once in a call, from the steps after the first two, which compile: here each takes 900 seconds."""
+    arguments = ("train", *short, "--out", tmp_path / "run", "--steps", 14)
+    ticks = itertools.count()
+    with monkeypatch.context() as patched:
+        patched.setattr(train_script, "time", types.SimpleNamespace(perf_counter=lambda: 900 * next(ticks)))
+        done = call(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert re.findall("about .* to go", done.stderr) == ["about 1 hour to go"]
 
 
 def test_resume_of_a_finished_run_changes_nothing(four_steps, call, short):
+    """So that a job script may be started again."""
     before = (four_steps / "metrics.jsonl").read_bytes()
     done = call("train", *short, "--steps", 4, "--save_every", 1, "--out", four_steps, "--resume")
-    assert done.returncode == 2 and "is finished" in done.stderr
+    assert done.returncode == 0 and f"is finished, its model is {four_steps / 'model'}" in done.stderr
     assert (four_steps / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_command_for_more_steps_than_a_run_had(train, call, tmp_path, monkeypatch):
+    """It can be typed as it is, and trains the model on in the same window by the same settings."""
+    train("a run", "--steps", 2, *EPISODES)
+    done = call("train", "--resume", "--out", tmp_path / "a run", "--steps", 3)
+    assert done.returncode == 2 and "is finished" in done.stderr
+    _, _, command = done.stderr.strip().partition("in a run of its own: python train.py ")
+    done = call("train", *shlex.split(command))
+    assert done.returncode == 0, done.stderr
+    assert "window 2,048 -> 2,048" in done.stderr
+    records = [json.loads((tmp_path / name / "args.json").read_text()) for name in ("a run", "a run-more")]
+    differing = {key for key in records[0] if records[0][key] != records[1][key]}
+    assert differing == {"model", "model_sha256", "steps", "rope", "factor", "beta_fast", "recipe"}
+    assert records[1]["steps"] == 1 and len(metrics(tmp_path / "a run-more")) == 1
 
 
 @pytest.fixture
@@ -145,20 +192,23 @@ def three_steps(train_into, tmp_path_factory):
     return train_into(tmp_path_factory.mktemp("runs") / "three_steps", "--steps", 3)
 
 
-def plain_loop(texts, lrs, skipped=(), reach=2048, train_len=64, share=0):
+def plain_loop(texts, lrs, skipped=(), reach=2048, train_len=64, share=0, all_count=True):
     """Yield loss and gradient norm by step of the same examples with a plain torch model and optimizer.
 
     There is no FSDP and there are no micro-batches. share: of the examples that are episodes of 256 tokens.
+    all_count: whether all tokens of completions count.
     """
     tiny = open_model("tiny")
     model = weights.load("tiny", dtype=torch.float32)
     model.config = scaling.extend(model.config, "yarn", 2048, beta_fast=8)
     tokeniser = tiny.load_tokenizer()
     documents = data.tokenised([texts], tokenizer.load(tiny.path), cache_dir())
+    if all_count:
+        documents.masked = None
     sampling = {"method": "pose", "target_len": reach, "chunks": 2, "offset": "uniform"}
 
-    def make(rng, document):
-        return retrieval.episode(rng, document, 256, reach, tokeniser)
+    def make(rng, document, weights):
+        return retrieval.episode(rng, document, 256, reach, tokeniser, weights)
 
     episodes = data.Episodes(share, 4, 256, make)
     batches = data.Batches(documents, 0, tokeniser.bos_id, episodes, train_len=train_len, **sampling)
@@ -390,6 +440,93 @@ def test_a_resumed_run_with_episodes_has_the_same_weights(train, tmp_path):
     resumed = train("run", "--resume", "--steps", 4, *EPISODES)
     assert torch.equal(losses(resumed), losses(whole))
     assert (out / "model" / "model.safetensors").read_bytes() == weights_of_whole
+
+
+def test_a_run_on_standard_input_is_resumed_without_it(call, short, texts, tmp_path, monkeypatch):
+    """What came through it is kept, so the run goes on with the same texts; other ones are refused."""
+    storage_texts.saved_stdin.cache_clear()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(texts.read_bytes())))
+    out = tmp_path / "run"
+    piped = [*("-" if word is texts else word for word in short), "--out", out]
+    done = call("train", *piped, "--steps", 2, "--save_every", 1)
+    assert done.returncode == 0, done.stderr
+    whole = metrics(out)
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "checkpoints" / "step-2")
+    (out / "finished.json").unlink()
+    storage_texts.saved_stdin.cache_clear()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(texts.read_bytes()[:-9] + b'other"}\n')))
+    done = call("train", *piped, "--resume")
+    assert done.returncode == 2 and "data_sha256 was" in done.stderr
+    monkeypatch.setattr(sys, "stdin", None)
+    done = call("train", "--out", out, "--resume")
+    assert done.returncode == 0 and "going on after step 1" in done.stderr, done.stderr
+    assert torch.equal(losses(metrics(out)), losses(whole))
+    storage_texts.saved_stdin.cache_clear()
+
+
+# ---------------------------------------------------------------- conversations
+
+
+@pytest.fixture(scope="module")
+def completions(texts, tmp_path_factory):
+    """A file of six prompts with completions, five times as long."""
+    lines = []
+    for line in texts.read_text().splitlines():
+        words = json.loads(line)["text"].split(" ")
+        prompt, completion = " ".join(words[:100]), " " + " ".join(words[100:600])
+        lines.append(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+    path = tmp_path_factory.mktemp("texts") / "completions.jsonl"
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("loss_on", ["answers", "all"])
+def test_answers_alone_count_in_the_loss_or_all_does(call, short, texts, completions, tmp_path, loss_on):
+    """In training and in validation. The prompt is longer than a training window."""
+    arguments = [completions if word is texts else word for word in short]
+    validation = ("--eval_every", 2, "--eval_data", completions, "--eval_lengths", "500")
+    out = tmp_path / "run"
+    done = call("train", *arguments, *validation, "--loss_on", loss_on, "--steps", 2, "--out", out)
+    assert done.returncode == 0, done.stderr
+    expected = plain_loop(completions, [0.5e-3, 1e-3], all_count=loss_on == "all")
+    for line, (loss, norm) in zip(metrics(out), expected, strict=True):
+        assert line["loss"] == pytest.approx(loss, rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+    model, tok = weights.load(out / "model", dtype=torch.float32), open_model("tiny").load_tokenizer()
+    nats = []
+    for line in completions.read_text().splitlines():
+        document = json.loads(line)
+        n_prompt = len(tok.encode(document["prompt"]))
+        ids = torch.tensor([[tok.bos_id, *tok.encode(document["prompt"] + document["completion"])]])[:, :501]
+        with torch.no_grad():
+            logits = model(ids[:, :-1])[0]
+        nats.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+        if loss_on == "answers":
+            assert 64 < n_prompt < 450
+            nats[-1] = nats[-1][n_prompt:]
+    measured = metrics(out)[-1]["validation"]["500"]
+    assert measured == pytest.approx(torch.cat(nats).mean().item(), rel=2e-3)  # the weights are bfloat16
+    share = "of the tokens are answers or plain text" in done.stderr
+    assert share == (loss_on == "answers")
+
+
+def test_a_step_in_which_no_token_counts_changes_nothing(train, tmp_path, monkeypatch):
+    """A window without any may be drawn. Its loss is 0, and no weight is lost to NaN."""
+    window = data.Batches.window
+
+    def without_weights(*arguments):
+        *ids, token_weights = window(*arguments)
+        return *ids, 0 * token_weights
+
+    monkeypatch.setattr(data.Batches, "window", without_weights)
+    lines = train("none", "--steps", 2)
+    assert [line["loss"] for line in lines] == [0, 0] and not any("skipped" in line for line in lines)
+    trained = load_file(tmp_path / "none" / "model" / "model.safetensors")
+    untrained = load_file(resolve("tiny") / "model.safetensors")
+    assert trained.keys() == untrained.keys()
+    assert all(torch.equal(trained[name], untrained[name]) for name in trained)
 
 
 # ---------------------------------------------------------------- the quick start

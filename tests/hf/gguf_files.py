@@ -69,11 +69,14 @@ def put(writer, key, value):
 
 
 def write_gguf(path, model, tokenizer_metadata, kind, metadata=None, tensors=None):
-    """Write a transformers LLaMA, Mistral or Qwen2 as a GGUF file: matrices of `kind`, vectors in float32.
+    """Write a transformers LLaMA, Mistral, Qwen2 or Qwen3 as a GGUF file.
+
+    Matrices are of `kind`, vectors in float32.
 
     metadata: keys to set besides, or to leave out (None). tensors: the same of arrays.
     """
-    architecture = "qwen2" if model.config.model_type == "qwen2" else "llama"
+    family = model.config.model_type
+    architecture = family if family.startswith("qwen") else "llama"
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (model_metadata(model.config) | tokenizer_metadata | (metadata or {})).items():
         if value is not None:
@@ -91,7 +94,10 @@ def write_gguf(path, model, tokenizer_metadata, kind, metadata=None, tensors=Non
 
 def model_metadata(c):
     """Return the model's part of a GGUF file's metadata for a config of transformers."""
-    return {
+    lengths = {}
+    if c.model_type == "qwen3":  # its heads are wider than their share of the hidden state
+        lengths = {"attention.key_length": c.head_dim, "attention.value_length": c.head_dim}
+    return lengths | {
         "vocab_size": c.vocab_size,
         "context_length": c.max_position_embeddings,
         "embedding_length": c.hidden_size,

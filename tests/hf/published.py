@@ -26,7 +26,19 @@ TARGETS = torch.randint(0, VOCAB, (2, T), generator=torch.Generator().manual_see
 NEAR = torch.arange(T).expand(2, T)
 FAR = NEAR + 460 * (NEAR >= 15)  # a jump, as PoSE makes them: 0 ... 14, 475 ... 499
 
-LLAMA_LIKE = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+LLAMA_LIKE = {
+    "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3",
+    "smollm3": "SmolLM3", "olmo2": "Olmo2", "granite": "Granite",
+}  # fmt: skip
+OF_FAMILY = {  # settings of theirs, so that nothing that is the family's own is at rest
+    "mistral": {"sliding_window": None},
+    "phi3": {"partial_rotary_factor": 0.5, "pad_token_id": None},
+    "smollm3": {"no_rope_layers": [0, 1], "pad_token_id": None},
+    "granite": {
+        "embedding_multiplier": 1.7, "attention_multiplier": 0.4, "residual_multiplier": 0.6,
+        "logits_scaling": 0.7,
+    },
+}  # fmt: skip
 GPTJ = {
     "vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": HEADS, "n_positions": 64, "n_inner": None,
     "rotary_dim": ROTARY,
@@ -50,13 +62,15 @@ WITHOUT_STOCK_FUNCTION = [mode for mode in rope.MODES if mode not in (*ROPE_INIT
 def publish(folder, family, scaling=None, **changes):
     """Write a random checkpoint into a folder and return its model, with the published names of parameters.
 
-    model.oracle(tokens, positions) returns its logits.
+    model.oracle(tokens, positions) returns its logits. model.unwritten is the scaling where config.json has
+    no terms for it (Phi-3's knows longrope alone), else None.
 
     family: a model_type, or "baichuan2". scaling: a rope_scaling of conftest.scaling_of. changes: keys of
     config.json.
     """
     # GPT-J's class knows no scaling, and the others not every one: these models are stretched by hand.
-    by_us = scaling is not None and (family == "gptj" or scaling["rope_type"] in WITHOUT_STOCK_FUNCTION)
+    known = {"gptj": (), "phi3": ("longrope",)}.get(family, ROPE_INIT_FUNCTIONS)
+    by_us = scaling is not None and scaling["rope_type"] not in known
     if scaling and not by_us:
         changes = {"rope_parameters": {"rope_theta": 10000.0} | scaling} | changes
     if family.startswith("baichuan"):
@@ -68,8 +82,11 @@ def publish(folder, family, scaling=None, **changes):
     config = json.loads((folder / "config.json").read_text())
     if family == "gptj":
         config |= {"n_positions": 64} | changes
-    if by_us:
-        partial = {"partial_rotary_factor": 0.5} if family == "phi" else {}
+    model.unwritten = None
+    if by_us and family == "phi3":
+        model.unwritten = {"original_max_position_embeddings": 64} | scaling
+    if by_us and not model.unwritten:
+        partial = {"partial_rotary_factor": 0.5} if family in ("phi", "gpt_neox") else {}
         config |= {"rope_scaling": scaling, "rope_parameters": partial | {"rope_theta": 10000.0}}
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -88,9 +105,11 @@ def make_stock(family, changes):
     """Return a random model of a class of transformers."""
     if family in LLAMA_LIKE:
         name = LLAMA_LIKE[family]
-        settings = SMALL | ({"sliding_window": None} if family == "mistral" else {})
+        settings = SMALL | OF_FAMILY.get(family, {})
     elif family == "phi":
         name, settings = "Phi", PHI
+    elif family == "gpt_neox":
+        name, settings = "GPTNeoX", PHI | {"rotary_pct": 0.5}
     else:
         name, settings = "GPTJ", GPTJ | {"n_positions": GPTJ_TABLE}
     config = getattr(transformers, name + "Config")(**settings | changes)
@@ -214,7 +233,7 @@ def stretch(model, scaling, n):
             inv_freq, factor = frequencies(scaling, ROTARY, n)
             angles = torch.arange(n)[:, None] * inv_freq
             module.embed_positions = torch.cat((angles.sin(), angles.cos()), 1) * factor
-        elif hasattr(module, "inv_freq") and scaling["rope_type"] in WITHOUT_STOCK_FUNCTION:
+        elif hasattr(module, "inv_freq"):
             module.inv_freq, module.attention_scaling = frequencies(scaling, 2 * len(module.inv_freq), n)
 
 

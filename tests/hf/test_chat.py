@@ -1,11 +1,10 @@
 """Chat templates give the text and the ids of transformers' apply_chat_template, and can do no harm."""
 
 import json
-import shutil
 import threading
 
 import pytest
-from tokenizer_files import TINY, stock_of, train
+from chat_files import ADDED, write_byte_level, write_sentencepiece, write_settings
 from transformers import AutoTokenizer
 
 from hf import chat, tokenizer
@@ -76,41 +75,21 @@ TEMPLATES = {
     "Mistral": MISTRAL,
     "everything": EVERYTHING,
 }
-ADDED = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 ASKED = {"role": "user", "content": 'The cat\'s mat: where is it?\n\n  It <b>was</b> here & "there".'}
 SAID = {"role": "assistant", "content": " Naïve café, 你好 😀.  12,345 "}
 CONVERSATIONS = [[ASKED], [ASKED, SAID, {"role": "user", "content": "  and\tthen? "}]]
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
-def write_settings(folder, **changes):
-    """Write a tokenizer_config.json with LLaMA's special tokens and those in ADDED. None takes a key out."""
-    flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "add_bos_token": True}
-    settings |= {"eos_token": {"__type": "AddedToken", "content": "</s>"} | flags, "unk_token": "<unk>"}
-    settings["added_tokens_decoder"] = {
-        str(2048 + i): {"content": token, "special": True} | flags for i, token in enumerate(ADDED)
-    }
-    settings = {key: value for key, value in (settings | changes).items() if value is not None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
 @pytest.fixture
 def sentencepiece(tmp_path):
-    """A folder with a tokenizer.model, to which tokenizer_config.json adds control tokens."""
-    shutil.copy(TINY / "tokenizer.model", tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    write_settings(tmp_path)
+    write_sentencepiece(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def byte_level(tmp_path):
-    """A folder with a tokenizer.json that has the same control tokens."""
-    special = ["<s>", "</s>", *ADDED]
-    stock = stock_of("llama-bpe", *train(500, special), special)
-    stock.eos_token = "</s>"
-    stock.save_pretrained(tmp_path)
+    write_byte_level(tmp_path)
     return tmp_path
 
 

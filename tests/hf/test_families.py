@@ -39,7 +39,8 @@ from model import Config
 from storage.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("no_wait_for_disk")
-PUBLISHED = ("llama", "mistral", "qwen2", "phi", "gptj", "baichuan", "baichuan2")
+NEW = ("qwen3", "phi3", "smollm3", "olmo2", "granite", "gpt_neox")
+PUBLISHED = ("llama", "mistral", "qwen2", "phi", "gptj", "baichuan", "baichuan2", *NEW)
 
 
 @pytest.fixture
@@ -91,7 +92,18 @@ def published_gradients(model):
         if config.model_type == "gptj" and name.split(".")[-2] in ("q", "k"):
             gradient = gradient[rows_as_interleaved(config.rotary_dim)]
         gradients.setdefault(families.published_name(name, config.model_type), []).append(gradient)
-    return {name: torch.cat(parts) for name, parts in gradients.items()}
+    gradients = {name: torch.cat(parts) for name, parts in gradients.items()}
+    if config.model_type == "gpt_neox":
+        for name in [name for name in gradients if "query_key_value" in name]:
+            gradients[name] = gradients[name][rows_by_head()]
+        gradients["lm_head.weight"] = gradients.pop("embed_out.weight")  # as its class calls it
+    return gradients
+
+
+def rows_by_head():
+    """Return the rows of our q, k and v, one below the other, in GPT-NeoX's order: q, k, v of each head."""
+    first_rows = [(part * HEADS + head) * HEAD_DIM for head in range(HEADS) for part in range(3)]
+    return [first + i for first in first_rows for i in range(HEAD_DIM)]
 
 
 def rows_as_interleaved(rotary):
@@ -105,6 +117,8 @@ def rows_as_interleaved(rotary):
 
 def assert_same_logits_and_gradients(folder, theirs, every_positions):
     model = weights.load(folder)
+    if theirs.unwritten:
+        model.config = dataclasses.replace(model.config, rope_scaling=theirs.unwritten)
     for positions in every_positions:
         expected = theirs.oracle(TOKENS, positions)
         assert expected.std() > 0.3  # else any model would agree
@@ -135,6 +149,18 @@ SHAPES = {
     "phi, whole": {"partial_rotary_factor": 1.0},
     "baichuan": {},
     "baichuan2": {},
+    "qwen3": {},
+    "qwen3, tied": {"tie_word_embeddings": True, "head_dim": 32},
+    "phi3": {},
+    "phi3, whole": {"partial_rotary_factor": 1.0, "num_key_value_heads": 4},
+    "smollm3": {},
+    "smollm3, every second": {"no_rope_layers": None, "no_rope_layer_interval": 2},
+    "olmo2": {},
+    "granite": {},
+    "granite, tied": {"tie_word_embeddings": True},
+    "gpt_neox": {},
+    "gpt_neox, one after the other": {"use_parallel_residual": False, "rotary_pct": 1.0},
+    "gpt_neox, no biases": {"attention_bias": False},
 }
 
 
@@ -146,7 +172,7 @@ def test_logits_and_gradients(make, shape):
 
 def pairs_of(family):
     """Return how many pairs of a head are turned."""
-    return (ROTARY if family in ("phi", "gptj") else HEAD_DIM) // 2
+    return (ROTARY if family in ("phi", "phi3", "gptj", "gpt_neox") else HEAD_DIM) // 2
 
 
 @pytest.mark.parametrize("mode", rope.MODES[1:])
@@ -184,7 +210,7 @@ def test_baichuan2s_head_learns_after_an_evaluation(published):
     assert losses[2] < losses[0] and (logits - first).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("family", ["gptj", "phi", "baichuan2"])
+@pytest.mark.parametrize("family", ["gptj", "phi", "baichuan2", "granite"])
 def test_the_loss_of_hidden_states_is_that_of_the_logits(published, family):
     """eval.py takes this way to the loss."""
     model = weights.load(published(family)[0])
@@ -194,7 +220,7 @@ def test_the_loss_of_hidden_states_is_that_of_the_logits(published, family):
     torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize("family", ["gptj", "phi"])
+@pytest.mark.parametrize("family", ["gptj", "phi", *NEW])
 def test_generation_equals_transformers(published, family):
     folder, theirs = published(family)
     prompt = TOKENS[:, :23]
@@ -205,7 +231,7 @@ def test_generation_equals_transformers(published, family):
         assert torch.equal(model.generate(prompt, 8, prefill_tokens=prefill_tokens), expected[:, 23:])
 
 
-@pytest.mark.parametrize("family", ["gptj", "phi", "baichuan2"])
+@pytest.mark.parametrize("family", ["gptj", "phi", "baichuan2", "gpt_neox"])
 def test_flops_count_every_matrix_product(published, family):
     model = weights.load(published(family)[0])
     products = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
@@ -213,7 +239,7 @@ def test_flops_count_every_matrix_product(published, family):
     assert model.config.flops_per_token(128) == 6 * products + attention
 
 
-@pytest.mark.parametrize("family", ["gptj", "phi", "baichuan2"])
+@pytest.mark.parametrize("family", ["gptj", "phi", "baichuan2", "gpt_neox"])
 def test_pickled_weights(make, tmp_path, family):
     folder, theirs = make(family, vocab_size=2048)
     for name in ("tokenizer.model", "tokenizer_config.json"):
@@ -223,6 +249,9 @@ def test_pickled_weights(make, tmp_path, family):
         if family == "gptj":
             state[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 64, 64).tril().bool()
             state[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e9)
+        elif family == "gpt_neox":
+            state[f"gpt_neox.layers.{i}.attention.bias"] = torch.ones(1, 1, 64, 64).tril().bool()
+            state[f"gpt_neox.layers.{i}.attention.masked_bias"] = torch.tensor(-1e9)
         else:
             state[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     torch.save(state, folder / "pytorch_model.bin")
@@ -243,6 +272,12 @@ WRITTEN_AS = {
     "phi": "PhiForCausalLM",
     "baichuan": "LlamaForCausalLM",
     "baichuan2": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
 }
 
 
@@ -253,8 +288,11 @@ def stretched(config, mode, target_len):
     return dataclasses.replace(config, max_position_embeddings=target_len, rope_scaling=longrope)
 
 
-@pytest.mark.parametrize("mode", rope.MODES)
-@pytest.mark.parametrize("family", WRITTEN_AS)
+WRITTEN = [(family, mode) for family in WRITTEN_AS for mode in rope.MODES]
+WRITTEN.remove(("phi3", "dynamic"))
+
+
+@pytest.mark.parametrize("family, mode", WRITTEN)
 def test_what_we_write_stock_loaders_compute(published, tmp_path, family, mode):
     # Half of a head is what Phi's class assumes for GPT-J's rotary_dim, which is another here. 8,192 is
     # past 4,096, the sliding window that Mistral's class assumes when none is named.
@@ -271,7 +309,7 @@ def test_what_we_write_stock_loaders_compute(published, tmp_path, family, mode):
         assert written["sliding_window"] is None
         assert not transformers.AutoConfig.from_pretrained(out).sliding_window
     again, stocks = weights.load(out), load_stock(out)
-    assert again.config.qkv_bias == (family in ("qwen2", "phi", "gptj"))
+    assert again.config.qkv_bias == (family in ("qwen2", "phi", "gptj", "gpt_neox"))
     for positions in (NEAR, FAR):
         expected = ours(model, positions)
         assert_same(stock(stocks, positions), expected)
@@ -301,7 +339,14 @@ def test_shards_of_what_we_write(published, tmp_path, monkeypatch):
     torch.testing.assert_close(stock(tmp_path / "out", FAR), expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "phi", "gptj"])
+def test_an_interpolation_that_no_stock_loader_has(published):
+    """Stock Phi-3 refuses all but longrope, which can say whatever does not change with the length."""
+    config = scaling.extend(families.read_config(published("phi3")[0]), "dynamic", 512)
+    with pytest.raises(InputError, match="dynamic scaling: .* for phi3; take another interpolation"):
+        families.as_written(config)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi", "gptj", *NEW])
 def test_scaled_queries_that_no_stock_loader_has(published, family):
     config = families.read_config(published(family)[0])
     with pytest.raises(InputError, match=f"LLaMA and Mistral, not of {family}; leave it out"):
@@ -374,7 +419,7 @@ def test_lengths_follow_the_window(make_llama, tmp_path):
 def test_rotary_dimensions_of_a_config(config_of):
     """GPT-J turns 64 where the key is absent, and all of the head where it is null.
 
-    Phi turns half where nothing is said, in rope_parameters or beside it.
+    Phi turns half where nothing is said, in rope_parameters or beside it, and GPT-NeoX a quarter.
     """
 
     def rotary(family, **changes):
@@ -387,6 +432,8 @@ def test_rotary_dimensions_of_a_config(config_of):
     assert rotary("phi", rope_parameters=None, partial_rotary_factor=0.25) == 4
     in_parameters = {"rope_type": "default", "partial_rotary_factor": 0.75}
     assert rotary("phi", partial_rotary_factor="absent", rope_parameters=in_parameters) == 12
+    assert rotary("gpt_neox", rope_parameters=None) == 4
+    assert rotary("gpt_neox", rope_parameters=None, rotary_pct=0.75, partial_rotary_factor=0.5) == 12
 
 
 LLAMA_KEYS = (
@@ -394,7 +441,10 @@ LLAMA_KEYS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "ministral3", "qwen2"])
+LLAMA_LIKE = ("llama", "mistral", "ministral3", "qwen2", "qwen3", "phi3", "smollm3", "olmo2", "granite")
+
+
+@pytest.mark.parametrize("family", LLAMA_LIKE)
 def test_what_config_json_leaves_out_is_what_stock_loaders_take(config_of, family):
     changes = dict.fromkeys(LLAMA_KEYS, "absent")
     changes |= {"model_type": family, "hidden_size": 512, "num_attention_heads": 32, "sliding_window": None}
@@ -407,6 +457,18 @@ def test_what_config_json_leaves_out_is_what_stock_loaders_take(config_of, famil
     assert config.n_kv_heads == theirs.num_key_value_heads
     assert config.tie_embeddings == theirs.tie_word_embeddings
     assert config.head_dim == (getattr(theirs, "head_dim", None) or 16)
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert config.rope_layers == getattr(theirs, "no_rope_layers", None)
+    assert config.attention_scale == getattr(theirs, "attention_multiplier", None)
+    assert config.logits_divisor == getattr(theirs, "logits_scaling", 1.0)
+
+
+def test_rope_of_gpt_neox_has_names_of_its_own(config_of):
+    """Beside them its class reads rope_parameters, and nothing else that other families have."""
+    changes = {"rope_parameters": None, "rotary_emb_base": 5e4, "rope_theta": 7e4}
+    folder = config_of("gpt_neox", **changes)
+    theirs = transformers.AutoConfig.from_pretrained(folder)
+    assert families.read_config(folder).rope_theta == theirs.rope_parameters["rope_theta"] == 5e4
 
 
 MINISTRAL = {"model_type": "ministral3"}
@@ -466,6 +528,7 @@ NUMBERS_THAT_NO_MODEL_HAS = [
     ("llama", {"dtype": ["float32"]}, "float32"),
     ("llama", {"layer_types": 7, "model_type": "qwen2", "use_sliding_window": True}, "layer_types is 7"),
 ]
+SLIDES = ["full_attention", "sliding_attention"]
 REFUSED = [
     ("baichuan2", {"max_position_embeddings": "absent", "model_max_length": 4096}, "13B uses ALiBi"),
     ("baichuan", {"hidden_size": 5120, "num_attention_heads": 40}, "13B uses ALiBi"),
@@ -493,6 +556,25 @@ REFUSED = [
     ),
     ("llama", {"hidden_size": 2, "head_dim": None}, "0 rotary dimensions in a head of 0"),
     ("qwen2", {"mlp_bias": True}, "mlp_bias"),
+    ("qwen3", {"attention_bias": True}, "attention_bias True"),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 32, "layer_types": SLIDES}, "window 32 in use"),
+    ("qwen3", {"model_type": "qwen3_moe"}, "'qwen3_moe' is not known: its MLP is a mixture of experts"),
+    ("phi3", {"sliding_window": 32}, "sliding_window 32 in use"),
+    ("phi3", scaled("yarn"), "rope_type 'yarn' is not known for phi3"),
+    ("smollm3", {"use_sliding_window": True}, "use_sliding_window True"),
+    ("smollm3", {"no_rope_layers": [1]}, r"no_rope_layers \[1\] is not a 0 or 1 for each"),
+    ("smollm3", {"no_rope_layers": [0, 0, 1]}, r"no_rope_layers \[0, 0, 1\] is not"),
+    ("smollm3", {"no_rope_layers": [2, 1]}, r"no_rope_layers \[2, 1\] is not"),
+    ("smollm3", {"no_rope_layers": 1}, "no_rope_layers 1 is not"),
+    ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
+    ("olmo2", {"model_type": "olmo3"}, "'olmo3' is not known: some of its layers have a sliding window"),
+    ("granite", {"residual_multiplier": 0}, "residual_multiplier is 0"),
+    ("granite", {"logits_scaling": "8"}, "logits_scaling is '8'"),
+    ("gpt_neox", {"use_parallel_residual": 1}, "use_parallel_residual is 1, neither true nor false"),
+    ("gpt_neox", {"hidden_act": "gelu_fast"}, "hidden_act 'gelu_fast'"),
+    ("gpt_neox", {"rope_parameters": None, "rotary_pct": 0.01}, "0 rotary dimensions"),
+    ("llama", {"model_type": "gemma3_text"}, "have a sliding window and another rope_theta"),
+    ("llama", {"model_type": "gpt_oss"}, "have a sliding window, and its MLP is a mixture"),
     (
         "llama",
         {"rope_parameters": {"rope_type": "default"} | BETA},
@@ -587,7 +669,7 @@ def test_config_json_that_is_no_file(tmp_path):
 # ---------------------------------------------------------------- the whole way
 
 
-@pytest.mark.parametrize("family, processes", [("gptj", None), ("baichuan2", 2)])
+@pytest.mark.parametrize("family, processes", [("gptj", None), ("gpt_neox", None), ("baichuan2", 2)])
 def test_from_training_to_stock_loaders(make, call, run, tmp_path, family, processes):
     scaled = family == "gptj"  # it is scaled already
     folder, theirs = make(family, scaling_of("linear") if scaled else None, vocab_size=2048)

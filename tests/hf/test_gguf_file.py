@@ -62,6 +62,7 @@ FAMILIES = {
     "mistral": {"family": "Mistral", "sliding_window": None},
     "qwen2": {"family": "Qwen2"},
     "qwen2, tied": {"family": "Qwen2", "tie_word_embeddings": True},
+    "qwen3": {"family": "Qwen3", "head_dim": 32},
 }
 # How far the logits may be from those of the model before it was quantised, as a share of their norm.
 QUANTISATIONS = {

@@ -5,6 +5,7 @@ transformers counts in its own model of each (of Baichuan2 in a LLaMA of its siz
 """
 
 import json
+import math
 
 import pytest
 import transformers
@@ -66,6 +67,64 @@ GPTJ_6B = {
     "n_head": 16, "n_inner": None, "n_layer": 28, "n_positions": 2048, "rotary": True, "rotary_dim": 64,
     "tie_word_embeddings": False, "vocab_size": 50400, "bos_token_id": 50256, "eos_token_id": 50256,
 }  # fmt: skip
+QWEN3 = {
+    "model_type": "qwen3", "attention_bias": False, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
+    "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16", "use_sliding_window": False, "vocab_size": 151936, "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}  # fmt: skip
+FACTORS = {  # the numbers are not those of the files
+    "type": "longrope", "short_factor": [1.0 + i / 48 for i in range(48)],
+    "long_factor": [1.0 + i for i in range(48)],
+}  # fmt: skip
+PHI_3 = {
+    "model_type": "phi3", "hidden_act": "silu", "hidden_size": 3072, "intermediate_size": 8192,
+    "max_position_embeddings": 131072, "num_attention_heads": 32, "num_hidden_layers": 32,
+    "num_key_value_heads": 32, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+    "rope_scaling": FACTORS, "rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "vocab_size": 32064, "bos_token_id": 1, "eos_token_id": 32000,
+}  # fmt: skip
+PHI_4 = PHI_3 | {
+    "hidden_size": 5120, "intermediate_size": 17920, "max_position_embeddings": 16384,
+    "num_attention_heads": 40, "num_hidden_layers": 40, "num_key_value_heads": 10,
+    "original_max_position_embeddings": 16384, "rope_scaling": None, "rope_theta": 250000,
+    "sliding_window": None, "vocab_size": 100352,
+}  # fmt: skip
+PHI_4_MINI = PHI_3 | {
+    "attention_bias": False, "lm_head_bias": False, "mlp_bias": False, "num_attention_heads": 24,
+    "num_key_value_heads": 8, "partial_rotary_factor": 0.75, "tie_word_embeddings": True,
+    "vocab_size": 200064, "eos_token_id": 199999,
+}  # fmt: skip
+SMOLLM3 = {
+    "model_type": "smollm3", "attention_bias": False, "hidden_act": "silu", "hidden_size": 2048,
+    "intermediate_size": 11008, "layer_types": ["full_attention"] * 36, "max_position_embeddings": 65536,
+    "max_window_layers": 28, "mlp_bias": False, "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9, "num_attention_heads": 16, "num_hidden_layers": 36,
+    "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 5000000.0,
+    "sliding_window": None, "torch_dtype": "bfloat16", "use_sliding_window": False, "vocab_size": 128256,
+    "bos_token_id": 128000, "eos_token_id": 128012,
+}  # fmt: skip
+OLMO_2 = LLAMA_2 | {
+    "model_type": "olmo2", "attention_bias": False, "rms_norm_eps": 1e-6, "rope_theta": 500000,
+    "vocab_size": 100352, "bos_token_id": None, "eos_token_id": 100257,
+}  # fmt: skip
+GRANITE_33 = {
+    "model_type": "granite", "attention_bias": False, "attention_multiplier": 0.015625,
+    "embedding_multiplier": 12.0, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 8192,
+    "logits_scaling": 8.0, "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32,
+    "num_hidden_layers": 40, "num_key_value_heads": 8, "residual_multiplier": 0.22, "rms_norm_eps": 1e-5,
+    "rope_scaling": None, "rope_theta": 10000000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "vocab_size": 49159, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+PYTHIA = {
+    "model_type": "gpt_neox", "hidden_act": "gelu", "hidden_size": 2048, "intermediate_size": 8192,
+    "layer_norm_eps": 1e-5, "max_position_embeddings": 2048, "num_attention_heads": 16,
+    "num_hidden_layers": 24, "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False,
+    "torch_dtype": "float16", "use_parallel_residual": True, "vocab_size": 50304, "bos_token_id": 0,
+    "eos_token_id": 0,
+}  # fmt: skip
 BAICHUAN2_7B = LLAMA_1 | {"model_type": "baichuan", "rms_norm_eps": 1e-6, "vocab_size": 125696}
 QWEN_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
@@ -99,6 +158,14 @@ PUBLISHED = {  # name: (config.json, parameters, window in tokens)
     ),
     "GPT-J 6B": (GPTJ_6B, 6_050_882_784, 2048),
     "Baichuan2 7B": (BAICHUAN2_7B, 7_505_973_248, 4096),
+    "Qwen3 0.6B": (QWEN3, 596_049_920, 40960),
+    "Phi-3 mini 128k": (PHI_3, 3_821_079_552, 131072),
+    "Phi-4": (PHI_4, 14_659_507_200, 16384),
+    "Phi-4 mini": (PHI_4_MINI, 3_836_021_760, 131072),
+    "SmolLM3 3B": (SMOLLM3, 3_075_098_624, 65536),
+    "OLMo 2 7B": (OLMO_2, 7_298_617_344, 4096),
+    "Granite 3.3 2B": (GRANITE_33, 2_533_539_840, 131072),
+    "Pythia 1.4B": (PYTHIA, 1_414_647_808, 2048),
 }
 
 
@@ -114,7 +181,13 @@ def test_a_published_config_is_read(tmp_path, name):
     assert sum(p.numel() for p in families.stored_parameters(config).values()) == parameters
     assert config.max_position_embeddings == window
     written = families.as_written(config)
-    assert read(tmp_path, families.hf_config(written)) == written
+    again = read(tmp_path, families.hf_config(written))
+    if again.rope_scaling and again.rope_scaling["rope_type"] == "longrope":
+        # The factor on cos and sin is spelled out, since loaders derive it in different ways.
+        expected = math.sqrt(1 + math.log(32) / math.log(4096))
+        for key in ("attention_factor", "short_mscale", "long_mscale"):
+            assert again.rope_scaling.pop(key) == pytest.approx(expected, rel=1e-12)
+    assert again == written
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "Baichuan2 7B"])

@@ -496,6 +496,18 @@ def test_both_files(sp, tmp_path):
     assert (ours.vocab_size, ours.bos_id) == (2048, 1) and ours.decode([*ours.encode("cat"), 2048]) == "cat"
 
 
+def test_a_control_token_beyond_the_vocabulary_ends_no_line(tmp_path):
+    """A conversation holds such ids among words, also in token files of the smallest dtype that fits."""
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    ours = tokenizer.load(tmp_path)
+    words = np.array(ours.encode("One.\n Two. Three"))
+    ends = tokenizer.line_ends(ours, words)
+    assert len(ends) > 2
+    for dtype in (np.uint16, np.int64):
+        with_control = np.insert(words, 1, 2**16 - 1).astype(dtype)
+        assert tokenizer.line_ends(ours, with_control).tolist() == [0, *(ends[1:] + 1)]
+
+
 def test_vocabulary_and_merges_alone(tmp_path):
     """How such a folder cuts text depends on code that it does not hold."""
     write(tmp_path, vocab={"a": 0}, merges="", tokenizer_config={"tokenizer_class": "GPT2Tokenizer"})

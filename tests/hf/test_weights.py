@@ -227,6 +227,8 @@ SHOWN = {
         "heads 4 of 16 dimensions, 8 of them rotary, key/value heads 4\n",
     ],
     "phi": ["phi, ", "MLP 96", "8 of them rotary, key/value heads 4, biases on q, k, v, o\n"],
+    "olmo2": ["olmo2, ", "key/value heads 2, queries and keys normalised\n"],
+    "smollm3": ["smollm3, ", "key/value heads 2, no RoPE in 1 layer(s)\n"],
     "baichuan": ["baichuan, ", "head own\n", "heads 4 of 16 dimensions, key/value heads 4\n"],
     "baichuan2": ["baichuan, ", "head own, of unit rows\n"],
 }

@@ -285,7 +285,7 @@ def test_a_label_may_be_a_number_or_its_text(tmp_path, name, key):
 def test_files_that_are_no_lines_of_items(tmp_path):
     good = json.dumps(item("piqa", random.Random(0)))
     (tmp_path / "piqa.jsonl.gz").write_text(good)
-    with pytest.raises(InputError, match="piqa.jsonl.gz: .*gzip.* after line 0"):
+    with pytest.raises(InputError, match="piqa.jsonl.gz: the gzip file is truncated or damaged"):
         harness.evaluate("piqa", harness.find_files(tmp_path)["piqa"], Recorder())
     # Blank lines count for nothing.
     (tmp_path / "piqa.jsonl.gz").write_bytes(gzip.compress(f"{good}\n\n{good}\n\n".encode()))

@@ -1,0 +1,406 @@
+"""What a training run will need, known before it begins: memory of a process, disk, how often texts are read.
+
+Notable choices:
+- Memory is a sum of a few terms, each with its reason beside it. It is the peak of what PyTorch allocates in
+  one step from the second one on, without PyTorch itself (on a GPU the CUDA context, about 0.5 GiB).
+- A step has its peak at one of three moments: in the loss, when all activations are there and the loss's own
+  logits; when the backward pass begins, with the last block; or when it ends, with all gradients. Which one
+  depends on the shape, so all three are added up and the largest counts.
+- Small change is left out: vectors that a block keeps, the ids of the next batch, a block's smaller products.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+
+from model import loss_chunk_tokens
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a process computes a step: what memory depends on besides the model's Config.
+
+    examples: in one forward pass, each of train_len tokens. micro_batches: forward passes in a step.
+    param_bytes, compute_bytes: of a number in the master weights and in the computation. The others are
+    fsdp.shard's.
+    """
+
+    train_len: int
+    examples: int = 1
+    micro_batches: int = 1
+    processes: int = 1
+    param_bytes: int = 4
+    compute_bytes: int = 4
+    activation_checkpointing: str = "none"
+    cpu_offload: bool = False
+    compiled: bool = False
+
+    @property
+    def tokens(self):
+        """Tokens in one forward pass."""
+        return self.examples * self.train_len
+
+    @property
+    def is_sharded(self):
+        """Whether FSDP holds the matrices, see fsdp.shard."""
+        return self.processes > 1 or self.cpu_offload
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process at its peak, by what takes them, on the device that computes.
+
+    host: with cpu_offload, bytes of host memory besides.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # and what else a step makes and drops again
+    host: int = 0
+
+    @property
+    def total(self):
+        """All bytes on the device that computes."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+# A run that goes over its texts more often warns. Up to four times a text teaches nearly as much as a new one
+# (Muennighoff et al. 2023).
+MANY_PASSES = 4
+CPU_FLOPS = 1e11  # operations a second of a few cores, roughly
+CUDA_CONTEXT = 2**29  # bytes that CUDA takes on a GPU besides PyTorch's tensors, roughly
+LOADED_LATER = 2**26  # bytes of Python and PyTorch that the first step loads, roughly
+PARTS = ("weights", "gradients", "optimizer", "activations")  # of Memory, on the device that computes
+
+
+class Shape:
+    """A model's Config, and how many numbers its parameters hold.
+
+    block: in one of the blocks, which are alike. root: in all that is outside of them. head: in the head's
+    weight. trained, trained_matrices and so on: how many of them are trained.
+    """
+
+    def __init__(self, model):
+        """model: a Transformer, with its adapters if it has some. Values are not needed."""
+        self.config = model.config
+        every = list(model.parameters())  # a tied head is there once
+        trained = [parameter for parameter in every if parameter.requires_grad]
+        of_block = list(model.blocks[0].parameters())
+        self.parameters, self.trained = count(every), count(trained)
+        self.vectors, self.trained_vectors = (count(p for p in ps if p.dim() == 1) for ps in (every, trained))
+        self.matrices = self.parameters - self.vectors
+        self.trained_matrices = self.trained - self.trained_vectors
+        self.block = count(of_block)
+        self.trained_in_block = count(p for p in of_block if p.requires_grad)
+        self.root = self.parameters - self.config.n_layers * self.block
+        head = model.head.weight
+        self.head, self.trained_head = head.numel(), head.numel() if head.requires_grad else 0
+
+
+def count(parameters):
+    """Return how many numbers some parameters hold."""
+    return sum(parameter.numel() for parameter in parameters)
+
+
+# ---------------------------------------------------------------- the terms, in bytes
+
+
+def kept_by_block(config, way, mode=None):
+    """Return the bytes that a block keeps for its backward pass, per token.
+
+    mode: of activation checkpointing, by default the way's own.
+    """
+    mode = mode or way.activation_checkpointing
+    c = way.compute_bytes
+    C, inner = config.hidden_dim, config.intermediate_dim
+    q = config.n_heads * config.head_dim  # numbers in a token's queries; the output of attention has as many
+    kv = 2 * config.n_kv_heads * config.head_dim
+    n_wide = 2 if config.mlp == "swiglu" else 1  # products of width `inner`: gate and up, or up alone
+    attention = c * (q + kv + q) + 4 * config.n_heads  # what its backward pass reads, and float32 log-sums
+    if mode == "full":
+        return c * C  # its input
+    if mode == "selective":
+        # Its input, and the results of all products and of attention. The compiler sees that nobody needs the
+        # result of the last product again.
+        results = C + n_wide * inner + (0 if way.compiled else C)
+        return c * C + attention + c * results
+    # The normed inputs of attention and MLP, and what the last product reads.
+    read = 2 * C + inner
+    if way.compiled:
+        # The inputs of both norms, which are computed again from them. So is the activation function.
+        return attention + c * (read + 2 * C + n_wide * inner)
+    # An RMSNorm keeps its input and what it multiplies by the weight, in float32 (on a GPU its input alone).
+    # SwiGLU keeps silu(gate) besides gate and up.
+    by_norm = 2 * 4 if config.norm == "rms" else way.param_bytes
+    n_by_mlp = 3 if config.mlp == "swiglu" else 1
+    return attention + c * (read + n_by_mlp * inner) + 2 * by_norm * C
+
+
+def kept_outside(config, way):
+    """Return the bytes that are kept outside of the blocks, per token.
+
+    Those are what the last norm keeps, the gradient of its output, which the loss computes at once, cos and
+    sin, and the ids, positions, targets and weights of the tokens.
+    """
+    of_norm = 2 * 4 * config.hidden_dim
+    return of_norm + way.compute_bytes * config.hidden_dim + 4 * config.rotary_dim + 3 * 8 + 4
+
+
+def rounded_weights(n, way):
+    """Return the bytes of n weights as they are used, if they are held in another dtype and not sharded.
+
+    (FSDP's own copies are in `gathered`.)
+    """
+    return 0 if way.is_sharded or way.param_bytes == way.compute_bytes else way.compute_bytes * n
+
+
+def gathered(shape, way):
+    """Return the bytes of FSDP's copies in the backward pass.
+
+    Embedding and head stay gathered from the forward pass on. Of the blocks, one is gathered and the next one
+    on its way; the gradients of one are whole, and once more in float32, in which they are reduced.
+    """
+    if not way.is_sharded:
+        return 0
+    c = way.compute_bytes
+    return c * shape.root + 2 * c * shape.block + (c + 4) * shape.trained_in_block
+
+
+def loss_work(shape, way):
+    """Return the bytes that the loss takes besides what it leaves (ChunkedCrossEntropy)."""
+    config, c = shape.config, way.compute_bytes
+    logits = config.vocab_size * min(way.tokens, loss_chunk_tokens(config.vocab_size))
+    # Logits and their gradient; without the compiler float32 copies, of which four are alive, and bools.
+    of_logit = 2 * c if way.compiled else 4 * 4 + 1 + (c if c < 4 else 0)
+    # Its gradient is summed in float32.
+    head = 4 * shape.trained_head + rounded_weights(shape.trained_head, way)
+    return of_logit * logits + head + c * config.hidden_dim * way.tokens
+
+
+def backward_work(shape, way):
+    """Return the bytes that the backward pass of one block takes besides what the forward pass kept."""
+    config, c, w = shape.config, way.compute_bytes, way.param_bytes
+    again = 0  # computed again
+    if way.activation_checkpointing != "none":
+        again = way.tokens * (kept_by_block(config, way, "none") - kept_by_block(config, way))
+        again += rounded_weights(shape.trained_in_block, way)
+    # The gradients of the residual stream and of the MLP's inner activations, less what they replace.
+    n_inner = 2 if config.mlp == "swiglu" and not way.compiled else 1
+    of_activations = c * way.tokens * (n_inner * config.intermediate_dim + 2 * config.hidden_dim)
+    # Gradients of weights arrive in the dtype of the computation. Compiled, those of a block come together.
+    n_together = shape.trained_in_block
+    if not way.compiled:
+        n_together = min(n_together, config.intermediate_dim * config.hidden_dim)
+    of_weights = 0 if way.is_sharded else (c if c != w else 0) * n_together
+    if way.micro_batches > 1 and not way.is_sharded:
+        of_weights += w * n_together  # which are then added to those of the micro-batches before
+    return again + of_activations + of_weights
+
+
+# ---------------------------------------------------------------- the sum
+
+
+def memory(shape, way):
+    """Return the Memory that a process needs for training steps of a model of this Shape."""
+    config, w = shape.config, way.param_bytes
+    trained, frozen = shape.trained_matrices, shape.matrices - shape.trained_matrices
+    # What a process holds of them; frozen matrices have the dtype of the computation.
+    of_trained, of_frozen = w * trained / way.processes, way.compute_bytes * frozen / way.processes
+    host = 4 * of_trained + of_frozen if way.cpu_offload else 0
+    if way.cpu_offload:
+        of_trained = of_frozen = 0
+    weights = of_trained + of_frozen + w * shape.vectors
+    state = of_trained + w * shape.trained_vectors  # of gradients; AdamW's moments take twice as much
+
+    kept = kept_by_block(config, way) * way.tokens
+    outside = kept_outside(config, way) * way.tokens
+    all_kept = config.n_layers * kept + outside
+    if way.activation_checkpointing == "none":
+        all_kept += rounded_weights(config.n_layers * shape.trained_in_block, way)
+    root = way.compute_bytes * shape.root if way.is_sharded else 0  # gathered, see `gathered`
+    of_head = 2 * way.compute_bytes + (0 if way.is_sharded else way.param_bytes)  # of its weight's gradient
+    work = backward_work(shape, way) + gathered(shape, way)
+
+    earlier = state if way.micro_batches > 1 else 0  # gradients of earlier micro-batches
+    moments = [  # (gradients, everything else that comes and goes)
+        (earlier, all_kept + root + loss_work(shape, way)),
+        (earlier, all_kept + of_head * shape.trained_head + work),
+        (state, kept + outside + work),
+    ]
+    gradients, activations = max(moments, key=sum)
+    return Memory(round(weights), round(gradients), round(2 * state), round(activations), round(host))
+
+
+# ---------------------------------------------------------------- a place to run
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is for a run, in bytes.
+
+    memory: of one process, on the device that computes. beside: what it takes of that besides a step's
+    tensors. disk: free. on_cpu: whether the device is the CPU.
+    """
+
+    memory: float
+    beside: float
+    disk: int
+    on_cpu: bool
+
+
+def of_process(shape, way, room):
+    """Return the bytes of a whole process on the device that computes.
+
+    On a CPU the heap keeps room for what was freed: measured with glibc, 0.4 of what a step makes and drops,
+    or 0.1 where most tensors have more than 32 MiB, which it gives back.
+    """
+    need = memory(shape, way)
+    bytes_of_a_tensor = way.compute_bytes * way.tokens * shape.config.hidden_dim
+    heap = (0.4 if bytes_of_a_tensor < 2**25 else 0.1) * need.activations if room.on_cpu else 0
+    offloaded = need.host if room.on_cpu else 0  # to the same memory
+    return need.total + offloaded + room.beside + heap
+
+
+def way_that_fits(shape, way, room):
+    """Return the Way nearest to `way` with which a process has room, None if there is none.
+
+    What costs nothing but speed is tried first: fewer examples at once, then recomputing. Then come weights
+    in bfloat16, which cost precision, and for a GPU the host's memory, which is slow.
+    """
+    choices = itertools.product(
+        (way.cpu_offload,) if room.on_cpu or way.cpu_offload else (False, True),
+        (way.param_bytes, 2),
+        (way.activation_checkpointing, "full"),
+        [n for n in range(way.examples, 0, -1) if way.examples % n == 0],
+    )
+    for cpu_offload, param_bytes, checkpointing, examples in choices:
+        other = replace(
+            way,
+            examples=examples,
+            micro_batches=way.micro_batches * (way.examples // examples),
+            param_bytes=param_bytes,
+            activation_checkpointing=checkpointing,
+            cpu_offload=cpu_offload,
+        )
+        if of_process(shape, other, room) <= room.memory:
+            return other
+    return None
+
+
+# ---------------------------------------------------------------- what a run is told
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run needs, for people: lines and warnings.
+
+    batch_size: examples in a step over all processes. batches: data.Batches. checkpoints: how many are on the
+    disk at the same time.
+    """
+
+    shape: Shape
+    way: Way
+    steps: int
+    batch_size: int
+    batches: object
+    checkpoints: int
+    room: Room
+
+    @property
+    def tokens(self):
+        """Tokens that the run trains on."""
+        return self.steps * self.batch_size * self.way.train_len
+
+    @property
+    def passes(self):
+        """How often it reads its texts."""
+        return self.tokens / self.batches.usable_tokens
+
+    @property
+    def memory(self):
+        """The Memory of a process."""
+        return memory(self.shape, self.way)
+
+    @property
+    def checkpoint_bytes(self):
+        """The size of a checkpoint: the trained weights and AdamW's two moments."""
+        return 3 * self.way.param_bytes * self.shape.trained
+
+    @property
+    def model_bytes(self):
+        """The size of the model that the run writes, in the dtype that it came in."""
+        return {"float32": 4}.get(self.shape.config.dtype, 2) * self.shape.parameters
+
+    def lines(self):
+        """Return what is needed, a line each for the run, its texts, memory and disk."""
+        batches, need = self.batches, self.memory
+        n_used = len(batches.documents) - batches.n_too_short
+        size = f"{self.batch_size} x {self.way.train_len:,} tokens"
+        whole = of_process(self.shape, self.way, self.room)
+        parts = {name: getattr(need, name) for name in PARTS} | {"the rest": whole - need.total}
+        in_words = ", ".join(f"{name} {gib(n)}" for name, n in parts.items() if n)
+        host = f", and {gib(need.host)} of the host's" if need.host and not self.room.on_cpu else ""
+        is_part = self.shape.trained < self.shape.parameters
+        trained = f", of which {self.shape.trained:,} are trained" if is_part else ""
+        several = f", {self.checkpoints} of them at a time" if self.checkpoints > 1 else ""
+        return [
+            f"plan: {self.steps:,} steps of {size} on {self.way.processes} process(es), {self.tokens:,} "
+            f"tokens; {self.shape.parameters:,} parameters{trained}",
+            f"texts: {batches.usable_tokens:,} tokens in {n_used:,} document(s), each read "
+            f"{self.passes:,.2f} times; {batches.n_too_short:,} document(s) too short and left out",
+            f"memory of a process: {gib(whole)} of {gib(self.room.memory)}{host}; at the peak {in_words}",
+            f"disk: {gigabytes(self.model_bytes)} for the model, {gigabytes(self.checkpoint_bytes)} for a "
+            f"checkpoint{several}; {gigabytes(self.room.disk)} free",
+        ]
+
+    def fits(self):
+        """Return whether the memory is large enough."""
+        return of_process(self.shape, self.way, self.room) <= self.room.memory
+
+    def warnings(self):
+        """Return what speaks against the run, other than its memory."""
+        found = []
+        n_used = len(self.batches.documents) - self.batches.n_too_short
+        if self.passes > MANY_PASSES:
+            found.append(
+                f"that is {self.passes:,.0f} passes over these texts, which will be learnt by heart: add more"
+            )
+        if n_used == 1:
+            found.append("only one document is long enough, which will be learnt by heart: add more")
+        if self.batches.n_too_short > n_used:
+            found.append(
+                f"most documents are not longer than an example of {self.way.train_len:,} tokens: train on "
+                "shorter ones, or put texts together that belong together"
+            )
+        if self.room.disk < self.model_bytes + self.checkpoints * self.checkpoint_bytes:
+            found.append("the disk has too little room for that: free some, or take another one")
+        seconds = self.tokens * self.shape.config.flops_per_token(self.way.train_len) / CPU_FLOPS
+        if self.room.on_cpu and seconds > 86400:
+            found.append(f"a CPU needs about {duration(seconds)} for this: take a GPU, or a smaller model")
+        return found
+
+
+def gib(n):
+    """Return a number of bytes in words, in GiB, as memory is counted."""
+    return f"{n / 2**30:,.1f} GiB" if n >= 2**30 / 10 else f"{n / 2**20:,.0f} MiB"
+
+
+def gigabytes(n):
+    """Return a number of bytes in words, in GB, as disks are counted."""
+    return f"{n / 1e9:,.1f} GB" if n >= 1e8 else f"{n / 1e6:,.0f} MB"
+
+
+def duration(seconds):
+    """Return a time in words, with one unit, or two where the first is small: "3 hours and 20 minutes"."""
+    units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
+    for (name, unit), (smaller, part) in zip(units, units[1:]):
+        if seconds >= unit:
+            whole = f"{_count(int(seconds // unit), name)}"
+            rest = int(seconds % unit // part)
+            return f"{whole} and {_count(rest, smaller)}" if rest and seconds < 10 * unit else whole
+    return _count(max(1, round(seconds)), "second")
+
+
+def _count(n, name):
+    """Return a number with its noun."""
+    return f"{n} {name}" if n == 1 else f"{n} {name}s"
