@@ -56,10 +56,11 @@ def save(model, base, tokenizer, path):
     """
     path = Path(path)
     config = families.as_written(model.config)
-    adapters = _adapters(model, config)
-    others = _others(model, config)
+    state = model.state_dict()
+    trained = {name: whole(state[name]).cpu() for name, p in model.named_parameters() if p.requires_grad}
     if dist.is_initialized() and dist.get_rank() != 0:
         return
+    adapters, others = _named_as_by_peft(trained, config)
     first = next(module for module in model.modules() if isinstance(module, Adapter))
     rank = len(first.a)
     settings = {
@@ -81,30 +82,26 @@ def save(model, base, tokenizer, path):
         _write_base(config, base, tokenizer, aside / BASE)
 
 
-def _adapters(model, config):
-    """Return {PEFT's name: tensor, float32 or as it was trained} of a model's adapters."""
-    tensors = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Adapter):
-            weight = families.published_name(f"{name.removesuffix('.adapter')}.weight", config.model_type)
-            layer = f"base_model.model.{weight.removesuffix('.weight')}"
-            tensors[f"{layer}.lora_A.weight"] = whole(module.a.detach()).cpu()
-            tensors[f"{layer}.lora_B.weight"] = whole(module.b.detach()).cpu()
-    return tensors
+def _named_as_by_peft(trained, config):
+    """Return two dicts {PEFT's name: tensor}: the adapters, and the other weights in the dtype of exports.
 
+    trained: {our name: tensor}.
+    """
 
-def _others(model, config):
-    """Return {PEFT's name: tensor, in the dtype of exports} of what was trained beside a model's adapters."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and ".adapter." not in name:
-            tensor = whole(parameter.detach()).to("cpu", getattr(torch, config.dtype))
-            tensors[f"base_model.model.{families.published_name(name, config.model_type)}"] = tensor
-            # PEFT leaves a tied head the old embedding, so the head is replaced as well.
-            if name == "embed.weight" and config.tie_embeddings:
-                head = families.published_name("head.weight", config.model_type)
-                tensors[f"base_model.model.{head}"] = tensor.clone()
-    return tensors
+    def name_of(weight):
+        return f"base_model.model.{families.published_name(weight, config.model_type)}"
+
+    adapters, others = {}, {}
+    for name, tensor in trained.items():
+        layer, is_adapter, part = name.partition(".adapter.")
+        if is_adapter:
+            adapters[name_of(f"{layer}.weight").replace(".weight", f".lora_{part.upper()}.weight")] = tensor
+        else:
+            others[name_of(name)] = tensor.to(getattr(torch, config.dtype))
+    if "embed.weight" in trained and config.tie_embeddings:
+        # PEFT leaves a tied head the old embedding, so the head is replaced as well.
+        others[name_of("head.weight")] = others[name_of("embed.weight")].clone()
+    return adapters, others
 
 
 def _write_base(config, base, tokenizer, folder):

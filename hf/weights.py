@@ -81,14 +81,13 @@ def _gather(name, model, parameters, shape):
     """
     if name not in parameters:  # a bias that GPT-J does not have and Phi does
         return torch.zeros(shape)
-    tensor = whole(parameters[name].detach())
+    tensor = whole(parameters[name])
     if name == "head.weight" and model.config.normalised_head:
         tensor = F.normalize(tensor.float())
-    layer, _, kind = name.rpartition(".")
-    adapter = getattr(model.get_submodule(layer), "adapter", None)
-    if adapter is not None and kind == "weight":
-        change = whole(adapter.b.detach()).float() @ whole(adapter.a.detach()).float()
-        tensor = tensor.float() + adapter.scale * change
+    adapter = f"{name.removesuffix('.weight')}.adapter"
+    if f"{adapter}.a" in parameters:
+        a, b = (whole(parameters[f"{adapter}.{part}"]).float() for part in "ab")
+        tensor = tensor.float() + model.get_submodule(adapter).scale * (b @ a)
     return tensor
 
 

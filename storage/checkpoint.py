@@ -241,7 +241,8 @@ def _trained_state(model, optimizer):
 
     The tensors share their memory with the parameters. One with two names, as a tied head has, is there once.
     """
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    state = model.state_dict()  # FSDP shards again here what a validation has left whole
+    trained = {name: state[name] for name, p in model.named_parameters() if p.requires_grad}
     return {"model": trained, "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
