@@ -15,7 +15,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 ROOT = Path(__file__).parent.parent
-WORD_LIMITS = {"README.md": 1600, "GUIDE.md": 3000, "RESULTS.md": 4500, "CONTRIBUTING.md": 500}
+WORD_LIMITS = {"README.md": 1600, "GUIDE.md": 3250, "RESULTS.md": 4500, "CONTRIBUTING.md": 500}
 DOCUMENTS = (*WORD_LIMITS, "results/LOG.md")
 
 

@@ -138,17 +138,6 @@ ROWS_ARE_FILES = [
         },
     ),
     (
-        "RESULTS.md", "run",
-        {
-            "NTK by 96 at 5e-5": "rate_5e-5/{passkey,tail_books}",
-            "--overshoot 2": "factor_96_overshoot_2/{passkey,tail_books}",
-            "--seed 1": "rate_5e-5_seed_1/{passkey,tail_books}",
-            "--steps 300": "rate_5e-5_steps_300/{passkey,tail_books}",
-            "--lr 1e-4": "rate_1e-4/{passkey,tail_books}",
-            "NTK by 80": "factor_80_rate_5e-5/{passkey,tail_books}",
-        },
-    ),
-    (
         "results/LOG.md", "passkey at",
         {
             "untouched (20 prompts)": "passkey_untrained smollm2-135m",
@@ -379,6 +368,16 @@ def test_scores_by_task_of_ruler():
 SPEEDS = [
     ("README.md", "LLaMA-7B on", "one, as on 24 GB", "train_7b_lora_4096"),
     ("README.md", "LLaMA-7B on", "four, float32 weights", "train_7b_four_gpus"),
+    ("RESULTS.md", "LLaMA-7B on one H200", "LoRA of rank 16, full, window 4,096", "train_7b_lora_4096"),
+    ("RESULTS.md", "LLaMA-7B on one H200", "the same, window 8,192", "train_7b_lora_8192"),
+    (
+        "RESULTS.md",
+        "LLaMA-7B on one H200",
+        "all weights, bfloat16, full, window 4,096",
+        "train_7b_whole_4096",
+    ),
+    ("RESULTS.md", "LLaMA-7B on one H200", "LoRA of rank 16, window 4,096", "train_7b_lora_none"),
+    ("RESULTS.md", "LLaMA-7B on one H200", "all weights, bfloat16, window 4,096", "train_7b_whole_none"),
     ("RESULTS.md", "several H100", "two: the same, float32 weights", "train_7b_two_gpus"),
     ("RESULTS.md", "several H100", "four: the same, float32 weights", "train_7b_four_gpus"),
     ("RESULTS.md", "several H100", "two: 8 of its layers, float32, full, --cpu_offload", "train_7b_offload"),
@@ -401,14 +400,19 @@ def test_speed_and_memory_are_those_of_the_files(document, table, row, file):
 def test_hours_follow_from_the_speeds():
     tokens = 1000 * 64 * 2048  # steps, windows, tokens in each: the paper's defaults for LLaMA-7B
     speed = 0
-    for name, cards in (("one", 1), ("two", 2), ("four", 4), ("eight", 8)):
-        weights = "bfloat16" if cards < 4 else "float32"
-        _, cells = find_row("README.md", "LLaMA-7B on", f"{name}, {weights} weights")
-        if cells[1] == "not measured":
-            assert "if as fast" in cells[2]  # as the row before
+    rows = {
+        "one, as on 24 GB": 1,
+        "one of 80 GB": 1,
+        "four, float32 weights": 4,
+        "eight, float32 weights": 8,
+    }
+    for row, cards in rows.items():
+        _, cells = find_row("README.md", "LLaMA-7B on", row)
+        if cells[2] == "not measured":
+            assert "if as fast" in cells[3]  # as the row before
         else:
-            speed = int(cells[1].replace(",", ""))
-        assert cells[2].startswith(f"{tokens / (cards * speed) / 3600:.1f}")
+            speed = int(cells[2].replace(",", ""))
+        assert cells[3].startswith(f"{tokens / (cards * speed) / 3600:.1f}")
 
 
 def test_costs_of_a_step_by_target():
