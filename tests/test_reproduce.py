@@ -76,7 +76,7 @@ def lines_of(path):
 
 
 def test_a_half_trained_arm_is_not_an_arm(start, call, novel, calls):
-    """Interrupted by SIGTERM, train.py leaves a model and exits with 0.
+    """Interrupted by SIGTERM, train.py leaves a half-trained model.
 
     The next call goes on; with other settings it is refused.
     """
