@@ -55,6 +55,11 @@ def save(model, base, tokenizer, path):
     config = families.as_written(model.config)
     state = model.state_dict()
     trained = {name: whole(state[name]).cpu() for name, p in model.named_parameters() if p.requires_grad}
+    if "embed.weight" in trained and config.tie_embeddings:
+        # PEFT leaves a tied head the old embedding, so the head is replaced as well, with its bias if any.
+        trained["head.weight"] = trained["embed.weight"].clone()
+        if config.head_bias:
+            trained["head.bias"] = state["head.bias"].cpu()
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     adapters, others = _named_as_by_peft(trained, config)
@@ -95,9 +100,6 @@ def _named_as_by_peft(trained, config):
             adapters[name_of(f"{layer}.weight").replace(".weight", f".lora_{part.upper()}.weight")] = tensor
         else:
             others[name_of(name)] = tensor.to(getattr(torch, config.dtype))
-    if "embed.weight" in trained and config.tie_embeddings:
-        # PEFT leaves a tied head the old embedding, so the head is replaced as well.
-        others[name_of("head.weight")] = others[name_of("embed.weight")].clone()
     return adapters, others
 
 
