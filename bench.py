@@ -171,6 +171,7 @@ def our_step(config, args, sampling, device):
         loss = torch.zeros((), device=device)
         total_weight = sum(token_weights.sum() for *_, token_weights in batch)
         dist.all_reduce(total_weight)
+        total_weight.clamp_(min=1)
         for micro_batch in batch:
             part = model(*micro_batch) / total_weight
             (part * dist.get_world_size()).backward()  # gradients are averaged over processes

@@ -272,9 +272,10 @@ def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, 
         windows = tail_windows(long_enough, bos, length, tail)
         total = tail * len(long_enough)
     else:
-        texts = [document if longest is None else document[: longest - len(bos)] for document in long_enough]
-        windows = sliding_windows_of_documents(texts, bos, length, stride)
-        total = sum(map(len, texts))
+        end = None if longest is None else longest - len(bos)
+        cut = [document[:end] for document in long_enough]
+        windows = sliding_windows_of_documents(cut, bos, length, stride)
+        total = sum(map(len, cut))
     edges = position_edges(length) if by_position else [0, length]
 
     nats = np.zeros((len(long_enough), len(edges) - 1))  # by document and range of positions

@@ -184,12 +184,12 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def set_whole(parameter, whole):
+def set_whole(parameter, values):
     """Copy a tensor into a parameter of its shape, of which this process may hold only some rows."""
     if isinstance(parameter, DTensor):
-        parameter.to_local().copy_(whole[own_rows(parameter)])
+        parameter.to_local().copy_(values[own_rows(parameter)])
     else:
-        parameter.copy_(whole)
+        parameter.copy_(values)
 
 
 # ---------------------------------------------------------------- the step

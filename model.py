@@ -264,16 +264,16 @@ def causal_attention(q, k, v, scale=None, place=None):
     T, S = q.shape[1], k.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T or S, D)
     grouped = k.shape[1] != q.shape[1]
-    if T == S and place is None:
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    else:
+    options = {"scale": scale, "enable_gqa": grouped}
+    if place is not None:
+        options["attn_mask"] = (torch.arange(S, device=place.device) <= place).expand(1, 1, 1, S)
+    elif T == S:
+        options["is_causal"] = True
+    elif T > 1:
         # is_causal would line up the first query with the first key. With a cache, the last query belongs
         # to the last key.
-        mask = None if T == 1 else causal_lower_right(T, S)
-        if place is not None:
-            mask = (torch.arange(S, device=place.device) <= place).expand(1, 1, 1, S)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-    return attended.transpose(1, 2).flatten(2)
+        options["attn_mask"] = causal_lower_right(T, S)
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import cli
@@ -79,12 +80,10 @@ class Session:
             while same < min(len(self.read), len(prompt) - 1) and self.read[same] == prompt[same]:
                 same += 1
         self.read = self.read[:same]
-        for keys_and_values in self.cache:
-            for tensor in keys_and_values:
-                filled = tensor.shape[1]
-                if filled < seq_len:
-                    tensor.resize_(1, seq_len, *tensor.shape[2:])  # which keeps what is in it
-                    tensor[:, filled:] = 0  # attention of a DecodeStep goes over it all
+        for i, keys_and_values in enumerate(self.cache):
+            missing = seq_len - keys_and_values[0].shape[1]
+            if missing > 0:  # The new places must hold finite numbers: a DecodeStep's attention meets them.
+                self.cache[i] = tuple(F.pad(x, (0, 0, 0, 0, 0, missing)) for x in keys_and_values)
         return same
 
     def _read(self, ids, seq_len):
@@ -98,15 +97,17 @@ class Session:
 class DecodeStep:
     """Reads one token after the other, and returns the logits (V,) for what follows each.
 
-    Started one by one from Python, the kernels of a step take ten times as long as on a GPU alone, so there
-    they are recorded as a CUDA graph and started together. Its shapes and addresses are fixed: attention goes
-    over the whole cache, of which a mask hides what is not filled yet.
+    On a GPU, launching a step's kernels one by one from Python takes ten times as long as they run. So they
+    are recorded as a CUDA graph there and launched together. Its shapes and addresses are fixed: attention
+    goes over all places up to `end`, of which a mask hides those that are not filled yet.
     """
 
     def __init__(self, model, cache, start, end):
-        """Make a step for the places from `start` to `end` of the cache."""
+        """Make a step for the tokens at the places from `start` to `end` of the cache, in this order."""
         device = model.embed.weight.device
-        self.model, self.cache, self.start = model, cache, start
+        self.model, self.start = model, start
+        # After an earlier, longer text the cache has more places.
+        self.cache = [(keys[:, :end], values[:, :end]) for keys, values in cache]
         # Of all these places at once. What a CUDA graph holds must not come from the CPU.
         self.rotations = model.rotations(torch.arange(start, end, device=device)[None], start, end, [end])
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
@@ -116,6 +117,7 @@ class DecodeStep:
             self.record()
 
     def __call__(self, token):
+        """Read the id of the token at the next place. The logits are overwritten by the next call."""
         self.token.fill_(token)
         if self.graph:
             self.graph.replay()
@@ -125,7 +127,7 @@ class DecodeStep:
         return self.logits
 
     def read(self):
-        """Read the token at the place, and return the logits."""
+        """Return the logits (V,) behind self.token at self.place, and keep its keys and values."""
         here = self.place - self.start
         rotation = (None if x is None else x.index_select(1, here) for x in self.rotations)
         return self.model.head(self.model.hidden_at(self.token, *rotation, self.cache, self.place))[0, 0]

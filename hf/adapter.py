@@ -32,19 +32,16 @@ def check(config):
     So it is with GPT-J and Baichuan, which are written under the names of another family, and with Phi-3 and
     GPT-NeoX, where one layer is what are several here.
     """
-    written = families.as_written(config).model_type
-    names = families.stored_parameters(config)
-    reason = None
-    if any(
-        families.published_name(n, config.model_type) != families.published_name(n, written) for n in names
-    ):
-        reason = f"its weights are written as those of {written}"
-    elif len(families.by_published_name(names, config.model_type)) < len(names):
+    written_as = families.as_written(config).model_type
+    parameters = families.stored_parameters(config)
+    own_names = [families.published_name(name, config.model_type) for name in parameters]
+    if own_names != [families.published_name(name, written_as) for name in parameters]:
+        reason = f"its weights are written as those of {written_as}"
+    elif len(set(own_names)) < len(own_names):
         reason = "it has q, k and v in one layer"
-    if reason:
-        raise InputError(
-            f"adapters of {config.model_type} fit no stock model: {reason}; take the merged model"
-        )
+    else:
+        return
+    raise InputError(f"adapters of {config.model_type} fit no stock model: {reason}; take the merged model")
 
 
 def save(model, base, tokenizer, path):
@@ -58,6 +55,11 @@ def save(model, base, tokenizer, path):
     config = families.as_written(model.config)
     state = model.state_dict()
     trained = {name: whole(state[name]).cpu() for name, p in model.named_parameters() if p.requires_grad}
+    if "embed.weight" in trained and config.tie_embeddings:
+        # PEFT leaves a tied head the old embedding, so the head is replaced as well, with its bias if any.
+        trained["head.weight"] = trained["embed.weight"].clone()
+        if config.head_bias:
+            trained["head.bias"] = state["head.bias"].cpu()
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     adapters, others = _named_as_by_peft(trained, config)
@@ -98,9 +100,6 @@ def _named_as_by_peft(trained, config):
             adapters[name_of(f"{layer}.weight").replace(".weight", f".lora_{part.upper()}.weight")] = tensor
         else:
             others[name_of(name)] = tensor.to(getattr(torch, config.dtype))
-    if "embed.weight" in trained and config.tie_embeddings:
-        # PEFT leaves a tied head the old embedding, so the head is replaced as well.
-        others[name_of("head.weight")] = others[name_of("embed.weight")].clone()
     return adapters, others
 
 

@@ -72,9 +72,10 @@ LARGEST_SIZES = {
     "rotary_dim": 2**14,
     "max_position_embeddings": 2**31,
 }
-SWIGLU = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+# Keys of config.json with the only value that this code computes.
+LLAMA_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 NO_PADDING = {"pad_token_id": None}  # else stock classes take one of their own, which may be out of range
-ALL_BUT_LLAMA3 = ("default", "linear", "yarn")  # the rope_types that llama.cpp has for most families
+IN_LLAMA_CPP = ("default", "linear", "yarn")  # the rope_types that llama.cpp computes for most families
 PARALLEL = {"norm": "layer", "mlp": "gelu", "parallel": True, "mlp_bias": True, "head_bias": True}
 
 
@@ -91,7 +92,7 @@ class Family:
     # Sizes that may be absent or null:
     optional: tuple = ("num_key_value_heads", "head_dim")
     norm_eps: str = "rms_norm_eps"
-    fixed: dict = field(default_factory=lambda: SWIGLU)  # keys with the only value that this code computes
+    fixed: dict = field(default_factory=lambda: LLAMA_FIXED)  # see there
     flags: dict = field(default_factory=dict)  # a switch in Config -> its key
     multipliers: dict = field(default_factory=dict)  # a positive number in Config -> its key
     names_rope_layers: bool = False  # no_rope_layers says which layers have RoPE
@@ -112,7 +113,7 @@ class Family:
     stacked_by_head: bool = False  # the tensor of q, k and v has these three of the first head, then the next
     tokenizer_class: str | None = None  # to write instead of a class of the family's own code
     # The rope_types that other loaders compute, see hf/loaders.py:
-    llama_cpp: tuple | None = (*ALL_BUT_LLAMA3, "llama3")  # (): not even another base; None: it reads none
+    llama_cpp: tuple | None = (*IN_LLAMA_CPP, "llama3")  # (): not even another base; None: it reads none
     mlx_lm: tuple = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -136,14 +137,14 @@ FAMILIES = {  # by the model_type of config.json
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
-        llama_cpp=ALL_BUT_LLAMA3,
+        llama_cpp=IN_LLAMA_CPP,
         block={"qkv_bias": True},
         defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 32},
         written={"sliding_window": None},
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
-        llama_cpp=ALL_BUT_LLAMA3,
+        llama_cpp=IN_LLAMA_CPP,
         block={"qk_norm": "head"},
         defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "head_dim": 128},
         written={"sliding_window": None},
@@ -165,8 +166,8 @@ FAMILIES = {  # by the model_type of config.json
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
-        llama_cpp=ALL_BUT_LLAMA3,
-        fixed=SWIGLU | {"use_sliding_window": False},
+        llama_cpp=IN_LLAMA_CPP,
+        fixed=LLAMA_FIXED | {"use_sliding_window": False},
         names_rope_layers=True,
         defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 4, "tie_word_embeddings": True},
         rope_theta=2e6,
@@ -174,7 +175,7 @@ FAMILIES = {  # by the model_type of config.json
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
-        llama_cpp=ALL_BUT_LLAMA3,
+        llama_cpp=IN_LLAMA_CPP,
         block={"post_norm": True, "qk_norm": "all_heads"},
         defaults={"rms_norm_eps": 1e-5},
         written=NO_PADDING,
@@ -185,7 +186,7 @@ FAMILIES = {  # by the model_type of config.json
     ),
     "granite": Family(
         "GraniteForCausalLM",
-        llama_cpp=ALL_BUT_LLAMA3,
+        llama_cpp=IN_LLAMA_CPP,
         multipliers={
             "embedding_multiplier": "embedding_multiplier",
             "attention_scale": "attention_multiplier",
@@ -274,7 +275,7 @@ FAMILIES = {  # by the model_type of config.json
         written_as="llama",
         scaled_queries_as="ministral3",
         sizes={name: key for name, key in LLAMA_SIZES.items() if name not in ("n_kv_heads", "head_dim")},
-        fixed=SWIGLU | {"tie_word_embeddings": False},
+        fixed=LLAMA_FIXED | {"tie_word_embeddings": False},
         names={f"attention.{name}": "self_attn.W_pack" for name in ("q", "k", "v")},
         tokenizer_class="LlamaTokenizer",
     ),
@@ -330,7 +331,7 @@ def _config(c):
             raise ValueError(f"{key} {c[key]!r} is not known for {model_type}")
     sizes = _sizes(c, family)
     for key, usual in family.rope_keys.items():
-        c = c | {usual: c.get(key)}
+        c = c | {usual: c.get(key)}  # also if it is absent: the stock class does not look at the usual one
     defaults = family.partial_rotary or 1, family.rope_theta
     theta, scaling, partial = read_rope(c, sizes["max_position_embeddings"], *defaults)
     rope_type = (scaling or {}).get("rope_type", "default")

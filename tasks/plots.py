@@ -55,11 +55,13 @@ def draw_curves(axes, reports, point):
     octaves = np.log2(lengths[-1] / lengths[0])
     for i, report in enumerate(reports):
         results = report["results"]
-        values, below, above = np.array([point(result) for result in results]).T
+        values, *bars = np.array([point(result) for result in results]).T
+        # Rounding may put the end of an interval a little inside of 0 or 100%. matplotlib would refuse it.
+        bars = np.maximum(bars, 0)
         beside = 2 ** (BESIDE * octaves * (i - (len(reports) - 1) / 2))
         places = beside * np.array([result["length"] for result in results])
         style = {"marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)], "color": f"C{i}"}
-        axes.errorbar(places, values, (below, above), capsize=3, label=report["model"], **style)
+        axes.errorbar(places, values, bars, capsize=3, label=report["model"], **style)
         beyond = np.array([bool(result["beyond_window"]) for result in results])
         style |= {"linestyle": "none", "markerfacecolor": "white", "zorder": 3}
         axes.plot(places[beyond], values[beyond], **style)

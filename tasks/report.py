@@ -4,8 +4,8 @@ An interrupted evaluation goes on from the file.
 
 A report is what is known of one model: {"task", "model", "window", "original_window" (in tokens, the latter
 before any interpolation that is recorded), "results": [one entry for each length or benchmark]}. All models
-of a call stand in one table and one file. A task is shown by one of the tables
-below: shares of right answers, RULER's scores, perplexities, scores of benchmarks.
+of a call stand in one table and one file. A task is shown by one of the tables below: shares of right
+answers, RULER's scores, perplexities, scores of benchmarks.
 """
 
 import math

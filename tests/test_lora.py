@@ -339,13 +339,15 @@ def test_peft_and_transformers_load_the_adapters(four_steps, base):
     assert json.loads((own / "adapter_config.json").read_text())["modules_to_save"] is None
 
 
-@pytest.mark.parametrize("family, beta, tied", [("Phi", 0, False), ("Llama", 0.2, False), ("Llama", 0, True)])
+@pytest.mark.parametrize(
+    "family, beta, tied", [("Phi", 0, False), ("Llama", 0.2, False), ("Llama", 0, True), ("Phi", 0, True)]
+)
 def test_peft_finds_all_that_was_trained_in_the_family_that_is_written(
     make_llama, tmp_path, family, beta, tied
 ):
     """Also embedding and norms. Phi has other names, and with scaled queries another class reads LLaMA's.
 
-    A head that is tied to a trained embedding is trained with it.
+    A head that is tied to a trained embedding is trained with it. Phi's has a bias, which stays.
     """
     from peft import AutoPeftModelForCausalLM
 

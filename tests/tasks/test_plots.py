@@ -99,6 +99,14 @@ def test_the_number_of_prompts_is_said(draw, function, says):
     assert says in draw(function, report("base", 256, 256)).axes[0].get_ylabel()
 
 
+def test_an_interval_that_rounding_leaves_short_of_100_percent_is_drawn(draw):
+    """That of 200 right answers to 200 prompts is one."""
+    certain = report("base", 256, 256)
+    for result in certain["results"]:
+        result |= {"accuracy": 1.0, "interval": [0.98, 1 - 2**-53]}
+    draw(plots.draw_accuracy, certain)
+
+
 @pytest.mark.parametrize("function, panel", [(plots.draw_accuracy_grids, 0), (plots.draw_ruler, 1)])
 def test_heat_maps_have_the_window_between_two_columns(draw, function, panel):
     axes = draw(function, report("extended", 512, 200)).axes[panel]
