@@ -30,7 +30,7 @@ import data
 import fsdp
 import retrieval
 from hf import adapter, builtin, families, loaders, scaling, weights
-from hf.tokenizer import load as load_tokenizer
+from hf.tokenizer import load_for as load_tokenizer
 from model import Adapter, add_adapters, empty_transformer, initial_a
 from storage import texts
 from storage.checkpoint import Checkpoints
@@ -225,7 +225,8 @@ def run(args):
     args.model = args.model or builtin.default_model(args.device)
     if args.dry_run:  # which needs no weights, so that they need not be there
         path = builtin.resolve(args.model)
-        base, tokenizer = families.read_config(path), load_tokenizer(path)
+        base = families.read_config(path)
+        tokenizer = load_tokenizer(base, path)
     else:
         folder = builtin.open_model(args.model)
         base, tokenizer = folder.config, folder.load_tokenizer()
