@@ -16,7 +16,7 @@ import fsdp
 from bench import SHAPES, shape
 from hf.builtin import open_model, resolve
 from model import Config, Transformer, add_adapters, empty_transformer, linear_layers
-from tasks import plan
+from tasks import announcement, plan
 
 DEEP = Config(320, 64, 176, 6, 4, 2, 16, 64)
 WIDE = Config(4096, 96, 256, 2, 4, 4, 24, 64, tie_embeddings=True)
@@ -242,7 +242,7 @@ def test_the_way_that_fits_costs_as_little_as_possible():
     ],
 )
 def test_a_time_in_words(seconds, words):
-    assert plan.duration(seconds) == words
+    assert announcement.duration(seconds) == words
 
 
 # ---------------------------------------------------------------- train.py --dry_run
