@@ -99,6 +99,12 @@ class Needs:
         """The size of the model that the run writes, in the dtype that it came in."""
         return {"float32": 4}.get(self.shape.config.dtype, 2) * self.shape.parameters
 
+    @property
+    def saving_bytes(self):
+        """The host's memory that a process has in use while its copy of a checkpoint is written."""
+        held = self.whole if self.room.on_cpu else plan.memory(self.shape, self.way).host
+        return held + self.checkpoint_bytes / self.way.processes
+
     def lines(self):
         """Return what is needed, a line each for the run, its texts, memory and disk."""
         batches, need = self.batches, plan.memory(self.shape, self.way)
@@ -147,6 +153,10 @@ class Needs:
             found.append(f"a CPU needs about {duration(seconds)} for this: take a GPU, or a smaller model")
         if self.whole > self.room.memory:
             found.append(f"the memory is too small; {self.mending(as_options)}")
+        elif self.saving_bytes > self.room.host:
+            of_host = f"{gib(self.saving_bytes)} of the host's memory, which has {gib(self.room.host)} for it"
+            remedy = f"take a larger one; {as_options({'save_minutes': 0})} writes none while it goes well"
+            found.append(f"while it writes a checkpoint a process needs {of_host}: {remedy}")
         return found
 
     def mending(self, as_options):

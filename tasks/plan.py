@@ -9,10 +9,13 @@ Notable choices:
 - Small change is left out: vectors that a block keeps, the ids of the next batch, a block's smaller products.
 """
 
+import contextlib
 import itertools
+import math
 import os
 import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -240,13 +243,14 @@ class Room:
     """What there is for a run, in bytes.
 
     memory: of one process, on the device that computes. beside: what it takes of that besides a step's
-    tensors. disk: free. on_cpu: whether the device is the CPU.
+    tensors. disk: free. on_cpu: whether the device is the CPU. host: a process's share of the host's memory.
     """
 
     memory: float
     beside: float
     disk: int
     on_cpu: bool
+    host: float = math.inf
 
 
 def room_for(device, out):
@@ -256,13 +260,20 @@ def room_for(device, out):
     """
     paths = (out.absolute(), *out.absolute().parents)
     disk = shutil.disk_usage(next(path for path in paths if path.exists())).free
+    host = host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", 0))
-        return Room(torch.cuda.get_device_properties(index).total_memory, CUDA_CONTEXT, disk, on_cpu=False)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    share = memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        of_gpu = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0)))
+        return Room(of_gpu.total_memory, CUDA_CONTEXT, disk, on_cpu=False, host=host)
     beside = fsdp.peak_memory(torch.device(device)) + LOADED_LATER
-    return Room(share, beside, disk, on_cpu=True)
+    return Room(host, beside, disk, on_cpu=True, host=host)
+
+
+def host_memory():
+    """Return the bytes of memory of this machine, or what its container may have of them."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max" in it
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory
 
 
 def of_process(shape, way, room):
