@@ -1,4 +1,4 @@
-"""Command lines: options and their checks, completion by defaults, one-line errors, exit codes.
+"""Command lines: options and their checks, completion by defaults, one-line errors, signals, exit codes.
 
 Options have their types and ranges here; what depends on several of them, or on the model, is checked when
 they are completed. Exit codes: 0 done, 2 input that cannot be used (one line on stderr says what, where,
@@ -931,7 +931,35 @@ def training_record(args, as_given):
     return record
 
 
-# ---------------------------------------------------------------- what they mean for the plan of a run
+def what_stays(record):
+    """Return what a checkpoint must have in common with the run of a record, {option or hash: value}."""
+    return {key: value for key, value in record.items() if key not in MAY_CHANGE + BY_CONTENT}
+
+
+def check_same_model_and_texts(out, record):
+    """Raise InputError if the run in `out` began with other weights or texts, whatever their paths."""
+    earlier = read_json(out / "args.json")
+    hashes = {key: value for key, value in record.items() if key.endswith("_sha256")}
+    if changed := describe_changes(earlier, hashes):
+        paths = describe_changes(earlier, {key: record[key] for key in BY_CONTENT})
+        changed = "; ".join(filter(None, (changed, paths)))
+        raise InputError(f"--resume: {out} is of another run: {changed}; start again with another --out")
+
+
+def check_agreement(record):
+    """Raise InputError if the processes were started with different arguments."""
+    records = [None] * dist.get_world_size()
+    dist.all_gather_object(records, record)
+    for key in record:
+        values = [other.get(key) for other in records]
+        if any(value != record[key] for value in values):
+            raise InputError(
+                f"{key} differs between processes: {values}; start all with the same arguments, texts and "
+                "model"
+            )
+
+
+# ---------------------------------------------------------------- what options mean for the plan of a run
 
 
 def way_of(args, processes):

@@ -35,7 +35,6 @@ from storage.checkpoint import Checkpoints
 from storage.errors import InputError
 from storage.files import cache_dir, write_json
 from storage.log import Log, is_finished, mark_finished, show_progress, unmark_finished
-from storage.values import describe_changes, read_json
 from tasks import announcement, plan
 from tasks.validation import Validation
 
@@ -66,7 +65,6 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
     for step, batch in zip(progress, prefetched):
         lr = learning_rate(step, args)
         set_learning_rate(optimizer, lr)
-
         loss = torch.zeros((), device=device)  # nats a token, the weighted mean over the global batch
         total_weight = sum(token_weights.sum() for *_, token_weights in batch)
         dist.all_reduce(total_weight)
@@ -230,11 +228,11 @@ def run(args):
     if batches:
         record["data_sha256"] = batches.documents.sha256
     if args.resume:
-        check_same_model_and_texts(args.out, record)
+        cli.check_same_model_and_texts(args.out, record)
 
     # All that a user can get wrong has been checked. What follows takes memory and writes into --out.
     device = fsdp.start(args.device)
-    check_agreement(record)
+    cli.check_agreement(record)
     announce(args, as_given, base, config, batches)
     model = load_sharded(args, folder, config, device)
     dist.barrier()  # a process that has read a weight that is NaN ends there, and then nothing is written
@@ -242,9 +240,7 @@ def run(args):
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "args.json", record)
     optimizer = fsdp.adamw(model, args.lr, 1 / cli.LORA_LR if args.lora_rank else 1.0)
-    may_differ = cli.MAY_CHANGE + cli.BY_CONTENT
-    must_match = {key: value for key, value in record.items() if key not in may_differ}
-    checkpoints = Checkpoints(args.out / "checkpoints", must_match, args.keep)
+    checkpoints = Checkpoints(args.out / "checkpoints", cli.what_stays(record), args.keep)
     first_step = go_on_from(checkpoints, model, optimizer, args.out) if args.resume else 0
     if validation:  # the loss before training; and too little memory for it shows here, not at the end
         validate(validation, model, device, first_step)
@@ -406,29 +402,6 @@ def retrieval_episodes(args, tokenizer):
         return retrieval.episode(rng, document, args.episode_len, reach, tokenizer, weights)
 
     return data.Episodes(args.retrieval, args.batch_size, args.episode_len, make)
-
-
-def check_same_model_and_texts(out, record):
-    """Raise InputError if the run in `out` began with other weights or texts, whatever their paths."""
-    earlier = read_json(out / "args.json")
-    hashes = {key: value for key, value in record.items() if key.endswith("_sha256")}
-    if changed := describe_changes(earlier, hashes):
-        paths = describe_changes(earlier, {key: record[key] for key in cli.BY_CONTENT})
-        changed = "; ".join(filter(None, (changed, paths)))
-        raise InputError(f"--resume: {out} is of another run: {changed}; start again with another --out")
-
-
-def check_agreement(record):
-    """Raise InputError if the processes were started with different arguments."""
-    records = [None] * dist.get_world_size()
-    dist.all_gather_object(records, record)
-    for key in record:
-        values = [other.get(key) for other in records]
-        if any(value != record[key] for value in values):
-            raise InputError(
-                f"{key} differs between processes: {values}; start all with the same arguments, texts and "
-                "model"
-            )
 
 
 def announce(args, as_given, base, config, batches):
