@@ -1,4 +1,4 @@
-"""Command lines: options and their checks, completion by defaults, one-line errors, exit codes.
+"""Command lines: options and their checks, completion by defaults, one-line errors, signals, exit codes.
 
 Options have their types and ranges here; what depends on several of them, or on the model, is checked when
 they are completed. Exit codes: 0 done, 2 input that cannot be used (one line on stderr says what, where,
@@ -7,6 +7,7 @@ and what to do), 130 interrupted; and a training run that a signal has stopped e
 
 import argparse
 import contextlib
+import copy
 import errno
 import importlib.util
 import math
@@ -29,6 +30,7 @@ from storage.errors import InputError, LocalError, printable, warn
 from storage.files import is_stream, only_one_process
 from storage.log import is_finished, is_half_trained
 from storage.values import describe_changes, read_json
+from tasks import plan
 
 LARGEST = 2**31  # length in tokens, or factor
 LARGEST_SEED = 2**63 - 1
@@ -252,7 +254,7 @@ def split_batch(batch_size, micro_batch_size, tokens, world=None):
     return share, micro_batch_size
 
 
-# ---------------------------------------------------------------- errors and exit codes
+# ---------------------------------------------------------------- errors, exit codes, signals
 
 
 def run(main):
@@ -373,6 +375,41 @@ def leave(code):
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()
     os._exit(code)
+
+
+def catch_signals(checkpoints):
+    """Catch SIGINT, SIGTERM and SIGHUP from here on, and return the list to which each adds its number.
+
+    They do not end the process, but a second Ctrl-C does. checkpoints: the storage.checkpoint.Checkpoints
+    that tell what that would cost.
+    """
+    caught = []
+    speaks = dist.get_rank() == 0
+    # torchrun passes signals on several times, and kills after a while itself.
+    may_end_at_once = "TORCHELASTIC_RUN_ID" not in os.environ
+
+    def tell(line):
+        if speaks:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, f"\n{line}\n".encode())  # print may be in the middle of something
+
+    def catch(number, frame):
+        lost = f"what came after step {checkpoints.newest}" if checkpoints.newest else "all steps so far"
+        if number == signal.SIGINT and number in caught and may_end_at_once:
+            tell(f"ended at once; {lost} is discarded")
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        caught.append(number)
+        at_once = ""
+        if number == signal.SIGINT and may_end_at_once:
+            at_once = f"; a second Ctrl-C ends it at once and discards {lost}"
+        tell(f"stopping after this step and saving{at_once}")
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        is_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+        if not is_nohup:  # which asks for a run that outlives its terminal
+            signal.signal(number, catch)
+    return caught
 
 
 # ---------------------------------------------------------------- the command line of train.py
@@ -892,3 +929,75 @@ def training_record(args, as_given):
     for option in MAY_CHANGE:
         record[option] = getattr(as_given, option)
     return record
+
+
+def what_stays(record):
+    """Return what a checkpoint must have in common with the run of a record, {option or hash: value}."""
+    return {key: value for key, value in record.items() if key not in MAY_CHANGE + BY_CONTENT}
+
+
+def check_same_model_and_texts(out, record):
+    """Raise InputError if the run in `out` began with other weights or texts, whatever their paths."""
+    earlier = read_json(out / "args.json")
+    hashes = {key: value for key, value in record.items() if key.endswith("_sha256")}
+    if changed := describe_changes(earlier, hashes):
+        paths = describe_changes(earlier, {key: record[key] for key in BY_CONTENT})
+        changed = "; ".join(filter(None, (changed, paths)))
+        raise InputError(f"--resume: {out} is of another run: {changed}; start again with another --out")
+
+
+def check_agreement(record):
+    """Raise InputError if the processes were started with different arguments."""
+    records = [None] * dist.get_world_size()
+    dist.all_gather_object(records, record)
+    for key in record:
+        values = [other.get(key) for other in records]
+        if any(value != record[key] for value in values):
+            raise InputError(
+                f"{key} differs between processes: {values}; start all with the same arguments, texts and "
+                "model"
+            )
+
+
+# ---------------------------------------------------------------- what options mean for the plan of a run
+
+
+def way_of(args, processes):
+    """Return the plan.Way of a run with these completed options on so many processes."""
+    return plan.Way(
+        train_len=args.train_len,
+        examples=args.micro_batch_size,
+        micro_batches=args.batch_size // processes // args.micro_batch_size,
+        processes=processes,
+        param_bytes=getattr(torch, args.param_dtype).itemsize,
+        compute_bytes=getattr(torch, args.dtype).itemsize,
+        activation_checkpointing=args.activation_checkpointing,
+        cpu_offload=args.cpu_offload,
+        compiled=args.compile,
+    )
+
+
+def ways_on_gpus(args, as_given):
+    """Return {number of GPUs: plan.Way} of the same batches on 1, 2, 4 and 8 GPUs.
+
+    args, as_given: the options as completed and before. Numbers that do not share a batch evenly are left
+    out.
+    """
+    on_gpu = copy.copy(args)
+    on_gpu.dtype = as_given.dtype or compute_dtype("cuda")
+    on_gpu.compile = as_given.compile is not False
+    micro_batch_size = 1 if takes_single_examples(args) else as_given.micro_batch_size
+    ways = {}
+    for n in (1, 2, 4, 8):
+        with contextlib.suppress(InputError):
+            _, on_gpu.micro_batch_size = split_batch(args.batch_size, micro_batch_size, args.train_len, n)
+            ways[n] = way_of(on_gpu, n)
+    return ways
+
+
+def as_options(values):
+    """Return {option: value} as words of a command line. An option that is True has no value there."""
+    words = []
+    for option, value in values.items():
+        words.append(f"--{option}" if value is True else f"--{option} {value}")
+    return " ".join(words)

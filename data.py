@@ -70,15 +70,17 @@ def tokenised(paths, tokenizer, cache, text_key="text"):
     """Return the Documents in `paths` (see texts.find_files), tokenised into a folder under `cache`.
 
     text_key: see texts.read_documents. A folder that is there already and whole is reused. Its name depends
-    on what the files and the tokenizer hold, not on where they are or when they were written.
+    on what the files and the tokenizer hold and on how many embeddings the model has, not on where files are
+    or when they were written.
     """
     files = texts.find_files(paths)
     key = hashlib.sha256(CACHE_LAYOUT)
     for content in tokenizer.files.values():  # a chat template is among them
         key.update(content)
+    key.update(repr(tokenizer.n_embeddings).encode())  # ids beyond were refused when it was written
     key.update(texts.fingerprint(files).encode())
     key.update(repr([(texts.format_of(path), texts.packing_of(path)) for path in files]).encode())
-    key.update(text_key.encode())
+    key.update(text_key.encode(errors="surrogateescape"))  # as words that are no UTF-8 come from the shell
     folder = Path(cache) / "tokens" / key.hexdigest()[:24]
     was_there = folder.exists()
     documents = whole_documents(folder)
@@ -133,7 +135,8 @@ def content_hash(folder):
 
 def tokenise(files, tokenizer, folder, text_key):
     """Tokenise files into an empty folder, as Documents reads it. Raise InputError if they hold no text."""
-    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
+    n_ids = max(tokenizer.vocab_size, tokenizer.n_embeddings or 0)  # control tokens may be beyond the first
+    dtype = np.dtype("uint16" if n_ids <= 2**16 else "uint32")
     (folder / "dtype").write_text(dtype.name)
     starts = [0]
     n_bytes = sum(path.stat().st_size for path in files)

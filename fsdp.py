@@ -14,6 +14,8 @@ Notable choices:
 
 import math
 import os
+import resource
+import sys
 from functools import partial
 
 import torch
@@ -73,6 +75,14 @@ def peak_flops(device):
             if card in name:
                 return flops
     return None
+
+
+def peak_memory(device):
+    """Return this process's peak memory so far, in bytes: the GPU's if it computes there, else the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # ---------------------------------------------------------------- the model

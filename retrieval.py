@@ -20,8 +20,8 @@ in tasks/, which are to measure a skill and not sentences learned by heart. All 
 
 Every target has a weight in the loss: in the text 1, or 0 where only answers count, as in any other window;
 0 in facts, in what a question says before its answer, and at the line breaks before both, since nothing in
-the window foretells them; and
-ANSWER_WEIGHT in answers and at the token behind each, for a model must also know where an answer ends.
+the window foretells them; and ANSWER_WEIGHT in answers and at the token behind each, for a model must also
+know where an answer ends.
 """
 
 import numpy as np

@@ -13,9 +13,7 @@ import contextlib
 import copy
 import math
 import os
-import resource
 import shlex
-import shutil
 import signal
 import statistics
 import sys
@@ -29,21 +27,20 @@ import cli
 import data
 import fsdp
 import retrieval
-from hf import adapter, builtin, families, loaders, scaling, weights
-from hf.tokenizer import load as load_tokenizer
+from hf import adapter, builtin, families, scaling, weights
+from hf.tokenizer import load_for as load_tokenizer
 from model import Adapter, add_adapters, empty_transformer, initial_a
 from storage import texts
 from storage.checkpoint import Checkpoints
 from storage.errors import InputError
 from storage.files import cache_dir, write_json
 from storage.log import Log, is_finished, mark_finished, show_progress, unmark_finished
-from storage.values import describe_changes, read_json
-from tasks import plan
+from tasks import announcement, plan
 from tasks.validation import Validation
 
 MAX_GRAD_NORM = 1.0
 MAX_SKIPPED = 10  # A run gives up after so many updates in a row that are not finite.
-STEADY_STEP = 3  # The step of a call, counted from 1, whose time is that of later steps.
+WARM_UP_STEPS = 2  # The first steps of a call, which compile and allocate, and take longer than later ones.
 TIMED_STEPS = 10  # After so many steps of a call the time that is left is said.
 
 
@@ -54,7 +51,7 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
     """Train from first_step (steps count from 0) to args.steps, and return how many steps are done then.
 
     batches: data.Batches. validation: None, or a function of model and device that returns {length: nats a
-    token}. signals: the list of catch_signals: once a process has caught one, all save and stop together.
+    token}. signals: the list of cli.catch_signals: once a process has caught one, all save and stop together.
     Raise InputError after MAX_SKIPPED updates in a row that were not finite.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -67,9 +64,7 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
     # zip asks progress first: after the last step no batch is asked for.
     for step, batch in zip(progress, prefetched):
         lr = learning_rate(step, args)
-        for group, share in zip(optimizer.param_groups, optimizer.lr_shares):
-            group["lr"] = share * lr
-
+        set_learning_rate(optimizer, lr)
         loss = torch.zeros((), device=device)  # nats a token, the weighted mean over the global batch
         total_weight = sum(token_weights.sum() for *_, token_weights in batch)
         dist.all_reduce(total_weight)
@@ -91,9 +86,10 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
         figures = {"step": done, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
         step_seconds.append(time.perf_counter() - began)
         figures |= speed_and_memory(model, args, step_seconds[-1], device)
-        is_finite = math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])
-        skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1
-        figures |= {} if is_finite else {"skipped": True}
+        is_skipped = not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"]))
+        skipped_in_a_row = skipped_in_a_row + 1 if is_skipped else 0
+        if is_skipped:
+            figures["skipped"] = True
         if validation and not stop and (done % args.eval_every == 0 or done == args.steps):
             figures["validation"] = validate(validation, model, device, done)
         if rank == 0:
@@ -130,6 +126,12 @@ def learning_rate(step, args):
     return args.lr * (args.steps - step) / max(1, args.steps - args.warmup_steps)
 
 
+def set_learning_rate(optimizer, lr):
+    """Give each group of parameters its share of the learning rate, see fsdp.adamw."""
+    for group, share in zip(optimizer.param_groups, optimizer.lr_shares):
+        group["lr"] = share * lr
+
+
 def raise_if_diverged(skipped_in_a_row, done, steps):
     """Raise InputError if too many updates in a row were left out, or all `steps`. done: steps so far."""
     if skipped_in_a_row == min(MAX_SKIPPED, steps):
@@ -145,8 +147,8 @@ def say_time_left(steps_left, step_seconds):
     step_seconds: what each step of this call has taken so far.
     """
     if steps_left and len(step_seconds) == TIMED_STEPS:
-        steady = statistics.median(step_seconds[STEADY_STEP - 1 :])
-        say(f"about {plan.duration(steps_left * steady)} to go")
+        steady = statistics.median(step_seconds[WARM_UP_STEPS:])
+        say(f"about {announcement.duration(steps_left * steady)} to go")
 
 
 def agreed(*values, device):
@@ -181,16 +183,8 @@ def speed_and_memory(model, args, seconds, device):
     return {
         "tokens_per_second": tokens_per_second,
         "mfu": flops / peak if peak else None,
-        "peak_memory_gib": peak_memory_gib(device),
+        "peak_memory_gib": fsdp.peak_memory(device) / 2**30,
     }
-
-
-def peak_memory_gib(device):
-    """Return this process's peak memory so far, in GiB: the GPU's if it computes there, else the host's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def say(line):
@@ -223,12 +217,7 @@ def run(args):
     as_given = copy.copy(args)
     args.device = cli.device(args.device)
     args.model = args.model or builtin.default_model(args.device)
-    if args.dry_run:  # which needs no weights, so that they need not be there
-        path = builtin.resolve(args.model)
-        base, tokenizer = families.read_config(path), load_tokenizer(path)
-    else:
-        folder = builtin.open_model(args.model)
-        base, tokenizer = folder.config, folder.load_tokenizer()
+    folder, base, tokenizer = open_base(args)
     cli.complete_training(args, base)
     config = extended_config(base, args)
     batches, validation = read_texts(args, tokenizer) if args.steps else (None, None)
@@ -239,11 +228,11 @@ def run(args):
     if batches:
         record["data_sha256"] = batches.documents.sha256
     if args.resume:
-        check_same_model_and_texts(args.out, record)
+        cli.check_same_model_and_texts(args.out, record)
 
     # All that a user can get wrong has been checked. What follows takes memory and writes into --out.
     device = fsdp.start(args.device)
-    check_agreement(record)
+    cli.check_agreement(record)
     announce(args, as_given, base, config, batches)
     model = load_sharded(args, folder, config, device)
     dist.barrier()  # a process that has read a weight that is NaN ends there, and then nothing is written
@@ -251,30 +240,47 @@ def run(args):
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "args.json", record)
     optimizer = fsdp.adamw(model, args.lr, 1 / cli.LORA_LR if args.lora_rank else 1.0)
-    may_differ = cli.MAY_CHANGE + cli.BY_CONTENT
-    must_match = {key: value for key, value in record.items() if key not in may_differ}
-    checkpoints = Checkpoints(args.out / "checkpoints", must_match, args.keep)
+    checkpoints = Checkpoints(args.out / "checkpoints", cli.what_stays(record), args.keep)
     first_step = go_on_from(checkpoints, model, optimizer, args.out) if args.resume else 0
     if validation:  # the loss before training; and too little memory for it shows here, not at the end
         validate(validation, model, device, first_step)
 
-    signals = catch_signals(checkpoints)
+    signals = cli.catch_signals(checkpoints)
     done = None
     try:
-        try:
-            done = train(
-                args, model, optimizer, batches, validation, checkpoints, first_step, device, signals
-            )
-        finally:  # An error in a step must not cost the checkpoint that is still being written.
+        done = train(args, model, optimizer, batches, validation, checkpoints, first_step, device, signals)
+    finally:
+        try:  # An error in a step must not cost the checkpoint that is still being written,
             checkpoints.finish()
-    finally:  # A disk too full for the last checkpoint must not cost the model.
-        if done is not None:
-            weights.save(model, tokenizer, args.out / "model")
-            if args.adapter:
-                adapter.save(model, folder, tokenizer, args.out / "adapter")
-            if dist.get_rank() == 0 and done == args.steps:
-                mark_finished(args.out, done)
+        finally:  # and a disk too full for the last checkpoint must not cost the model.
+            if done is not None:
+                write_model(args, model, folder, tokenizer, done)
     end_run(args, done, checkpoints, signals, device)
+
+
+def open_base(args):
+    """Return the CheckpointFolder of the model to train, its Config and its tokenizer.
+
+    A dry run needs no weights, so that they need not be there. The folder is None then.
+    """
+    if args.dry_run:
+        path = builtin.resolve(args.model)
+        base = families.read_config(path)
+        return None, base, load_tokenizer(base, path)
+    folder = builtin.open_model(args.model)
+    return folder, folder.config, folder.load_tokenizer()
+
+
+def write_model(args, model, folder, tokenizer, done):
+    """Write the model after `done` steps, and its adapters if they are wanted by themselves.
+
+    folder: the CheckpointFolder that it came from.
+    """
+    weights.save(model, tokenizer, args.out / "model")
+    if args.adapter:
+        adapter.save(model, folder, tokenizer, args.out / "adapter")
+    if dist.get_rank() == 0 and done == args.steps:
+        mark_finished(args.out, done)
 
 
 def go_on_from(checkpoints, model, optimizer, out):
@@ -398,180 +404,28 @@ def retrieval_episodes(args, tokenizer):
     return data.Episodes(args.retrieval, args.batch_size, args.episode_len, make)
 
 
-def check_same_model_and_texts(out, record):
-    """Raise InputError if the run in `out` began with other weights or texts, whatever their paths."""
-    earlier = read_json(out / "args.json")
-    hashes = {key: value for key, value in record.items() if key.endswith("_sha256")}
-    if changed := describe_changes(earlier, hashes):
-        paths = describe_changes(earlier, {key: record[key] for key in cli.BY_CONTENT})
-        changed = "; ".join(filter(None, (changed, paths)))
-        raise InputError(f"--resume: {out} is of another run: {changed}; start again with another --out")
-
-
-def check_agreement(record):
-    """Raise InputError if the processes were started with different arguments."""
-    records = [None] * dist.get_world_size()
-    dist.all_gather_object(records, record)
-    for key in record:
-        values = [other.get(key) for other in records]
-        if any(value != record[key] for value in values):
-            raise InputError(
-                f"{key} differs between processes: {values}; start all with the same arguments, texts and "
-                "model"
-            )
-
-
 def announce(args, as_given, base, config, batches):
     """Say what will be done, what it needs, and what speaks against it.
 
-    base, config: the Config before and after the window was extended. batches: data.Batches, None without
-    training.
+    args, as_given: the options as completed and before. base, config: the Config before and after the window
+    was extended. batches: data.Batches, None without training.
     """
-    stretch = f"{args.rope} by {args.factor:g}" if args.factor else args.rope
-    windows = f"window {base.max_position_embeddings:,} -> {args.target_len:,}"
-    episodes = f", {args.retrieval:.0%} of the examples are episodes" if args.retrieval else ""
-    say(f"{args.model}: {windows}, {args.method}, {stretch}{episodes} (recipe {args.recipe})")
-    earlier = base.rope_scaling or {}
-    if "factor" in earlier:
-        if args.factor:
-            together = f"{stretch} comes on top, {config.rope_scaling['factor']:g} in all"
-        else:
-            together = "that stays"
-        say(f"the model is scaled already ({earlier['rope_type']} by {earlier['factor']:g}); {together}")
-    warn_of_loaders(args, base, config)
-    if args.lora_rank:
-        beside = f" and of {args.lora_train}" if args.lora_train else ""
-        say(f"LoRA of rank {args.lora_rank} on {args.lora_targets}{beside}")
-    if batches:
-        say_plan(args, as_given, config, batches)
-        if batches.counted_share < 1:
-            say(f"{batches.counted_share:.1%} of the tokens are answers or plain text, and only these count")
-        if not args.data and args.model != "tiny":
-            say("without --data it trains on the source of Python's standard library; name texts like yours")
-
-
-def say_plan(args, as_given, config, batches):
-    """Say what a run needs of texts, memory and disk. Warn of what speaks against it."""
-    shape, way = plan.Shape(empty_model(args, config)), way_of(args, cli.process_count())
+    for line in announcement.of_run(args, base, config, cli.as_options):
+        say(line)
+    if batches is None:
+        return
+    shape, way = plan.Shape(empty_model(args, config)), cli.way_of(args, cli.process_count())
     checkpoints = args.keep + 1 if args.save_every or args.save_minutes else 1  # the new one and those before
-    room = room_for(args.device, args.out)
-    needs = plan.Needs(shape, way, args.steps, args.batch_size, batches, checkpoints, room)
+    room = plan.room_for(args.device, args.out)
+    needs = announcement.Needs(shape, way, args.steps, args.batch_size, batches, checkpoints, room)
     for line in needs.lines():
         say(line)
     if args.dry_run:
-        by_number = {n: way_on_gpus(args, as_given, n) for n in (1, 2, 4, 8)}
-        total = {n: plan.memory(shape, way).total + plan.CUDA_CONTEXT for n, way in by_number.items() if way}
-        each = [f"{plan.gib(need)} on {n}" for n, need in total.items()]
-        say(f"GPU memory by the number of GPUs: {', '.join(each)}")
-    for line in needs.warnings():
+        say(announcement.of_gpus(shape, cli.ways_on_gpus(args, as_given)))
+    for line in needs.warnings(cli.as_options):
         warn(line)
-    if not needs.fits():
-        warn(f"the memory is too small; {mending(args, needs)}")
-
-
-def way_of(args, processes):
-    """Return the plan.Way of a run with these completed options on so many processes."""
-    return plan.Way(
-        train_len=args.train_len,
-        examples=args.micro_batch_size,
-        micro_batches=args.batch_size // processes // args.micro_batch_size,
-        processes=processes,
-        param_bytes=getattr(torch, args.param_dtype).itemsize,
-        compute_bytes=getattr(torch, args.dtype).itemsize,
-        activation_checkpointing=args.activation_checkpointing,
-        cpu_offload=args.cpu_offload,
-        compiled=args.compile,
-    )
-
-
-def way_on_gpus(args, as_given, n):
-    """Return the plan.Way of the same batches on n GPUs, None where they do not share them evenly."""
-    on_gpu = copy.copy(args)
-    on_gpu.dtype = as_given.dtype or cli.compute_dtype("cuda")
-    on_gpu.compile = as_given.compile is not False
-    given = 1 if cli.takes_single_examples(args) else as_given.micro_batch_size
-    try:
-        _, on_gpu.micro_batch_size = cli.split_batch(args.batch_size, given, args.train_len, n)
-    except InputError:
-        return None
-    return way_of(on_gpu, n)
-
-
-def room_for(device, out):
-    """Return the plan.Room of a process that computes on "cuda" or "cpu" and writes into the folder `out`."""
-    paths = (out.absolute(), *out.absolute().parents)
-    disk = shutil.disk_usage(next(path for path in paths if path.exists())).free
-    if device == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", 0))
-        memory = torch.cuda.get_device_properties(index).total_memory
-        return plan.Room(memory, plan.CUDA_CONTEXT, disk, on_cpu=False)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    share = memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    so_far = peak_memory_gib(torch.device(device)) * 2**30
-    return plan.Room(share, so_far + plan.LOADED_LATER, disk, on_cpu=True)
-
-
-def mending(args, needs):
-    """Return in words the options with which a run fits into the memory. needs: a plan.Needs."""
-    more_gpus = "take a larger machine" if needs.room.on_cpu else "spread it over more GPUs"
-    fitting = plan.way_that_fits(needs.shape, needs.way, needs.room)
-    if fitting is None:
-        return f"no option mends that: {more_gpus}"
-    options = {
-        "micro_batch_size": fitting.examples,
-        "activation_checkpointing": fitting.activation_checkpointing,
-        "param_dtype": {2: "bfloat16", 4: "float32"}[fitting.param_bytes],
-        "cpu_offload": fitting.cpu_offload,
-    }
-    words = []
-    for option, value in options.items():
-        if value != getattr(args, option):
-            words.append(f"--{option}" if value is True else f"--{option} {value}")
-    need = plan.gib(plan.of_process(needs.shape, fitting, needs.room))
-    return f"{' '.join(words)} makes it {need}, or {more_gpus}"
-
-
-def warn_of_loaders(args, base, config):
-    """Say in one line which loaders will compute a different model, and which options mend that."""
-    remarks = []
-    for what, mending in loaders.differences(config, args.target_len / base.max_position_embeddings):
-        options = "".join(f" (--{option} {value} mends it)" for option, value in mending.items())
-        remarks.append(what + options)
-    if remarks:
-        say(f"not every loader will compute this model: {'; '.join(remarks)}")
-
-
-def catch_signals(checkpoints):
-    """Catch SIGINT, SIGTERM and SIGHUP from here on, and return the list to which each adds its number.
-
-    The first one does not end the process. checkpoints: tells what a second Ctrl-C would cost.
-    """
-    caught = []
-    speaks = dist.get_rank() == 0
-    # torchrun passes signals on several times, and kills after a while itself.
-    may_end_at_once = "TORCHELASTIC_RUN_ID" not in os.environ
-
-    def tell(line):
-        if speaks:
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, f"\n{line}\n".encode())  # print may be in the middle of something
-
-    def catch(number, frame):
-        lost = f"what came after step {checkpoints.newest}" if checkpoints.newest else "all steps so far"
-        if number == signal.SIGINT and number in caught and may_end_at_once:
-            tell(f"ended at once; {lost} is discarded")
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        caught.append(number)
-        at_once = ""
-        if number == signal.SIGINT and may_end_at_once:
-            at_once = f"; a second Ctrl-C ends it at once and discards {lost}"
-        tell(f"stopping after this step and saving{at_once}")
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup ignores
-            signal.signal(number, catch)
-    return caught
+    if not args.data and args.model != "tiny":
+        say("without --data it trains on the source of Python's standard library; name texts like yours")
 
 
 if __name__ == "__main__":

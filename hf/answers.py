@@ -21,7 +21,7 @@ import numpy as np
 from hf import chat
 from hf.tokenizer import one_of
 from storage.errors import InputError
-from storage.texts import Conversation
+from storage.texts import Completion, Conversation
 
 RENDER_DAY = datetime.datetime(2024, 7, 26)
 STAND_IN = "Zyqqvorx"  # a word that stands in for an answer; nobody says it
@@ -42,12 +42,12 @@ def encode(tokenizer, document):
             text = document.prompt + document.completion
             spans = [(len(document.prompt), len(text))]
         ids, counts = tokenizer.encode_with_spans(text, spans)
+        if ids and isinstance(document, Completion) and tokenizer.eos_id not in (None, ids[-1]):
+            ids, counts = [*ids, tokenizer.eos_id], np.append(counts, True)
         if not ids or (tokenizer.n_embeddings and max(ids) >= tokenizer.n_embeddings):
             raise InputError("no tokens, or one that the model does not have; look at its chat template")
     except InputError as error:
         raise InputError(f"{document.place}: {error}") from None
-    if not isinstance(document, Conversation) and tokenizer.eos_id not in (None, ids[-1]):
-        ids, counts = [*ids, tokenizer.eos_id], np.append(counts, True)
     if ids[0] == tokenizer.bos_id:
         ids, counts = ids[1:], counts[1:]
     return ids, counts

@@ -98,14 +98,8 @@ class CheckpointFolder:
         return digest.hexdigest()[:16]
 
     def load_tokenizer(self):
-        """Return the tokenizer beside the weights.
-
-        Raise InputError if there is none, or if it makes ids that the model has no embedding for.
-        """
-        loaded = tokenizer.load(self.path)
-        tokenizer.check_size(loaded, self.config.vocab_size, self.path)
-        loaded.n_embeddings = self.config.vocab_size
-        return loaded
+        """Return the tokenizer beside the weights, or raise InputError: see tokenizer.load_for."""
+        return tokenizer.load_for(self.config, self.path)
 
     def _check_names_and_shapes(self):
         """Raise InputError unless the files hold exactly the weights that config.json asks for."""

@@ -94,6 +94,17 @@ def read_files(folder):
     return files
 
 
+def load_for(config, folder):
+    """Return the tokenizer of a Hugging Face folder whose model has this Config.
+
+    Raise InputError if there is none, or if it makes ids that the model has no embedding for.
+    """
+    loaded = load(folder)
+    check_size(loaded, config.vocab_size, folder)
+    loaded.n_embeddings = config.vocab_size
+    return loaded
+
+
 def check_size(tokenizer, vocab_size, path):
     """Raise InputError if a tokenizer makes ids that a model of `vocab_size` embeddings does not have.
 
@@ -185,13 +196,16 @@ class SentencePiece:
 def _tokens_at(model, text, ids, place):
     """Return how many of a text's ids end at a place in it, and how many begin before it.
 
-    They differ by one where a token reaches over the place. SentencePiece says where its tokens are in other
-    ways in each version, so that the text before the place is encoded once more, by the model.
+    model: None where the text is a control token. The two differ by one where a token reaches over the place.
+    SentencePiece says where its tokens are in other ways in each version, so that the text before the place
+    is encoded once more, by the model.
     """
     if place <= 0:
         return 0, 0
     if place >= len(text):
         return len(ids), len(ids)
+    if model is None:  # a prompt and its completion make a control token between them
+        return 0, 1
     alone = model.encode(text[:place])
     same = len(os.path.commonprefix([alone, ids]))
     return same, same + (same < len(alone))

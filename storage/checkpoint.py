@@ -126,9 +126,11 @@ class Checkpoints:
     def is_due(self, minutes):
         """Return whether so many minutes have gone by since the last checkpoint began. 0 means never.
 
-        Each process has its own clock, so that they must agree on it.
+        While one is still being written, which may take longer on a slow disk, none is due: training would
+        wait for it. Each process has its own clock, so that they must agree on it.
         """
-        return minutes > 0 and time.monotonic() - self.began >= 60 * minutes
+        is_writing = self.writing is not None and not self.writing.done()
+        return minutes > 0 and not is_writing and time.monotonic() - self.began >= 60 * minutes
 
     def raise_if_failed(self):
         """Raise what `finish` raises if writing has failed so far. Do not wait."""

@@ -348,7 +348,7 @@ def string_in(values, key):
 
 
 def checked_messages(messages):
-    """Return the messages of a conversation, without what is null in them.
+    """Return the messages of a conversation, without what is null or an empty list in them.
 
     Raise ValueError unless they are dicts with strings as role and content. Lists and objects under other
     keys (tool calls) are refused too: they would reach the chat template unchecked.
@@ -360,7 +360,7 @@ def checked_messages(messages):
         try:
             if not isinstance(message, dict):
                 raise ValueError('not an object with "role" and "content"')
-            message = {key: part for key, part in message.items() if part is not None}
+            message = {key: part for key, part in message.items() if part is not None and part != []}
             string_in(message, "role")
             string_in(message, "content")
             for key, part in message.items():

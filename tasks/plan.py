@@ -9,9 +9,17 @@ Notable choices:
 - Small change is left out: vectors that a block keeps, the ids of the next batch, a block's smaller products.
 """
 
+import contextlib
 import itertools
+import math
+import os
+import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import torch
+
+import fsdp
 from model import loss_chunk_tokens
 
 
@@ -64,13 +72,8 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-# A run that goes over its texts more often warns. Up to four times a text teaches nearly as much as a new one
-# (Muennighoff et al. 2023).
-MANY_PASSES = 4
-CPU_FLOPS = 1e11  # operations a second of a few cores, roughly
 CUDA_CONTEXT = 2**29  # bytes that CUDA takes on a GPU besides PyTorch's tensors, roughly
 LOADED_LATER = 2**26  # bytes of Python and PyTorch that the first step loads, roughly
-PARTS = ("weights", "gradients", "optimizer", "activations")  # of Memory, on the device that computes
 
 
 class Shape:
@@ -240,13 +243,37 @@ class Room:
     """What there is for a run, in bytes.
 
     memory: of one process, on the device that computes. beside: what it takes of that besides a step's
-    tensors. disk: free. on_cpu: whether the device is the CPU.
+    tensors. disk: free. on_cpu: whether the device is the CPU. host: a process's share of the host's memory.
     """
 
     memory: float
     beside: float
     disk: int
     on_cpu: bool
+    host: float = math.inf
+
+
+def room_for(device, out):
+    """Return the Room of a process that computes on "cuda" or "cpu" and writes into the folder `out`.
+
+    The folder need not exist yet. On a CPU the processes of this machine share its memory.
+    """
+    paths = (out.absolute(), *out.absolute().parents)
+    disk = shutil.disk_usage(next(path for path in paths if path.exists())).free
+    host = host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "cuda":
+        of_gpu = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0)))
+        return Room(of_gpu.total_memory, CUDA_CONTEXT, disk, on_cpu=False, host=host)
+    beside = fsdp.peak_memory(torch.device(device)) + LOADED_LATER
+    return Room(host, beside, disk, on_cpu=True, host=host)
+
+
+def host_memory():
+    """Return the bytes of memory of this machine, or what its container may have of them."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max" in it
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory
 
 
 def of_process(shape, way, room):
@@ -286,122 +313,3 @@ def way_that_fits(shape, way, room):
         if of_process(shape, other, room) <= room.memory:
             return other
     return None
-
-
-# ---------------------------------------------------------------- what a run is told
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a run needs, for people: lines and warnings.
-
-    batch_size: examples in a step over all processes. batches: data.Batches. checkpoints: how many are on the
-    disk at the same time.
-    """
-
-    shape: Shape
-    way: Way
-    steps: int
-    batch_size: int
-    batches: object
-    checkpoints: int
-    room: Room
-
-    @property
-    def tokens(self):
-        """Tokens that the run trains on."""
-        return self.steps * self.batch_size * self.way.train_len
-
-    @property
-    def passes(self):
-        """How often it reads its texts."""
-        return self.tokens / self.batches.usable_tokens
-
-    @property
-    def memory(self):
-        """The Memory of a process."""
-        return memory(self.shape, self.way)
-
-    @property
-    def checkpoint_bytes(self):
-        """The size of a checkpoint: the trained weights and AdamW's two moments."""
-        return 3 * self.way.param_bytes * self.shape.trained
-
-    @property
-    def model_bytes(self):
-        """The size of the model that the run writes, in the dtype that it came in."""
-        return {"float32": 4}.get(self.shape.config.dtype, 2) * self.shape.parameters
-
-    def lines(self):
-        """Return what is needed, a line each for the run, its texts, memory and disk."""
-        batches, need = self.batches, self.memory
-        n_used = len(batches.documents) - batches.n_too_short
-        size = f"{self.batch_size} x {self.way.train_len:,} tokens"
-        whole = of_process(self.shape, self.way, self.room)
-        parts = {name: getattr(need, name) for name in PARTS} | {"the rest": whole - need.total}
-        in_words = ", ".join(f"{name} {gib(n)}" for name, n in parts.items() if n)
-        host = f", and {gib(need.host)} of the host's" if need.host and not self.room.on_cpu else ""
-        is_part = self.shape.trained < self.shape.parameters
-        trained = f", of which {self.shape.trained:,} are trained" if is_part else ""
-        several = f", {self.checkpoints} of them at a time" if self.checkpoints > 1 else ""
-        return [
-            f"plan: {self.steps:,} steps of {size} on {self.way.processes} process(es), {self.tokens:,} "
-            f"tokens; {self.shape.parameters:,} parameters{trained}",
-            f"texts: {batches.usable_tokens:,} tokens in {n_used:,} document(s), each read "
-            f"{self.passes:,.2f} times; {batches.n_too_short:,} document(s) too short and left out",
-            f"memory of a process: {gib(whole)} of {gib(self.room.memory)}{host}; at the peak {in_words}",
-            f"disk: {gigabytes(self.model_bytes)} for the model, {gigabytes(self.checkpoint_bytes)} for a "
-            f"checkpoint{several}; {gigabytes(self.room.disk)} free",
-        ]
-
-    def fits(self):
-        """Return whether the memory is large enough."""
-        return of_process(self.shape, self.way, self.room) <= self.room.memory
-
-    def warnings(self):
-        """Return what speaks against the run, other than its memory."""
-        found = []
-        n_used = len(self.batches.documents) - self.batches.n_too_short
-        if self.passes > MANY_PASSES:
-            found.append(
-                f"that is {self.passes:,.0f} passes over these texts, which will be learnt by heart: add more"
-            )
-        if n_used == 1:
-            found.append("only one document is long enough, which will be learnt by heart: add more")
-        if self.batches.n_too_short > n_used:
-            found.append(
-                f"most documents are not longer than an example of {self.way.train_len:,} tokens: train on "
-                "shorter ones, or put texts together that belong together"
-            )
-        if self.room.disk < self.model_bytes + self.checkpoints * self.checkpoint_bytes:
-            found.append("the disk has too little room for that: free some, or take another one")
-        seconds = self.tokens * self.shape.config.flops_per_token(self.way.train_len) / CPU_FLOPS
-        if self.room.on_cpu and seconds > 86400:
-            found.append(f"a CPU needs about {duration(seconds)} for this: take a GPU, or a smaller model")
-        return found
-
-
-def gib(n):
-    """Return a number of bytes in words, in GiB, as memory is counted."""
-    return f"{n / 2**30:,.1f} GiB" if n >= 2**30 / 10 else f"{n / 2**20:,.0f} MiB"
-
-
-def gigabytes(n):
-    """Return a number of bytes in words, in GB, as disks are counted."""
-    return f"{n / 1e9:,.1f} GB" if n >= 1e8 else f"{n / 1e6:,.0f} MB"
-
-
-def duration(seconds):
-    """Return a time in words, with one unit, or two where the first is small: "3 hours and 20 minutes"."""
-    units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
-    for (name, unit), (smaller, part) in zip(units, units[1:]):
-        if seconds >= unit:
-            whole = f"{_count(int(seconds // unit), name)}"
-            rest = int(seconds % unit // part)
-            return f"{whole} and {_count(rest, smaller)}" if rest and seconds < 10 * unit else whole
-    return _count(max(1, round(seconds)), "second")
-
-
-def _count(n, name):
-    """Return a number with its noun."""
-    return f"{n} {name}" if n == 1 else f"{n} {name}s"

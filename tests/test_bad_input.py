@@ -552,7 +552,10 @@ def test_a_weight_that_one_of_two_processes_reads(run, model):
     for name in ("out", "out/.lock"):  # the lock of the first one, which may have been ended by the second
         after.pop(name, None)
     assert done.returncode != 0 and after == before
-    assert done.stderr.count("error: ") == done.stderr.count(f"weight {UP} is NaN or infinite") == 1
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    # The first one may hear of its end before torchrun ends it too.
+    (own,) = [line for line in errors if "another process of this run has ended" not in line]
+    assert f"weight {UP} is NaN or infinite" in own
 
 
 def test_a_run_without_any_update_writes_no_model(call, model):

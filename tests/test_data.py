@@ -135,6 +135,17 @@ def test_tokens_of_another_key_are_others(tmp_path):
     assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2
 
 
+def test_tokens_of_another_number_of_embeddings_are_others(tmp_path):
+    """Control tokens beyond them are refused when a conversation is tokenised, and not looked for later."""
+    file = write(tmp_path / "a.txt", "0 9")
+    for n_embeddings in (None, 1000, 999):
+        for asked in (1, 0):
+            fake = FakeTokenizer()
+            fake.n_embeddings = n_embeddings
+            data.tokenised([file], fake, tmp_path / "cache")
+            assert fake.asked == asked
+
+
 def test_a_mask_lies_beside_the_tokens_where_a_document_has_one(tmp_path):
     """What counts in a text is all, in a completion what is behind the prompt, in files that have both."""
     lines = [

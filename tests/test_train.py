@@ -78,7 +78,10 @@ def test_the_newest_checkpoints_are_kept(four_steps, train, tmp_path):
 def test_a_run_without_a_number_of_steps_keeps_one_checkpoint_and_then_none(
     train, call, short, tmp_path, monkeypatch
 ):
-    """Checkpoints by the minute are there for the time of the run alone. This one has one after each step."""
+    """Checkpoints by the minute are there for the time of the run alone.
+
+    This one has one after each step, unless the one before is still being written.
+    """
     seen = []
 
     def look(checkpoints):
@@ -88,7 +91,8 @@ def test_a_run_without_a_number_of_steps_keeps_one_checkpoint_and_then_none(
     remove_all = Checkpoints.remove_all
     monkeypatch.setattr(Checkpoints, "remove_all", look)
     train("run", "--steps", 4, "--save_minutes", 1e-6)
-    assert seen == [{"step-3"}] and not (tmp_path / "run" / "checkpoints").exists()
+    assert seen in ([{"step-1"}], [{"step-2"}], [{"step-3"}])
+    assert not (tmp_path / "run" / "checkpoints").exists()
     # It is finished for all that.
     done = call("train", "--resume", "--out", tmp_path / "run")
     assert done.returncode == 0 and "is finished" in done.stderr

@@ -168,6 +168,14 @@ def test_an_end_that_is_there_already_is_not_doubled(folder):
     assert list(ids).count(ours.eos_id) == 1 and ids[-1] == ours.eos_id and counts[-1]
 
 
+def test_a_control_token_between_prompt_and_completion_counts(folder):
+    """As any token does that reaches into the completion."""
+    ours = tokenizer.load(folder)
+    ids, counts = answers.encode(ours, Completion("a <", "/s> b", "a.jsonl, line 1"))
+    at = list(ids).index(ours.control_tokens["</s>"])
+    assert counts.tolist() == [i >= at for i in range(len(ids))] and at > 0
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 

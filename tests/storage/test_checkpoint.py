@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import threading
 import zlib
 from pathlib import Path
 
@@ -98,6 +99,24 @@ def test_a_checkpoint_has_its_name_only_when_it_is_on_disk(tmp_path, monkeypatch
     )
     assert after.index(("sync", str(folder))) < older_goes
     assert names(folder) == {"step-2"}
+
+
+def test_none_is_due_while_one_is_written(tmp_path, monkeypatch):
+    """Training would wait for it."""
+    may_end, complete = threading.Event(), Checkpoints._complete
+
+    def complete_later(*given):
+        may_end.wait()
+        complete(*given)
+
+    monkeypatch.setattr(Checkpoints, "_complete", complete_later)
+    checkpoints = Checkpoints(tmp_path, {}, 1)
+    assert checkpoints.is_due(1e-9) and not checkpoints.is_due(1)
+    checkpoints.save(*model_and_optimizer(1), 1)
+    assert not checkpoints.is_due(1e-9)
+    may_end.set()
+    checkpoints.finish()
+    assert checkpoints.is_due(1e-9) and not checkpoints.is_due(0)
 
 
 def test_a_damaged_checkpoint_never_pushes_out_a_good_one(tmp_path):

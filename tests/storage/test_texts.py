@@ -139,7 +139,11 @@ ASKED, SAID = {"role": "user", "content": "Where?"}, {"role": "assistant", "cont
 def test_conversations_and_completions(tmp_path):
     """A text counts more than messages, and these more than a prompt; a null is as absent."""
     lines = [
-        {"messages": [ASKED | {"name": "Ada", "tool_calls": None}, SAID], "prompt": "p", "completion": "c"},
+        {
+            "messages": [ASKED | {"name": "Ada", "tool_calls": None, "images": []}, SAID],
+            "prompt": "p",
+            "completion": "c",
+        },
         {"prompt": "p ", "completion": "c", "text": None},
         {"text": "t", "messages": [ASKED, SAID]},
         {"prompt": " ", "completion": ""},

@@ -16,7 +16,7 @@ import fsdp
 from bench import SHAPES, shape
 from hf.builtin import open_model, resolve
 from model import Config, Transformer, add_adapters, empty_transformer, linear_layers
-from tasks import plan
+from tasks import announcement, plan
 
 DEEP = Config(320, 64, 176, 6, 4, 2, 16, 64)
 WIDE = Config(4096, 96, 256, 2, 4, 4, 24, 64, tie_embeddings=True)
@@ -229,6 +229,24 @@ def test_the_way_that_fits_costs_as_little_as_possible():
     assert plan.way_that_fits(llama, alone, large) == alone
 
 
+class ThreeTexts:
+    """What announcement.Needs asks of data.Batches."""
+
+    documents, n_too_short, usable_tokens, counted_share = [0, 0, 0], 0, 10**9, 1.0
+
+
+@pytest.mark.parametrize("processes, host_gib, warns", [(1, 84, False), (1, 75, True), (4, 20, False)])
+def test_a_checkpoint_has_to_fit_into_the_memory_of_the_host(processes, host_gib, warns):
+    """It is copied there, and written while training goes on. LLaMA-7B's has 12 bytes a parameter."""
+    llama = plan.Shape(empty_transformer(SHAPES["llama-7b"]))
+    way = plan.Way(2048, 1, processes=processes, compute_bytes=2, compiled=True)
+    room = plan.Room(200 * 2**30, plan.CUDA_CONTEXT, 10**15, on_cpu=False, host=host_gib * 2**30)
+    needs = announcement.Needs(llama, way, 1000, 64, ThreeTexts, 2, room)
+    assert needs.saving_bytes == 12 * llama.parameters / processes
+    warnings = needs.warnings(str)
+    assert len(warnings) == warns and all("a process needs 75.3 GiB" in line for line in warnings)
+
+
 @pytest.mark.parametrize(
     "seconds, words",
     [
@@ -242,7 +260,7 @@ def test_the_way_that_fits_costs_as_little_as_possible():
     ],
 )
 def test_a_time_in_words(seconds, words):
-    assert plan.duration(seconds) == words
+    assert announcement.duration(seconds) == words
 
 
 # ---------------------------------------------------------------- train.py --dry_run
