@@ -265,6 +265,8 @@ def open_base(args):
     """
     if args.dry_run:
         path = builtin.resolve(args.model)
+        if not any(path.glob("*.safetensors")):
+            warn(f"{path} holds no safetensors: this plan needs none, the run itself does")
         base = families.read_config(path)
         return None, base, load_tokenizer(base, path)
     folder = builtin.open_model(args.model)
@@ -421,7 +423,8 @@ def announce(args, as_given, base, config, batches):
     for line in needs.lines():
         say(line)
     if args.dry_run:
-        say(announcement.of_gpus(shape, cli.ways_on_gpus(args, as_given)))
+        for line in announcement.of_gpus(needs, cli.ways_on_gpus(args, as_given)):
+            say(line)
     for line in needs.warnings(cli.as_options):
         warn(line)
     if not args.data and args.model != "tiny":

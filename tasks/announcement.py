@@ -6,6 +6,7 @@ of the command line, since how they are spelt is known there alone.
 
 from dataclasses import dataclass
 
+import fsdp
 from data import Batches
 from hf import loaders
 from tasks import plan
@@ -14,6 +15,7 @@ from tasks import plan
 # (Muennighoff et al. 2023).
 MANY_PASSES = 4
 CPU_FLOPS = 1e11  # operations a second of a few cores, roughly
+H100_FLOPS = 0.4 * fsdp.PEAK_FLOPS["H100"]  # 29 to 56% were measured, see RESULTS.md
 PARTS = ("weights", "gradients", "optimizer", "activations")  # of plan.Memory, on the device that computes
 
 
@@ -46,12 +48,19 @@ def of_run(args, base, config, as_options):
     return lines
 
 
-def of_gpus(shape, ways):
-    """Return a line with the memory that each GPU needs. ways: {number of GPUs: plan.Way}."""
-    needs = []
+def of_gpus(needs, ways):
+    """Return lines with the memory that each GPU needs, and the time, roughly.
+
+    needs: the Needs of the run. ways: {number of GPUs: plan.Way}.
+    """
+    sizes = []
     for n, way in ways.items():
-        needs.append(f"{gib(plan.memory(shape, way).total + plan.CUDA_CONTEXT)} on {n}")
-    return f"GPU memory by the number of GPUs: {', '.join(needs)}"
+        sizes.append(f"{gib(plan.memory(needs.shape, way).total + plan.CUDA_CONTEXT)} on {n}")
+    time = duration(needs.flops / H100_FLOPS)
+    return [
+        f"GPU memory by the number of GPUs: {', '.join(sizes)}",
+        f"time on one H100, if it reaches 40% of its peak: {time}",
+    ]
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,16 @@ class Needs:
     def whole(self):
         """The memory of a whole process, in bytes."""
         return plan.of_process(self.shape, self.way, self.room)
+
+    @property
+    def flops(self):
+        """The operations of the run."""
+        return self.tokens * self.shape.config.flops_per_token(self.way.train_len, frozen=self.is_part)
+
+    @property
+    def place(self):
+        """Where a process computes, in words."""
+        return "CPU" if self.room.on_cpu else "GPU"
 
     @property
     def is_part(self):
@@ -119,7 +138,7 @@ class Needs:
             share = f"{batches.counted_share:.1%} of the tokens are answers or plain text"
             counted = f"; {share}, and only these count"
         several = f", {self.checkpoints} of them at a time" if self.checkpoints > 1 else ""
-        of_memory = f"{gib(self.whole)} of {gib(self.room.memory)}{host}"
+        of_memory = f"{gib(self.whole)} of {gib(self.room.memory)} on this {self.place}{host}"
         return [
             f"plan: {self.steps:,} steps of {size} on {self.way.processes} process(es), {self.tokens:,} "
             f"tokens; {self.shape.parameters:,} parameters{trained}",
@@ -147,12 +166,11 @@ class Needs:
             )
         if self.room.disk < self.model_bytes + self.checkpoints * self.checkpoint_bytes:
             found.append("the disk has too little room for that: free some, or take another one")
-        flops_per_token = self.shape.config.flops_per_token(self.way.train_len, frozen=self.is_part)
-        seconds = self.tokens * flops_per_token / CPU_FLOPS
+        seconds = self.flops / CPU_FLOPS
         if self.room.on_cpu and seconds > 86400:
             found.append(f"a CPU needs about {duration(seconds)} for this: take a GPU, or a smaller model")
         if self.whole > self.room.memory:
-            found.append(f"the memory is too small; {self.mending(as_options)}")
+            found.append(f"the memory of this {self.place} is too small; {self.mending(as_options)}")
         elif self.saving_bytes > self.room.host:
             of_host = f"{gib(self.saving_bytes)} of the host's memory, which has {gib(self.room.host)} for it"
             remedy = f"take a larger one; {as_options({'save_minutes': 0})} writes none while it goes well"
@@ -164,7 +182,10 @@ class Needs:
         other_machine = "take a larger machine" if self.room.on_cpu else "spread it over more GPUs"
         fitting = plan.way_that_fits(self.shape, self.way, self.room)
         if fitting is None:
-            return f"no option mends that: {other_machine}"
+            if self.is_part:
+                return f"no option mends that: {other_machine}"
+            adapters = as_options({"lora_rank": 16})
+            return f"no option that trains all weights mends that: try {adapters}, or {other_machine}"
         before, changed = options_of(self.way), {}
         for option, value in options_of(fitting).items():
             if value != before[option]:
