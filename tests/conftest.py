@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -32,6 +33,43 @@ torch.set_num_threads(1)
 def own_cache(tmp_path_factory):
     """Tokenised texts of the tests do not land in the user's cache folder."""
     os.environ["POSE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+QUICK_START = "test_the_quick_start_extends_tiny"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def begun_quick_start(request, tmp_path_factory, own_cache):
+    """The README's first commands, but smaller: (their process, their folder). None if no test asks for it.
+
+    They take 80 of the 150 steps, 8 of the 32 examples in each, and 15 of the 50 prompts: all take minutes.
+    They begin before the first test, and a second core does them meanwhile.
+    """
+    if all(item.name != QUICK_START for item in request.session.items):
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("quick_start")
+    commands = [
+        ["train.py", "--steps", "80", "--batch_size", "8"],
+        ["eval.py", "--task", "passkey", "--trials", "15", "--json", "passkey.json"],
+    ]
+    lines = [
+        shlex.join([sys.executable, str(ROOT / script), *arguments, "--device", "cpu"])
+        for script, *arguments in commands
+    ]
+    with open(folder / "stderr", "w") as stderr:
+        process = subprocess.Popen(
+            ["sh", "-c", " && ".join(lines)],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+        )
+    yield process, folder
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -176,7 +176,7 @@ def read_questions(tokenizer, window):
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_answers_stand_before_the_skip(tokenizer, length):
-    for window in draw_windows(tokenizer, length, 4 if length > 2048 else 12):
+    for window in draw_windows(tokenizer, length, 2 if length > 2048 else 6):
         for asked, answers, seen in read_questions(tokenizer, window):
             assert asked.strip()
             for answer in answers:

@@ -6,11 +6,9 @@ Losses are compared with a plain loop, for any number of processes; resuming, an
 import io
 import itertools
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import types
 
@@ -536,22 +534,10 @@ def test_a_step_in_which_no_token_counts_changes_nothing(train, tmp_path, monkey
 # ---------------------------------------------------------------- the quick start
 
 
-def test_the_quick_start_extends_tiny(tmp_path):
-    """The README's first commands, as a new user runs them, but smaller.
-
-    They take 80 of the 150 steps, 8 of the 32 examples in each, and 15 of the 50 prompts: all take minutes.
-    """
-
-    def call(script, *arguments):
-        command = [sys.executable, ROOT / script, *arguments, "--device", "cpu"]
-        # On a busy machine the second thread must not burn the time that it waits for the first.
-        two_threads = os.environ | {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
-        done = subprocess.run(command, cwd=tmp_path, env=two_threads, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    call("train.py", "--steps", "80", "--batch_size", "8")
-    call("eval.py", "--task", "passkey", "--trials", "15", "--json", "passkey.json")
-    report = json.loads((tmp_path / "passkey.json").read_text())
+def test_the_quick_start_extends_tiny(begun_quick_start):
+    process, folder = begun_quick_start
+    assert process.wait() == 0, (folder / "stderr").read_text()
+    report = json.loads((folder / "passkey.json").read_text())
     extended, base = (
         {result["length"]: result["accuracy"] for result in reported["results"]}
         for reported in (report, report["compared"][0])
