@@ -26,7 +26,7 @@ import pose
 import rope
 from hf import families
 from model import TRAINED_BESIDE, linear_layers
-from storage.errors import InputError, LocalError, printable, warn
+from storage.errors import InputError, LocalError, is_process_0, printable, warn
 from storage.files import is_stream, only_one_process
 from storage.log import is_finished, is_half_trained
 from storage.values import describe_changes, read_json
@@ -638,8 +638,7 @@ def own_out(out):
     """
     check_out(out)
     busy = f"--out {out}: another run is using it; wait for its end, or name another folder"
-    is_first = os.environ.get("RANK", "0") == "0"
-    with only_one_process(out / ".lock", busy) if is_first else contextlib.nullcontext():
+    with only_one_process(out / ".lock", busy) if is_process_0() else contextlib.nullcontext():
         yield
 
 
@@ -661,7 +660,7 @@ def training_arguments(args):
         raise InputError(
             f"--out {args.out} already holds a run; name another folder, remove it, or add --resume"
         )
-    if args.resume and os.environ.get("RANK", "0") == "0":  # in case that another folder was meant
+    if args.resume and is_process_0():  # in case that another folder was meant
         warn(f"--resume: {args.out} holds no run yet; beginning one")
     args.resume = False
     return args

@@ -239,10 +239,7 @@ def clip_gradients(model, max_norm):
     groups = [parameters for parameters in (matrices(model), vectors(model)) if parameters]
     norms = []
     for group in groups:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in group])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        norms.append(norm)
+        norms.append(whole(torch.nn.utils.get_total_norm([p.grad for p in group])))
     device = model.norm.weight.device  # that of the computation; offloaded matrices are elsewhere
     grad_norm = torch.stack([norm.to(device) for norm in norms]).norm()
     for group in groups:

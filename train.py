@@ -12,7 +12,6 @@ what --resume goes on from, and OUT/finished.json says that nothing is left to d
 import contextlib
 import copy
 import math
-import os
 import shlex
 import signal
 import statistics
@@ -32,7 +31,7 @@ from hf.tokenizer import load_for as load_tokenizer
 from model import Adapter, add_adapters, empty_transformer, initial_a
 from storage import texts
 from storage.checkpoint import Checkpoints
-from storage.errors import InputError
+from storage.errors import InputError, is_process_0
 from storage.files import cache_dir, write_json
 from storage.log import Log, is_finished, mark_finished, show_progress, unmark_finished
 from tasks import announcement, plan
@@ -189,7 +188,7 @@ def speed_and_memory(model, args, seconds, device):
 
 def say(line):
     """Print a line on stderr, from process 0 alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_process_0():
         tqdm.write(line, file=sys.stderr)
 
 

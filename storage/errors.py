@@ -5,6 +5,7 @@ stay apart.
 """
 
 import contextlib
+import os
 import sys
 
 
@@ -24,6 +25,11 @@ def printable(text):
     if len(text) > 1000:
         text = f"{text[:600]} ... {text[-300:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_process_0():
+    """Return whether this is the first process of a run, before there is a process group too."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 _warnings = set()

@@ -28,7 +28,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from storage.errors import InputError, naming, warn
+from storage.errors import InputError, is_process_0, naming, warn
 from storage.files import cache_dir, write_file
 from storage.values import check_characters, parse_json
 
@@ -116,7 +116,7 @@ def texts_in(folder):
     if not texts:
         raise InputError(f"{folder}: no {', '.join(FORMATS)} inside; name the files to read")
     counts = ", ".join(f"{count} {kind}" for kind, count in passed_over.most_common() if count)
-    if counts and os.environ.get("RANK", "0") == "0":
+    if counts and is_process_0():
         warn(f"{folder}: {len(texts)} file(s) read; passed over: {counts} (name a file to read it)")
     return sorted(texts)
 
