@@ -30,9 +30,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import cli
 import data
 import fsdp
+from cli import arguments, completion, process
 from hf import builtin, families
 from model import Config, add_adapters, causal_attention, empty_transformer, linear_layers
 from storage.errors import InputError
@@ -156,7 +156,7 @@ def our_step(config, args, sampling, device):
     model = empty_transformer(config)
     if args.lora_rank:
         add_adapters(model, args.lora_rank, 2 * args.lora_rank, linear_layers(config))
-    compute_dtype = getattr(torch, cli.compute_dtype(device.type))
+    compute_dtype = getattr(torch, process.compute_dtype(device.type))
     param_dtype = getattr(torch, args.param_dtype)
     checkpointing, offload = args.activation_checkpointing, args.cpu_offload
     fsdp.shard(model, device, compute_dtype, param_dtype, checkpointing, offload, compile=on_gpu)
@@ -374,7 +374,7 @@ def prefill(config, args, device):
 
     Beside ours stand its kernels alone, and transformers if it is asked for.
     """
-    dtype = getattr(torch, cli.compute_dtype(device.type))
+    dtype = getattr(torch, process.compute_dtype(device.type))
     model = empty_transformer(config).to(dtype)
     model.to_empty(device=device)
     randomise(model, device)
@@ -481,23 +481,23 @@ LONGEST = 131072  # of the lengths that are measured if none are asked for
 
 
 def parse_arguments():
-    p = cli.ArgumentParser(description="Speed and memory, with random weights.")
+    p = arguments.ArgumentParser(description="Speed and memory, with random weights.")
     # fmt: off
     p.add_argument("--task", choices=TASKS, required=True,
         help="train: a training step; efficiency: PoSE's beside a full-length one; prefill: a long prompt")
-    p.add_argument("--model", type=cli.path_name,
+    p.add_argument("--model", type=arguments.path_name,
         help=f"{', '.join(SHAPES)}, tiny or a folder, and NAME:LAYERS for its first layers "
         "(default: smollm2-135m with a GPU, else tiny)")
-    p.add_argument("--lengths", type=cli.token_counts(),
+    p.add_argument("--lengths", type=arguments.token_counts(),
         help="efficiency: targets, prefill: prompts, in tokens, comma-separated (default: doubling from two "
         f"windows, with prefill from one, to {LONGEST:,})")
-    p.add_argument("--train_len", type=cli.whole_number(1),
+    p.add_argument("--train_len", type=arguments.whole_number(1),
         help="train, efficiency: tokens in a training example (default: the model's window)")
-    p.add_argument("--micro_batch_size", type=cli.whole_number(1),
+    p.add_argument("--micro_batch_size", type=arguments.whole_number(1),
         help="train, efficiency: examples a process takes at once (default: 32,768 tokens; efficiency 1)")
-    p.add_argument("--batch_size", type=cli.whole_number(1),
+    p.add_argument("--batch_size", type=arguments.whole_number(1),
         help="train, efficiency: examples in a step, over all processes (default: one micro-batch each)")
-    p.add_argument("--steps", type=cli.whole_number(1), default=10,
+    p.add_argument("--steps", type=arguments.whole_number(1), default=10,
         help="timed steps, in two turns, or prompts (default: 10)")
     p.add_argument("--activation_checkpointing", choices=("none", "selective", "full"),
         help="as train.py's (default: none)")
@@ -505,13 +505,13 @@ def parse_arguments():
         help="as train.py's")
     p.add_argument("--param_dtype", choices=("float32", "bfloat16"),
         help="as train.py's (default: float32)")
-    p.add_argument("--lora_rank", type=cli.whole_number(1), metavar="R",
+    p.add_argument("--lora_rank", type=arguments.whole_number(1), metavar="R",
         help="as train.py's, on all linear layers (default: all weights are trained)")
     p.add_argument("--compare", choices=("transformers",),
         help="train, prefill: the same work there, in the same process")
-    p.add_argument("--json", type=cli.output_file(), metavar="FILE",
+    p.add_argument("--json", type=arguments.output_file(), metavar="FILE",
         help="write the results there")
-    p.add_argument("--plot", type=cli.plot_file, metavar="FILE.png",
+    p.add_argument("--plot", type=arguments.plot_file, metavar="FILE.png",
         help="efficiency: draw time and memory by target there")
     # fmt: on
     return p.parse_args()
@@ -519,9 +519,9 @@ def parse_arguments():
 
 def complete(args, config):
     """Refuse what cannot run, fill in the defaults that depend on the model and return the arguments."""
-    cli.refuse_options_of_other_tasks(args, BELONGS)
-    cli.refuse_one_file_for_two(args)
-    if args.compare and cli.process_count() > 1:
+    arguments.refuse_options_of_other_tasks(args, BELONGS)
+    arguments.refuse_one_file_for_two(args)
+    if args.compare and process.world_size() > 1:
         raise InputError(f"--compare {args.compare}: it runs in one process alone; leave torchrun out")
     if args.compare and importlib.util.find_spec(args.compare) is None:
         raise InputError(f"--compare {args.compare}: not installed here; pip install {args.compare}")
@@ -537,9 +537,9 @@ def complete(args, config):
     if args.micro_batch_size is None and args.task == "efficiency":
         args.micro_batch_size = 1
     if args.batch_size is None:
-        examples = args.micro_batch_size or max(1, cli.MICRO_BATCH_TOKENS // args.train_len)
-        args.batch_size = examples * cli.process_count()
-    split = cli.split_batch(args.batch_size, args.micro_batch_size, args.train_len)
+        examples = args.micro_batch_size or max(1, completion.MICRO_BATCH_TOKENS // args.train_len)
+        args.batch_size = examples * process.world_size()
+    split = completion.split_batch(args.batch_size, args.micro_batch_size, args.train_len)
     args.share, args.micro_batch_size = split
     if args.lengths is None:
         args.lengths = doubling(2 * args.train_len if args.task == "efficiency" else window)
@@ -565,7 +565,7 @@ def say(line):
 
 def main():
     args = parse_arguments()
-    device_type = cli.device(None)
+    device_type = process.device(None)
     args.model = args.model or builtin.default_model(device_type)
     config = shape(args.model)
     args = complete(args, config)
@@ -586,4 +586,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run_distributed(main)
+    process.run_distributed(main)

@@ -40,8 +40,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import cli
 import data
+from cli import arguments, process
 from hf import weights
 from hf.builtin import default_model, open_model
 from hf.tokenizer import bos_ids, stop_ids
@@ -534,47 +534,47 @@ DEFAULTS = {"trials": 50, "seed": 0, "keys": 4, "samples": 25, "documents": 50, 
 
 
 def parse_arguments():
-    p = cli.ArgumentParser(description="Retrieval, RULER, perplexity by length, and ordinary tasks.")
+    p = arguments.ArgumentParser(description="Retrieval, RULER, perplexity by length, and ordinary tasks.")
     # fmt: off
     p.add_argument("--task", choices=TASKS, required=True,
         help="the README's table says what each tells")
-    p.add_argument("--model", type=cli.path_name, nargs="+", action="extend",
+    p.add_argument("--model", type=arguments.path_name, nargs="+", action="extend",
         help="folders or built-in names (default: the base and the result of the run in out/, else the "
         "built-in one)")
-    p.add_argument("--lengths", type=cli.token_counts(least=2), metavar="TOKENS,…",
+    p.add_argument("--lengths", type=arguments.token_counts(least=2), metavar="TOKENS,…",
         help="tokens, comma-separated (default: doubling from the original window, where it is recorded, to "
         "the longest)")
-    p.add_argument("--trials", type=cli.whole_number(1),
+    p.add_argument("--trials", type=arguments.whole_number(1),
         help="passkey, needle: prompts per length (default: 50)")
-    p.add_argument("--seed", type=cli.whole_number(0, cli.LARGEST_SEED),
+    p.add_argument("--seed", type=arguments.whole_number(0, arguments.LARGEST_SEED),
         help="passkey, needle, ruler: of the keys and their places (default: 0)")
-    p.add_argument("--keys", type=cli.whole_number(1),
+    p.add_argument("--keys", type=arguments.whole_number(1),
         help="needle: codes in the text, one of which is asked for (default: 4)")
-    p.add_argument("--samples", type=cli.whole_number(1),
+    p.add_argument("--samples", type=arguments.whole_number(1),
         help="ruler: prompts per task and length (default: 25; NVIDIA takes 500)")
     p.add_argument("--generate", action="store_true",
         help="passkey, needle: decode each answer token by token too, as a check")
-    p.add_argument("--data", type=cli.path_name, nargs="+", action="extend", default=[], metavar="FILE",
+    p.add_argument("--data", type=arguments.path_name, nargs="+", action="extend", default=[], metavar="FILE",
         help="needle, ruler, ppl: texts (default: Python's standard library); benchmarks: the folder with "
         "their files")
     p.add_argument("--text_key", metavar="KEY",
         help="needle, ruler, ppl: key of the text in JSON and Parquet (default: text)")
-    p.add_argument("--documents", type=cli.whole_number(1),
+    p.add_argument("--documents", type=arguments.whole_number(1),
         help="ppl: use that many, the longest (default: 50), each to the longest of --lengths")
     p.add_argument("--all", action="store_true", default=None,  # None is also what earlier files recorded
         help="ppl: score every token of all documents that have enough of them (with --documents N, of the N "
         "longest)")
-    p.add_argument("--stride", type=cli.whole_number(1),
+    p.add_argument("--stride", type=arguments.whole_number(1),
         help="ppl: tokens that the window moves on, at most a window (default: half of one, at most 16,384)")
-    p.add_argument("--tail", type=cli.whole_number(1), metavar="N",
+    p.add_argument("--tail", type=arguments.whole_number(1), metavar="N",
         help="ppl: score the last N tokens of each document, the rest of the length before them")
     p.add_argument("--by_position", action="store_true",
         help="ppl: the loss by position in the window too (--stride then defaults to a window)")
-    p.add_argument("--limit", type=cli.whole_number(1), metavar="N",
+    p.add_argument("--limit", type=arguments.whole_number(1), metavar="N",
         help="benchmarks: the first N items of each (default: all)")
-    p.add_argument("--json", type=cli.output_file(), metavar="FILE",
+    p.add_argument("--json", type=arguments.output_file(), metavar="FILE",
         help="write the results there after each length; the same call again goes on from them")
-    p.add_argument("--plot", type=cli.plot_file, metavar="FILE.png",
+    p.add_argument("--plot", type=arguments.plot_file, metavar="FILE.png",
         help="draw them there")
     p.add_argument("--device", choices=("cuda", "cpu"),
         help="default: cuda if there is one")
@@ -584,13 +584,13 @@ def parse_arguments():
 
 def complete(args):
     """Refuse what cannot run, fill in the defaults and return the arguments."""
-    args.device = cli.device(args.device)
+    args.device = process.device(args.device)
     tasks_of_option = {"lengths": [name for name, task in TASKS.items() if task.unit == "length"]}
     for name, task in TASKS.items():
         for option in task.options:
             tasks_of_option.setdefault(option, []).append(name)
-    cli.refuse_options_of_other_tasks(args, tasks_of_option)
-    cli.refuse_one_file_for_two(args)
+    arguments.refuse_options_of_other_tasks(args, tasks_of_option)
+    arguments.refuse_one_file_for_two(args)
     defaults = DEFAULTS | ({"documents": None} if args.all else {})
     for option, default in defaults.items():
         if getattr(args, option) is None:
@@ -671,7 +671,7 @@ def measure_model(args, name, folder, units, missing):
     if not missing:
         return  # without loading the model
     task = TASKS[args.task]
-    model = weights.load(name, args.device, getattr(torch, cli.compute_dtype(args.device)))
+    model = weights.load(name, args.device, getattr(torch, process.compute_dtype(args.device)))
     measure = task.prepare(args, model, folder.load_tokenizer(), units)
     for unit in missing:
         result = measure(unit)
@@ -682,7 +682,7 @@ def measure_model(args, name, folder, units, missing):
 
 def main():
     args = complete(parse_arguments())
-    with cli.own_results(args.json):
+    with process.own_results(args.json):
         evaluate(args)
 
 
@@ -692,7 +692,7 @@ def evaluate(args):
     keeps_results = args.json and not is_stream(args.json)  # a pipe gets them at the end, once
     names = list(dict.fromkeys(args.model or default_models(args.device)))  # each once
     for name in names:
-        cli.warn_if_half_trained(name)
+        arguments.warn_if_half_trained(name)
     folders = [open_model(name) for name in names]  # all are checked before hours of work with the first
     units = units_to_measure(args, [folder.config for folder in folders])
     settings = result_settings(args, names, folders, units) if args.json else None
@@ -727,4 +727,4 @@ def evaluate(args):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    process.run(main)

@@ -16,8 +16,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import cli
 import data
+from cli import arguments, process
 from hf.builtin import open_model
 from storage.errors import InputError
 from storage.files import cache_dir, write_file, write_json
@@ -248,27 +248,27 @@ def spread(values, digits):
 
 
 def parse_arguments():
-    p = cli.ArgumentParser(description="Train and measure the arms of one of the paper's tables.")
+    p = arguments.ArgumentParser(description="Train and measure the arms of one of the paper's tables.")
     # fmt: off
     p.add_argument("table", choices=TABLES)
-    p.add_argument("--model", type=cli.path_name, default="smollm2-135m",
+    p.add_argument("--model", type=arguments.path_name, default="smollm2-135m",
         help="a folder or built-in name (default: smollm2-135m)")
-    p.add_argument("--data", type=cli.path_name, nargs="+", default=[], metavar="FILE",
+    p.add_argument("--data", type=arguments.path_name, nargs="+", default=[], metavar="FILE",
         help="texts to train on (default: Python's standard library)")
-    p.add_argument("--dev", type=cli.path_name, nargs="+", required=True, metavar="FILE",
+    p.add_argument("--dev", type=arguments.path_name, nargs="+", required=True, metavar="FILE",
         help="texts to measure on, one file for each kind of text, with a document as long as the longest "
         "length; table3: the folder of benchmarks")
-    p.add_argument("--seeds", type=cli.whole_number(1), default=1,
+    p.add_argument("--seeds", type=arguments.whole_number(1), default=1,
         help="runs of each arm (default: 1)")
-    p.add_argument("--tokens", type=cli.whole_number(1, 2**50), default=TOKENS,
+    p.add_argument("--tokens", type=arguments.whole_number(1, 2**50), default=TOKENS,
         help=f"that each arm is trained on (default: {TOKENS:,})")
-    p.add_argument("--lr", type=cli.number(0, cli.LARGEST_LR),
+    p.add_argument("--lr", type=arguments.number(0, arguments.LARGEST_LR),
         help="of every arm (default: train.py's)")
-    p.add_argument("--trials", type=cli.whole_number(0),
+    p.add_argument("--trials", type=arguments.whole_number(0),
         help="passkeys a length (default: 100; table2, as in the paper, none)")
-    p.add_argument("--limit", type=cli.whole_number(1),
+    p.add_argument("--limit", type=arguments.whole_number(1),
         help="table3: items of each benchmark (default: all)")
-    p.add_argument("--out", type=cli.as_path, default=Path("out/reproduce"), metavar="DIR",
+    p.add_argument("--out", type=arguments.as_path, default=Path("out/reproduce"), metavar="DIR",
         help="default: out/reproduce")
     # fmt: on
     return p.parse_args()
@@ -345,4 +345,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    process.run(main)

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import cli
 import rope
+from cli import arguments, process
 from hf import builtin, chat, weights
 from hf.tokenizer import Detokenizer, bos_ids, stop_ids
 from storage import texts
@@ -276,7 +276,7 @@ def converse(session, tokenizer, text, args):
 
 
 def parse_arguments():
-    p = cli.ArgumentParser(description="Ask a model something, or let it go on with a text.")
+    p = arguments.ArgumentParser(description="Ask a model something, or let it go on with a text.")
     # fmt: off
     p.add_argument("--model",
         help="a Hugging Face folder or a built-in name (default: out/model, which train.py writes, else the "
@@ -290,12 +290,12 @@ def parse_arguments():
         help="a text that the model goes on with as it is, without a chat template")
     p.add_argument("--raw", action="store_true",
         help="no chat template for anything else either (so it is where the model's folder has none)")
-    p.add_argument("--max_new_tokens", type=cli.whole_number(1), default=512, help="default: 512")
-    p.add_argument("--temperature", type=cli.number(0, 100), default=0.0,
+    p.add_argument("--max_new_tokens", type=arguments.whole_number(1), default=512, help="default: 512")
+    p.add_argument("--temperature", type=arguments.number(0, 100), default=0.0,
         help="0 takes the likeliest token, 1 draws from the model's probabilities (default: 0)")
-    p.add_argument("--top_p", type=cli.number(0, 1), default=1.0,
+    p.add_argument("--top_p", type=arguments.number(0, 1), default=1.0,
         help="draw from the likeliest tokens that have so much of the probability (default: 1)")
-    p.add_argument("--seed", type=cli.whole_number(0), default=0, help="of the draws (default: 0)")
+    p.add_argument("--seed", type=arguments.whole_number(0), default=0, help="of the draws (default: 0)")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     # fmt: on
     return p.parse_args()
@@ -305,12 +305,12 @@ def main():
     args = parse_arguments()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who closes the pipe has read enough, and needs no trace
     sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
-    args.device = cli.device(args.device)
+    args.device = process.device(args.device)
     if args.model is None:
         has_run = Path("out/model/config.json").is_file()
         args.model = "out/model" if has_run else builtin.default_model(args.device)
         print(f"model: {args.model}", file=sys.stderr)
-    cli.warn_if_half_trained(args.model)
+    arguments.warn_if_half_trained(args.model)
     folder = builtin.open_model(args.model)
     tokenizer = folder.load_tokenizer()
     args.raw = args.raw or args.prompt is not None or chat.find_template(tokenizer) is None
@@ -327,7 +327,7 @@ def main():
     if asked is not None:  # what cannot be asked is refused before the weights are read
         messages = [{"role": "user", "content": text + checked(asked)}]
         prompt = prompt_ids(tokenizer, messages, folder.config, args.raw)
-    dtype = getattr(torch, cli.compute_dtype(args.device))
+    dtype = getattr(torch, process.compute_dtype(args.device))
     session = Session(weights.load(args.model, args.device, dtype))
     if asked is None:
         converse(session, tokenizer, text, args)
@@ -336,4 +336,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    process.run(main)

@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import cli
 import data
 import fsdp
 import retrieval
+from cli import arguments, completion, process, resuming, training
 from hf import adapter, builtin, families, scaling, weights
 from hf.tokenizer import load_for as load_tokenizer
 from model import Adapter, add_adapters, empty_transformer, initial_a
@@ -50,8 +50,8 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
     """Train from first_step (steps count from 0) to args.steps, and return how many steps are done then.
 
     batches: data.Batches. validation: None, or a function of model and device that returns {length: nats a
-    token}. signals: the list of cli.catch_signals: once a process has caught one, all save and stop together.
-    Raise InputError after MAX_SKIPPED updates in a row that were not finite.
+    token}. signals: the list of process.catch_signals: once a process has caught one, all save and stop
+    together. Raise InputError after MAX_SKIPPED updates in a row that were not finite.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     log = Log(args.out, first_step, args.tensorboard) if rank == 0 else None
@@ -201,10 +201,10 @@ def warn(line):
 
 
 def main():
-    given = cli.training_parser().parse_args()
+    given = training.parser().parse_args()
     # A plan leaves --out alone, and may be made while a run is there.
-    with contextlib.nullcontext() if given.dry_run else cli.own_out(given.out):
-        run(cli.training_arguments(given))
+    with contextlib.nullcontext() if given.dry_run else process.own_out(given.out):
+        run(resuming.options_of_run(given))
 
 
 def run(args):
@@ -214,37 +214,37 @@ def run(args):
     # --resume finds there what came through standard input.
     args.data, args.eval_data = map(texts.with_saved_stdin, (args.data, args.eval_data))
     as_given = copy.copy(args)
-    args.device = cli.device(args.device)
+    args.device = process.device(args.device)
     args.model = args.model or builtin.default_model(args.device)
     folder, base, tokenizer = open_base(args)
-    cli.complete_training(args, base)
+    completion.complete(args, base)
     config = extended_config(base, args)
     batches, validation = read_texts(args, tokenizer) if args.steps else (None, None)
     if args.dry_run:
         return announce(args, as_given, base, config, batches)
-    record = cli.training_record(args, as_given)
+    record = resuming.record_of(args, as_given)
     record["model_sha256"] = folder.fingerprint()  # the same path may hold something else another day
     if batches:
         record["data_sha256"] = batches.documents.sha256
     if args.resume:
-        cli.check_same_model_and_texts(args.out, record)
+        resuming.check_same_model_and_texts(args.out, record)
 
     # All that a user can get wrong has been checked. What follows takes memory and writes into --out.
     device = fsdp.start(args.device)
-    cli.check_agreement(record)
+    resuming.check_agreement(record)
     announce(args, as_given, base, config, batches)
     model = load_sharded(args, folder, config, device)
     dist.barrier()  # a process that has read a weight that is NaN ends there, and then nothing is written
     if dist.get_rank() == 0 and not args.resume:
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / "args.json", record)
-    optimizer = fsdp.adamw(model, args.lr, 1 / cli.LORA_LR if args.lora_rank else 1.0)
-    checkpoints = Checkpoints(args.out / "checkpoints", cli.what_stays(record), args.keep)
+    optimizer = fsdp.adamw(model, args.lr, 1 / training.LORA_LR if args.lora_rank else 1.0)
+    checkpoints = Checkpoints(args.out / "checkpoints", resuming.what_stays(record), args.keep)
     first_step = go_on_from(checkpoints, model, optimizer, args.out) if args.resume else 0
     if validation:  # the loss before training; and too little memory for it shows here, not at the end
         validate(validation, model, device, first_step)
 
-    signals = cli.catch_signals(checkpoints)
+    signals = process.catch_signals(checkpoints)
     done = None
     try:
         done = train(args, model, optimizer, batches, validation, checkpoints, first_step, device, signals)
@@ -411,24 +411,24 @@ def announce(args, as_given, base, config, batches):
     args, as_given: the options as completed and before. base, config: the Config before and after the window
     was extended. batches: data.Batches, None without training.
     """
-    for line in announcement.of_run(args, base, config, cli.as_options):
+    for line in announcement.of_run(args, base, config, arguments.as_options):
         say(line)
     if batches is None:
         return
-    shape, way = plan.Shape(empty_model(args, config)), cli.way_of(args, cli.process_count())
+    shape, way = plan.Shape(empty_model(args, config)), completion.way_of(args, process.world_size())
     checkpoints = args.keep + 1 if args.save_every or args.save_minutes else 1  # the new one and those before
     room = plan.room_for(args.device, args.out)
     needs = announcement.Needs(shape, way, args.steps, args.batch_size, batches, checkpoints, room)
     for line in needs.lines():
         say(line)
     if args.dry_run:
-        for line in announcement.of_gpus(needs, cli.ways_on_gpus(args, as_given)):
+        for line in announcement.of_gpus(needs, completion.ways_on_gpus(args, as_given)):
             say(line)
-    for line in needs.warnings(cli.as_options):
+    for line in needs.warnings(arguments.as_options):
         warn(line)
     if not args.data and args.model != "tiny":
         say("without --data it trains on the source of Python's standard library; name texts like yours")
 
 
 if __name__ == "__main__":
-    cli.run_distributed(main)
+    process.run_distributed(main)

@@ -18,8 +18,8 @@ import sentencepiece
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import cli
 import data
+from cli import arguments, process
 from hf import tokenizer as tokenizers
 from hf import weights
 from model import Config, Transformer
@@ -189,19 +189,19 @@ def train(model, pool, batches, args, device):
 
 
 def main():
-    p = cli.ArgumentParser(prog="assets/make_tiny.py", description="Make the built-in tiny model.")
+    p = arguments.ArgumentParser(prog="assets/make_tiny.py", description="Make the built-in tiny model.")
     # fmt: off
     p.add_argument("--data", nargs="+", required=True,
         help="texts, as for train.py")
     p.add_argument("--out", type=Path, required=True,
         help="the folder to write")
-    p.add_argument("--steps", type=cli.whole_number(1), default=3000,
+    p.add_argument("--steps", type=arguments.whole_number(1), default=3000,
         help="optimizer steps (default: 3000)")
-    p.add_argument("--batch_size", type=cli.whole_number(2), default=512,
+    p.add_argument("--batch_size", type=arguments.whole_number(2), default=512,
         help="windows in a step (default: 512)")
-    p.add_argument("--lr", type=cli.number(0), default=3e-3,
+    p.add_argument("--lr", type=arguments.number(0), default=3e-3,
         help="peak learning rate (default: 3e-3)")
-    p.add_argument("--records", type=cli.whole_number(1), default=200_000,
+    p.add_argument("--records", type=arguments.whole_number(1), default=200_000,
         help="synthetic windows to draw from (default: 200,000)")
     # fmt: on
     args = p.parse_args()
@@ -218,11 +218,11 @@ def main():
     sampling = {"method": "pi", "train_len": WINDOW, "target_len": WINDOW}
     batches = data.Batches(documents, 0, tokenizer.bos_id, **sampling)
 
-    device = cli.device(None)
+    device = process.device(None)
     model = make_model(tokenizer, device)
     train(model, pool, batches, args, device)
     weights.save(model, tokenizer, args.out)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    process.run(main)

@@ -126,24 +126,24 @@ def show(name):
 
 
 def main():
-    import cli  # here: who only loads and saves models needs no command line
+    from cli import arguments  # here: who only loads and saves models needs no command line
 
     description = "Look at a checkpoint, or convert one to safetensors."
-    p = cli.ArgumentParser(prog="python -m hf.weights", description=description)
+    p = arguments.ArgumentParser(prog="python -m hf.weights", description=description)
     commands = p.add_subparsers(dest="command", required=True)
     # fmt: off
     command = commands.add_parser("show",
         help="show family, sizes, window and scaling, or what is wrong with the checkpoint")
-    command.add_argument("path", type=cli.path_name,
+    command.add_argument("path", type=arguments.path_name,
         help="a Hugging Face folder or a built-in name")
 
     command = commands.add_parser("convert",
         help="convert .bin or .pth weights or a .gguf file to a safetensors folder")
-    command.add_argument("source", type=cli.as_path,
+    command.add_argument("source", type=arguments.as_path,
         help="a folder with pytorch_model*.bin, one with Meta's consolidated.*.pth, or a .gguf file")
-    command.add_argument("dest", type=cli.as_path,
+    command.add_argument("dest", type=arguments.as_path,
         help="a new folder")
-    command.add_argument("--window", type=cli.whole_number(1), metavar="TOKENS",
+    command.add_argument("--window", type=arguments.whole_number(1), metavar="TOKENS",
         help="the model's window, for Meta's layout, which does not record it (2048 for LLaMA 1, 4096 for "
         "LLaMA 2)")
     # fmt: on
@@ -156,6 +156,6 @@ def main():
 
 
 if __name__ == "__main__":
-    import cli
+    from cli import process
 
-    cli.run(main)
+    process.run(main)

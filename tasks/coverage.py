@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
+from cli import arguments, process
 from pose import sample
 from storage.errors import InputError
 from tasks.plots import new_figure, save
@@ -43,17 +43,17 @@ def chunk_counts(text):
 
 def parse_arguments():
     description = "Plot how often an example holds each relative distance (Figure 5)."
-    p = cli.ArgumentParser(prog="python -m tasks.coverage", description=description)
+    p = arguments.ArgumentParser(prog="python -m tasks.coverage", description=description)
     # fmt: off
-    p.add_argument("--train_len", type=cli.whole_number(1), default=2048,
+    p.add_argument("--train_len", type=arguments.whole_number(1), default=2048,
         help="tokens in an example (default: 2048)")
-    p.add_argument("--target_len", type=cli.whole_number(1), default=16384,
+    p.add_argument("--target_len", type=arguments.whole_number(1), default=16384,
         help="tokens in the window (default: 16384)")
     p.add_argument("--chunks", type=chunk_counts, default=[1, 2, 3],
         help="numbers of chunks, comma-separated (default: 1,2,3)")
-    p.add_argument("--examples", type=cli.whole_number(1), default=1000,
+    p.add_argument("--examples", type=arguments.whole_number(1), default=1000,
         help="to draw for each curve (default: 1000)")
-    p.add_argument("--plot", type=cli.plot_file, default=Path("coverage.png"), metavar="FILE.png",
+    p.add_argument("--plot", type=arguments.plot_file, default=Path("coverage.png"), metavar="FILE.png",
         help="default: coverage.png")
     # fmt: on
     return p.parse_args()
@@ -84,4 +84,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    process.run(main)

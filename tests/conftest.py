@@ -20,9 +20,9 @@ import torch.distributed as dist
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-import cli
 import hf.tokenizer
 import pose
+from cli import process, resuming, training
 
 ROOT = Path(__file__).parent.parent
 # For models this small a second thread on a busy machine costs ten times what it saves.
@@ -182,7 +182,7 @@ def call_main(module, *arguments):
     handlers = {number: signal.getsignal(number) for number in HANDLED}
     sys.argv = [f"{module}.py", *map(str, arguments)]
     try:
-        cli.run(importlib.import_module(module).main)
+        process.run(importlib.import_module(module).main)
         return 0
     except SystemExit as end:
         return end.code
@@ -204,6 +204,17 @@ def call(capfd):
         capfd.readouterr()
         code = call_main(module, *arguments)
         return subprocess.CompletedProcess([module, *map(str, arguments)], code, *capfd.readouterr())
+
+    return start
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """parse("--steps", 3, ...) -> the options of train.py as given."""
+
+    def start(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        return resuming.options_of_run(training.parser().parse_args())
 
     return start
 

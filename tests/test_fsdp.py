@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch, torch.distributed as dist
-import cli, fsdp, model as decoder
+import fsdp, model as decoder
+from cli import process
 from hf import weights
 from hf.folder import CheckpointFolder
 from model import empty_transformer
@@ -39,7 +40,7 @@ def launch(run, tmp_path):
     """launch(script, processes, *folders) -> the lines that the processes print."""
 
     def start(script, processes, *folders):
-        (tmp_path / "script.py").write_text(BEGIN + script + "\ncli.leave(0)\n")
+        (tmp_path / "script.py").write_text(BEGIN + script + "\nprocess.leave(0)\n")
         done = run(tmp_path / "script.py", ROOT, *folders, processes=processes, timeout=200)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()

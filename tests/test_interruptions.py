@@ -16,9 +16,9 @@ import torch
 from conftest import ROOT, losses, metrics, needs_gpu
 from safetensors.torch import load_file, save_file
 
-import cli
 import data
 import fsdp
+from cli import resuming
 from hf import weights
 from hf.builtin import resolve
 from storage.checkpoint import Checkpoints
@@ -394,7 +394,7 @@ def test_a_run_of_an_earlier_version_goes_on(six_steps, call, short, tmp_path):
     (out / "finished.json").unlink()
     for path in out / "args.json", out / "checkpoints" / "step-3" / "checkpoint.json":
         record = json.loads(path.read_text())
-        for option in cli.NEWER:
+        for option in resuming.NEWER:
             record.get("run", record).pop(option, None)
         path.write_text(json.dumps(record))
     done = call("train", *short, "--steps", 6, "--out", out, "--resume")

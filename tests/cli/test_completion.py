@@ -1,30 +1,17 @@
-"""Options of train.py are completed by the model, the machine and, with --resume, the earlier run."""
+"""Options of train.py that are not given depend on the model, the machine and the recipe."""
 
 import copy
 import dataclasses
-import json
-import sys
 
 import pytest
 
-import cli
 from bench import SHAPES
+from cli import completion
 from hf import scaling
 from storage.errors import InputError
 
 SMOLLM2 = SHAPES["smollm2-135m"]
 TO_16_WINDOWS = ("--model", "smollm2-135m", "--target_len", 131072)
-
-
-@pytest.fixture
-def parse(monkeypatch):
-    """parse("--steps", 3, ...) -> the options of train.py as given."""
-
-    def start(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        return cli.training_arguments(cli.training_parser().parse_args())
-
-    return start
 
 
 @pytest.fixture
@@ -40,7 +27,7 @@ def parse_and_complete(parse):
 
 
 def complete(args, config=SMOLLM2):
-    cli.complete_training(args, config)
+    completion.complete(args, config)
 
 
 @pytest.mark.parametrize(
@@ -196,35 +183,3 @@ def test_adapters_are_for_all_layers_and_learn_faster(parse_and_complete):
     assert args.lora_targets == "q,k,v,o,up,down"
     with pytest.raises(InputError, match="--lora_targets: this model has no gate; choose of q,k,v,o,up,down"):
         parse_and_complete("--lora_rank", 8, "--lora_targets", "gate", config=without_gate)
-
-
-@pytest.fixture
-def record(tmp_path):
-    """record(args) writes args.json of an earlier run in tmp_path that had these options."""
-
-    def write(args):
-        options = {key: value for key, value in vars(args).items() if key not in cli.NOT_RECORDED}
-        (tmp_path / "args.json").write_text(json.dumps(options))
-
-    return write
-
-
-def test_validation_of_a_run_that_goes_on_can_be_switched_off(parse, record, tmp_path):
-    out = ("--out", tmp_path)
-    record(parse(*out, "--eval_every", 2, "--eval_data", "gone.txt", "--eval_lengths", 64))
-    assert parse(*out, "--resume").eval_data == ["gone.txt"]
-    args = parse(*out, "--resume", "--eval_every", 0)
-    assert (args.eval_every, args.eval_data, args.eval_lengths) == (0, [], None)
-    with pytest.raises(InputError, match="--eval_every and --eval_data belong together"):
-        complete(parse(*out, "--resume", "--eval_every", 0, "--eval_data", "other.txt"))
-
-
-@pytest.mark.parametrize("recorded", ["64,32", [32, 64]])
-def test_windows_of_validation_are_recorded_as_a_list_or_a_text(parse, record, tmp_path, recorded):
-    """Either in args.json is understood."""
-    args = parse("--out", tmp_path, "--eval_every", 2, "--eval_data", "a.txt", "--eval_lengths", "64,32")
-    assert args.eval_lengths == [32, 64]
-    args.eval_lengths = recorded
-    record(args)
-    assert parse("--out", tmp_path, "--resume").eval_lengths == [32, 64]
-    assert parse("--out", tmp_path, "--resume", "--eval_lengths", 16).eval_lengths == [16]

@@ -1,0 +1,176 @@
+"""What a training run records of its options, and what --resume takes from there.
+
+Notable choices:
+- A resumed run gives back, as words of a command line, what the earlier run recorded: so it is checked like
+  what is given, which comes behind it and counts.
+- What decides the result must stay. Where the model and the texts are may change, what they hold may not.
+"""
+
+import os
+import shlex
+import sys
+
+import torch.distributed as dist
+
+from cli import training
+from storage.errors import InputError, is_process_0, warn
+from storage.log import is_finished
+from storage.values import describe_changes, read_json
+
+# Options that records of earlier versions lack, and their value when such a run goes on. (All that a recipe
+# says is recorded as well. Those runs wrote no timed checkpoints, but nobody minds some.)
+NEWER = {
+    "retrieval": 0.0, "recipe": None, "save_minutes": 10.0, "text_key": "text", "loss_on": "answers",
+    "lora_rank": 0, "lora_alpha": None, "lora_targets": None, "lora_train": None, "adapter": False,
+}  # fmt: skip
+NOT_RECORDED = ("out", "resume", "dry_run")  # options that belong to one call
+BY_CONTENT = ("model", "data")  # paths: a resumed run may have others, with the same model and texts there
+# Options that a resumed run may change: speed, and what is shown or kept.
+MAY_CHANGE = (
+    "micro_batch_size", "device", "compile", "activation_checkpointing", "cpu_offload", "save_every",
+    "save_minutes", "keep", "tensorboard", "eval_every", "eval_data", "eval_lengths", "adapter",
+)  # fmt: skip
+
+
+def options_of_run(args):
+    """Return the options of a run. With --resume, those that are not given are the earlier run's.
+
+    args: the options as given. Raise InputError for an --out that holds another run, and for a resumed run
+    whose options differ.
+    """
+    # torchrun --max_restarts gives the same command again after a process has died: then the run goes on.
+    is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if (args.resume or is_restarted) and (args.out / "args.json").exists():
+        return options_of_earlier_run(args)
+    has_metrics = (args.out / "metrics.jsonl").is_file()
+    holds_a_run = has_metrics or any(
+        (args.out / name).exists() for name in ("args.json", "checkpoints", "model")
+    )
+    if holds_a_run and not args.dry_run:
+        raise InputError(
+            f"--out {args.out} already holds a run; name another folder, remove it, or add --resume"
+        )
+    if args.resume and is_process_0():  # in case that another folder was meant
+        warn(f"--resume: {args.out} holds no run yet; beginning one")
+    args.resume = False
+    return args
+
+
+def options_of_earlier_run(given):
+    """Return the options of the run in --out, replaced by those that are given.
+
+    given: the options as given. Raise InputError if the run is finished and more steps are asked for, or
+    if an option differs that must not change.
+    """
+    parser = training.parser()
+    out, record = given.out, given.out / "args.json"
+    try:
+        earlier = NEWER | read_json(record)
+    except InputError:
+        raise InputError(f"--resume: {record} is not readable; start again with another --out") from None
+    recorded = [word for option, value in earlier.items() for word in words_of(option, value, given)]
+    try:
+        parser.parse_args(recorded)
+    except InputError as error:
+        raise InputError(f"--resume: {record} is not a run's ({error}); start with another --out") from None
+    args = parser.parse_args([*recorded, *sys.argv[1:]])
+    args.resume = True
+    if not args.eval_every:  # validation is switched off: the run's own texts and lengths go too
+        args.eval_data, args.eval_lengths = given.eval_data, given.eval_lengths
+    if is_finished(out) and describe_changes(earlier, {"steps": args.steps}):
+        raise InputError(
+            f"--resume: the run in {out} is finished, and its learning rate has fallen to 0. Train its "
+            f"model in a run of its own: {command_for_more_steps(args, earlier)}"
+        )
+    not_compared = NOT_RECORDED + MAY_CHANGE
+    options = {option: value for option, value in vars(args).items() if option not in not_compared}
+    must_match = {option: value for option, value in options.items() if option not in BY_CONTENT}
+    if describe_changes(earlier, must_match):
+        changed = describe_changes(earlier, options)
+        raise InputError(f"--resume: the run in {out} had other arguments: {changed}")
+    has_checkpoint = any((out / "checkpoints").glob("step-*"))
+    if (out / "model").exists() and not has_checkpoint and not is_finished(out):
+        reason = f"{out} has a model but no checkpoint to go on from; starting anew would replace the model"
+        raise InputError(f"--resume: {reason}; name another --out")
+    return args
+
+
+def command_for_more_steps(args, earlier):
+    """Return the command that trains a finished run's model on, with the same settings and its window.
+
+    args: the options, with the new number of steps. earlier: the finished run's, {option: value}.
+    """
+    out = args.out
+    settings = earlier | {"model": str(out / "model"), "out": f"{out}-more", "rope": "default"}
+    settings["steps"] = max(1, args.steps - earlier["steps"])
+    # Those of the interpolation are in the model. Its recipe is spelt out.
+    for option in ("factor", "beta_fast", "llama_4_scaling_beta", "recipe"):
+        settings.pop(option, None)
+    parser = training.parser()
+    nothing_given = parser.parse_args([])
+    words = ["python", "train.py"]
+    for option, value in settings.items():
+        if value != parser.get_default(option):
+            words += words_of(option, value, nothing_given)
+    return shlex.join(words)
+
+
+def words_of(option, value, given):
+    """Return a recorded option as words of a command line, so that it is checked like one.
+
+    given: the options as given. Return no words for a list that is given too, since argparse would add to it.
+    """
+    if option not in vars(given) or value is None:
+        return []
+    if isinstance(value, bool):
+        return [f"--{option}" if value else f"--no-{option}"]
+    if not isinstance(value, list):
+        return [f"--{option}={value}"]
+    if not value or getattr(given, option):
+        return []
+    if all(isinstance(part, int) for part in value):
+        return [f"--{option}={','.join(map(str, value))}"]
+    return [f"--{option}={part}" for part in value]
+
+
+# ---------------------------------------------------------------- the record
+
+
+def record_of(args, as_given):
+    """Return the record of a run for args.json, {option: value}.
+
+    as_given: the options before they were completed. Those of MAY_CHANGE are recorded as given, since their
+    defaults depend on the machine.
+    """
+    record = {option: value for option, value in vars(args).items() if option not in NOT_RECORDED}
+    for option in MAY_CHANGE:
+        record[option] = getattr(as_given, option)
+    return record
+
+
+def what_stays(record):
+    """Return what a checkpoint must have in common with the run of a record, {option or hash: value}."""
+    return {key: value for key, value in record.items() if key not in MAY_CHANGE + BY_CONTENT}
+
+
+def check_same_model_and_texts(out, record):
+    """Raise InputError if the run in `out` began with other weights or texts, whatever their paths."""
+    earlier = read_json(out / "args.json")
+    hashes = {key: value for key, value in record.items() if key.endswith("_sha256")}
+    if changed := describe_changes(earlier, hashes):
+        paths = describe_changes(earlier, {key: record[key] for key in BY_CONTENT})
+        changed = "; ".join(filter(None, (changed, paths)))
+        raise InputError(f"--resume: {out} is of another run: {changed}; start again with another --out")
+
+
+def check_agreement(record):
+    """Raise InputError if the processes were started with different arguments."""
+    records = [None] * dist.get_world_size()
+    dist.all_gather_object(records, record)
+    for key in record:
+        values = [other.get(key) for other in records]
+        if any(value != record[key] for value in values):
+            raise InputError(
+                f"{key} differs between processes: {values}; start all with the same arguments, texts and "
+                "model"
+            )
