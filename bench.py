@@ -37,6 +37,7 @@ from hf import builtin, families
 from model import Config, add_adapters, causal_attention, empty_transformer, linear_layers
 from storage.errors import InputError
 from storage.files import write_json
+from storage.processes import world_size
 from tasks import plots
 
 GIB = 2**30
@@ -521,7 +522,7 @@ def complete(args, config):
     """Refuse what cannot run, fill in the defaults that depend on the model and return the arguments."""
     arguments.refuse_options_of_other_tasks(args, BELONGS)
     arguments.refuse_one_file_for_two(args)
-    if args.compare and process.world_size() > 1:
+    if args.compare and world_size() > 1:
         raise InputError(f"--compare {args.compare}: it runs in one process alone; leave torchrun out")
     if args.compare and importlib.util.find_spec(args.compare) is None:
         raise InputError(f"--compare {args.compare}: not installed here; pip install {args.compare}")
@@ -538,7 +539,7 @@ def complete(args, config):
         args.micro_batch_size = 1
     if args.batch_size is None:
         examples = args.micro_batch_size or max(1, completion.MICRO_BATCH_TOKENS // args.train_len)
-        args.batch_size = examples * process.world_size()
+        args.batch_size = examples * world_size()
     split = completion.split_batch(args.batch_size, args.micro_batch_size, args.train_len)
     args.share, args.micro_batch_size = split
     if args.lengths is None:

@@ -31,9 +31,10 @@ from hf.tokenizer import load_for as load_tokenizer
 from model import Adapter, add_adapters, empty_transformer, initial_a
 from storage import texts
 from storage.checkpoint import Checkpoints
-from storage.errors import InputError, is_process_0
+from storage.errors import InputError, warn
 from storage.files import cache_dir, write_json
 from storage.log import Log, is_finished, mark_finished, show_progress, unmark_finished
+from storage.processes import is_process_0, world_size
 from tasks import announcement, plan
 from tasks.validation import Validation
 
@@ -192,11 +193,6 @@ def say(line):
         tqdm.write(line, file=sys.stderr)
 
 
-def warn(line):
-    """Say a line that stands out."""
-    say(f"warning: {line}")
-
-
 # ---------------------------------------------------------------- before and after
 
 
@@ -265,7 +261,7 @@ def open_base(args):
     if args.dry_run:
         path = builtin.resolve(args.model)
         if not any(path.glob("*.safetensors")):
-            warn(f"{path} holds no safetensors: this plan needs none, the run itself does")
+            warn(f"{path} holds no safetensors: this plan needs none, the run itself does", shared=True)
         base = families.read_config(path)
         return None, base, load_tokenizer(base, path)
     folder = builtin.open_model(args.model)
@@ -415,7 +411,7 @@ def announce(args, as_given, base, config, batches):
         say(line)
     if batches is None:
         return
-    shape, way = plan.Shape(empty_model(args, config)), completion.way_of(args, process.world_size())
+    shape, way = plan.Shape(empty_model(args, config)), completion.way_of(args, world_size())
     checkpoints = args.keep + 1 if args.save_every or args.save_minutes else 1  # the new one and those before
     room = plan.room_for(args.device, args.out)
     needs = announcement.Needs(shape, way, args.steps, args.batch_size, batches, checkpoints, room)
@@ -425,7 +421,7 @@ def announce(args, as_given, base, config, batches):
         for line in announcement.of_gpus(needs, completion.ways_on_gpus(args, as_given)):
             say(line)
     for line in needs.warnings(arguments.as_options):
-        warn(line)
+        warn(line, shared=True)
     if not args.data and args.model != "tiny":
         say("without --data it trains on the source of Python's standard library; name texts like yours")
 

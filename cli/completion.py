@@ -11,11 +11,12 @@ import torch
 
 import rope
 from cli.arguments import LARGEST
-from cli.process import compute_dtype, world_size
+from cli.process import compute_dtype
 from cli.training import LORA_LR, RECIPE_OF_MODEL, RECIPES
 from hf import families
 from model import linear_layers
 from storage.errors import InputError
+from storage.processes import world_size
 from tasks import plan
 
 LARGEST_BATCH_TOKENS = 2**28  # in a step, over all processes

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from storage.errors import InputError, LocalError, is_process_0, printable
+from storage.errors import InputError, LocalError, printable
 from storage.files import is_stream, only_one_process
+from storage.processes import is_process_0, local_rank
 
 # ---------------------------------------------------------------- devices and processes
 
@@ -29,7 +30,7 @@ def device(named):
     if named == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device here; leave it out to run on the CPU")
     kind = named or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+    if kind == "cuda" and local_rank() >= torch.cuda.device_count():
         raise InputError(
             f"more processes than GPUs: this machine has {torch.cuda.device_count()}; lower --nproc_per_node"
         )
@@ -39,11 +40,6 @@ def device(named):
 def compute_dtype(kind):
     """Return the name of the dtype in which a model computes on "cuda" or "cpu", unless told otherwise."""
     return "bfloat16" if kind == "cuda" else "float32"
-
-
-def world_size():
-    """Return how many processes torchrun started, 1 without it. There need not be a process group yet."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 # ---------------------------------------------------------------- errors and exit codes
@@ -65,7 +61,7 @@ def run(main):
             raise
         # Under torchrun every process meets the same mistake of the user. One on each machine reports it.
         is_shared = isinstance(error, InputError) and not isinstance(error, LocalError)
-        is_reported_here = not is_shared or os.environ.get("LOCAL_RANK", "0") == "0"
+        is_reported_here = not is_shared or local_rank() == 0
         if not is_reported_here and "TORCHELASTIC_RUN_ID" in os.environ:
             # The process that reports it ends, and then torchrun ends this one. If that does not happen, this
             # process has met the error alone, as the one that tokenises does while others wait for it.

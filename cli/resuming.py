@@ -13,7 +13,7 @@ import sys
 import torch.distributed as dist
 
 from cli import training
-from storage.errors import InputError, is_process_0, warn
+from storage.errors import InputError, warn
 from storage.log import is_finished
 from storage.values import describe_changes, read_json
 
@@ -50,8 +50,8 @@ def options_of_run(args):
         raise InputError(
             f"--out {args.out} already holds a run; name another folder, remove it, or add --resume"
         )
-    if args.resume and is_process_0():  # in case that another folder was meant
-        warn(f"--resume: {args.out} holds no run yet; beginning one")
+    if args.resume:  # in case that another folder was meant
+        warn(f"--resume: {args.out} holds no run yet; beginning one", shared=True)
     args.resume = False
     return args
 

@@ -5,8 +5,9 @@ stay apart.
 """
 
 import contextlib
-import os
 import sys
+
+from storage.processes import is_process_0
 
 
 class InputError(ValueError):
@@ -27,17 +28,15 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def is_process_0():
-    """Return whether this is the first process of a run, before there is a process group too."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 _warnings = set()
 
 
-def warn(line):
-    """Print a warning on stderr, unless this process has printed the same one before."""
-    if line not in _warnings:
+def warn(line, shared=False):
+    """Print a warning on stderr, unless this process has printed the same one before.
+
+    shared: all processes of a run meet the same, so that process 0 alone prints it.
+    """
+    if line not in _warnings and (is_process_0() or not shared):
         _warnings.add(line)
         print(f"warning: {printable(line)}", file=sys.stderr)
 

@@ -28,8 +28,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from storage.errors import InputError, is_process_0, naming, warn
+from storage.errors import InputError, naming, warn
 from storage.files import cache_dir, write_file
+from storage.processes import world_size
 from storage.values import check_characters, parse_json
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -116,8 +117,9 @@ def texts_in(folder):
     if not texts:
         raise InputError(f"{folder}: no {', '.join(FORMATS)} inside; name the files to read")
     counts = ", ".join(f"{count} {kind}" for kind, count in passed_over.most_common() if count)
-    if counts and is_process_0():
-        warn(f"{folder}: {len(texts)} file(s) read; passed over: {counts} (name a file to read it)")
+    if counts:
+        line = f"{folder}: {len(texts)} file(s) read; passed over: {counts} (name a file to read it)"
+        warn(line, shared=True)
     return sorted(texts)
 
 
@@ -140,7 +142,7 @@ def saved_stdin():
     It is JSON Lines if its first line that is not blank is a JSON object, else one text. Its name comes from
     its content. Raise InputError where nothing is piped in, or several processes would share it.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if world_size() > 1:
         raise InputError("-: several processes cannot share standard input; save the texts, name their file")
     if sys.stdin is None or sys.stdin.isatty():
         raise InputError("-: standard input is no pipe; pipe texts into this command or name a file")

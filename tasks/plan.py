@@ -21,6 +21,7 @@ import torch
 
 import fsdp
 from model import loss_chunk_tokens
+from storage.processes import local_rank, local_world_size
 
 
 @dataclass(frozen=True)
@@ -260,9 +261,9 @@ def room_for(device, out):
     """
     paths = (out.absolute(), *out.absolute().parents)
     disk = shutil.disk_usage(next(path for path in paths if path.exists())).free
-    host = host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    host = host_memory() / local_world_size()
     if device == "cuda":
-        of_gpu = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0)))
+        of_gpu = torch.cuda.get_device_properties(local_rank())
         return Room(of_gpu.total_memory, CUDA_CONTEXT, disk, on_cpu=False, host=host)
     beside = fsdp.peak_memory(torch.device(device)) + LOADED_LATER
     return Room(host, beside, disk, on_cpu=True, host=host)

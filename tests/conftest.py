@@ -23,6 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 import hf.tokenizer
 import pose
 from cli import process, resuming, training
+from storage import errors
 
 ROOT = Path(__file__).parent.parent
 # For models this small a second thread on a busy machine costs ten times what it saves.
@@ -177,7 +178,8 @@ def call_main(module, *arguments):
     """Run the main() of a command such as "train" or "hf.weights" in this process, and return its exit
     code.
 
-    What it changes in this process is undone: arguments, signal handlers, threads, process group."""
+    What it changes in this process is undone: arguments, warnings that were given, signal handlers,
+    threads, process group."""
     argv, threads = sys.argv, torch.get_num_threads()
     handlers = {number: signal.getsignal(number) for number in HANDLED}
     sys.argv = [f"{module}.py", *map(str, arguments)]
@@ -188,6 +190,7 @@ def call_main(module, *arguments):
         return end.code
     finally:
         sys.argv = argv
+        errors._warnings.clear()
         torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -282,3 +282,14 @@ def test_control_characters_are_escaped(text):
     shown = printable(text)
     assert shown.isprintable() and shown.encode().decode("unicode_escape") == text
     assert printable("Grüße, 50 ± 3 …") == "Grüße, 50 ± 3 …"
+
+
+@pytest.mark.parametrize("rank, told", [("0", "of its own, of all, of all again"), ("1", "of its own")])
+def test_what_all_processes_meet_is_said_by_the_first(capsys, monkeypatch, rank, told):
+    """And once by each process."""
+    monkeypatch.setenv("RANK", rank)
+    errors.warn("of its own")
+    errors.warn("of its own")
+    errors.warn("of all", shared=True)
+    errors.warn("of all again", shared=True)
+    assert capsys.readouterr().err == "".join(f"warning: {line}\n" for line in told.split(", "))
