@@ -35,20 +35,22 @@ MAY_CHANGE = (
 def options_of_run(args):
     """Return the options of a run. With --resume, those that are not given are the earlier run's.
 
-    args: the options as given. Raise InputError for an --out that holds another run, and for a resumed run
-    whose options differ.
+    args: the options as given. Raise InputError for an --out that holds another run, for a resumed run whose
+    options differ, and where --resume finds no run and no --model says what one would begin with.
     """
     # torchrun --max_restarts gives the same command again after a process has died: then the run goes on.
     is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if (args.resume or is_restarted) and (args.out / "args.json").exists():
         return options_of_earlier_run(args)
-    has_metrics = (args.out / "metrics.jsonl").is_file()
-    holds_a_run = has_metrics or any(
-        (args.out / name).exists() for name in ("args.json", "checkpoints", "model")
-    )
+    names = ("args.json", "checkpoints", "model")
+    holds_a_run = (args.out / "metrics.jsonl").is_file() or any((args.out / name).exists() for name in names)
     if holds_a_run and not args.dry_run:
         raise InputError(
             f"--out {args.out} already holds a run; name another folder, remove it, or add --resume"
+        )
+    if args.resume and args.model is None and not holds_a_run:
+        raise InputError(
+            f"--resume: {args.out} holds no run to go on from; name its folder, or add --model to begin one"
         )
     if args.resume:  # in case that another folder was meant
         warn(f"--resume: {args.out} holds no run yet; beginning one", shared=True)

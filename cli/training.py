@@ -190,8 +190,8 @@ def add_interruptions(g):
     g.add_argument("--keep", type=whole_number(1), metavar="N",
         help="keep the newest N checkpoints (default: 1, 2 with --save_every)")
     g.add_argument("--resume", action="store_true",
-        help="go on from the newest checkpoint in --out, or begin where there is none; options that are not "
-        "given stay as they were")
+        help="go on from the newest checkpoint in --out; options that are not given stay as they were; with "
+        "--model, begin a run where there is none")
 
 
 def add_watching(g):

@@ -595,6 +595,13 @@ def test_resume_without_a_run_begins_one(call, refused, model):
     refused("train", *resume, "--out", "bare", says=["bare already holds a run"])
 
 
+def test_resume_without_a_run_and_a_model(refused, finished):
+    """Then a folder was mistyped. The default model is not what is to be trained."""
+    Path("empty").mkdir()
+    for out in ("dnoe", "empty"):
+        refused("train", *TRAIN, "--resume", "--out", out, says=["--resume", out])
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
