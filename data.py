@@ -247,6 +247,17 @@ class Batches:
                 "train on shorter windows, count all tokens, or add texts"
             )
 
+    @property
+    def mean_window(self):
+        """The tokens in the window of a token, on average over all tokens of the run.
+
+        What a token costs grows linearly with its window (Config.flops_per_token), so this gives its mean.
+        """
+        train_len = self.sampling["train_len"]
+        if self.episodes is None:
+            return train_len
+        return self.episodes.share * self.episodes.length + (1 - self.episodes.share) * train_len
+
     def __call__(self, step, indices):
         """Return the examples `indices` of a step's global batch, a list.
 

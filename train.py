@@ -85,7 +85,7 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
         stop = is_stopped and done < args.steps
         figures = {"step": done, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
         step_seconds.append(time.perf_counter() - began)
-        figures |= speed_and_memory(model, args, step_seconds[-1], device)
+        figures |= speed_and_memory(model, args, batches, step_seconds[-1], device)
         is_skipped = not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"]))
         skipped_in_a_row = skipped_in_a_row + 1 if is_skipped else 0
         if is_skipped:
@@ -166,7 +166,7 @@ def validate(validation, model, device, step):
     return nats
 
 
-def speed_and_memory(model, args, seconds, device):
+def speed_and_memory(model, args, batches, seconds, device):
     """Return the figures of a step that took so many seconds.
 
     They are tokens_per_second over all processes, mfu (the model FLOP/s utilisation, None where the card's
@@ -174,11 +174,7 @@ def speed_and_memory(model, args, seconds, device):
     """
     tokens_per_second = args.batch_size * args.train_len / seconds
     peak = fsdp.peak_flops(device)
-    # The operations of a token grow linearly with its window, so that the mean window gives their mean.
-    window = args.train_len
-    if args.retrieval:
-        window = args.retrieval * args.episode_len + (1 - args.retrieval) * args.train_len
-    flops_per_token = model.config.flops_per_token(window, frozen=args.lora_rank > 0)
+    flops_per_token = model.config.flops_per_token(batches.mean_window, frozen=args.lora_rank > 0)
     flops = tokens_per_second / dist.get_world_size() * flops_per_token
     return {
         "tokens_per_second": tokens_per_second,

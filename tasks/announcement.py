@@ -25,20 +25,25 @@ def of_run(args, base, config, as_options):
     args: the completed options of train.py. base, config: the Config before and after the window was
     extended.
     """
+    window = base.max_position_embeddings
+    windows = f"window {window:,} -> {args.target_len:,}"
+    if args.target_len == window:
+        windows = f"the window of {window:,} tokens stays as it is"
     interpolation = f"{args.rope} by {args.factor:g}" if args.factor else args.rope
-    windows = f"window {base.max_position_embeddings:,} -> {args.target_len:,}"
+    if args.factor == 1:
+        interpolation = "no interpolation"
     episodes = f", {args.retrieval:.0%} of the examples are episodes" if args.retrieval else ""
     method = f"{args.method}, {interpolation}{episodes}"
     lines = [f"{args.model}: {windows}, {method} (recipe {args.recipe})"]
     earlier = base.rope_scaling or {}
     if "factor" in earlier:
         together = "that stays"
-        if args.factor:
+        if args.factor and args.factor > 1:
             together = f"{interpolation} comes on top, {config.rope_scaling['factor']:g} in all"
         scaled = f"{earlier['rope_type']} by {earlier['factor']:g}"
         lines.append(f"the model is scaled already ({scaled}); {together}")
     remarks = []
-    for what, mending in loaders.differences(config, args.target_len / base.max_position_embeddings):
+    for what, mending in loaders.differences(config, args.target_len / window):
         remarks.append(what + (f" ({as_options(mending)} mends it)" if mending else ""))
     if remarks:
         lines.append(f"not every loader will compute this model: {'; '.join(remarks)}")
@@ -96,7 +101,7 @@ class Needs:
     @property
     def flops(self):
         """The operations of the run."""
-        return self.tokens * self.shape.config.flops_per_token(self.way.train_len, frozen=self.is_part)
+        return self.tokens * self.shape.config.flops_per_token(self.batches.mean_window, frozen=self.is_part)
 
     @property
     def place(self):

@@ -607,3 +607,11 @@ def test_an_example_of_episodes_holds_as_many_as_fit_and_plain_windows_for_want_
     assert 30 < made.sum() < 70 and set(np.unique(weights[~made])) == {1}
     assert (positions[made] == 7 * np.arange(4)).all()
     assert positions[~made].max() > 50 and (np.diff(positions[~made]) > 0).all()
+
+
+@pytest.mark.parametrize("share", [0, 0.25, 1])
+def test_the_mean_window_is_that_of_a_token(make_documents, share):
+    episodes = data.Episodes(share, 100, 4, fake_episode) if share else None
+    batches = data.Batches(make_documents(200), 7, episodes=episodes, **POSE)
+    lengths = [np.full(tokens.shape, tokens.shape[1]) for tokens, *_ in batches(0, range(100))]
+    assert batches.mean_window == np.concatenate([window.ravel() for window in lengths]).mean()

@@ -129,7 +129,7 @@ def test_the_command_for_more_steps_than_a_run_had(train, call, tmp_path, monkey
     _, _, command = done.stderr.strip().partition("in a run of its own: python train.py ")
     done = call("train", *shlex.split(command))
     assert done.returncode == 0, done.stderr
-    assert "window 2,048 -> 2,048" in done.stderr
+    assert "a run/model: the window of 2,048 tokens stays as it is" in done.stderr
     records = [json.loads((tmp_path / name / "args.json").read_text()) for name in ("a run", "a run-more")]
     differing = {key for key in records[0] if records[0][key] != records[1][key]}
     assert differing == {"model", "model_sha256", "steps", "rope", "factor", "beta_fast", "recipe"}

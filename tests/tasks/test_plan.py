@@ -232,7 +232,7 @@ def test_the_way_that_fits_costs_as_little_as_possible():
 class ThreeTexts:
     """What announcement.Needs asks of data.Batches."""
 
-    documents, n_too_short, usable_tokens, counted_share = [0, 0, 0], 0, 10**9, 1.0
+    documents, n_too_short, usable_tokens, counted_share, mean_window = [0, 0, 0], 0, 10**9, 1.0, 2048
 
 
 @pytest.mark.parametrize("processes, host_gib, warns", [(1, 84, False), (1, 75, True), (4, 20, False)])
@@ -245,6 +245,19 @@ def test_a_checkpoint_has_to_fit_into_the_memory_of_the_host(processes, host_gib
     assert needs.saving_bytes == 12 * llama.parameters / processes
     warnings = needs.warnings(str)
     assert len(warnings) == warns and all("a process needs 75.3 GiB" in line for line in warnings)
+
+
+def test_the_operations_of_a_run_are_those_of_its_windows():
+    """Half of the examples are two episodes in windows of 1,024, the others windows of 2,048."""
+    llama = plan.Shape(empty_transformer(SHAPES["llama-7b"]))
+    room = plan.Room(0, 0, 0, on_cpu=False)
+
+    class WithEpisodes(ThreeTexts):
+        mean_window = 1536
+
+    needs = announcement.Needs(llama, plan.Way(2048), 10, 64, WithEpisodes, 1, room)
+    by_window = [llama.config.flops_per_token(window) for window in (1024, 2048)]
+    assert needs.flops == pytest.approx(10 * 64 * 2048 * sum(by_window) / 2)
 
 
 @pytest.mark.parametrize(
@@ -307,6 +320,18 @@ def test_a_plan_needs_no_weights(planned, texts, tmp_path):
 def test_a_plan_is_for_the_processes_that_torchrun_starts(planned, short, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert "4 x 64 tokens on 4 process(es)" in planned(*short, "--steps", 3)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (("--rope", "linear"), "pose, no interpolation (recipe tiny)"),
+        ((), "pose, yarn by 2 (recipe tiny)"),  # this recipe makes it for twice the target
+    ],
+)
+def test_a_window_that_is_not_extended_is_no_extension(planned, short, arguments, says):
+    said = planned(*short[:6], "--target_len", 256, *arguments)
+    assert said.startswith(f"tiny: the window of 256 tokens stays as it is, {says}\n")
 
 
 def test_a_plan_leaves_a_run_alone(train, call, short, tmp_path):
