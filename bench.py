@@ -118,8 +118,11 @@ class Clock:
 
 
 def seconds_since_start():
-    """Return the seconds since this process was started, imports included."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    """Return the seconds since this process was started, imports included. None without Linux's /proc."""
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return None
+    fields = stat.read_text().rpartition(")")[2].split()
     start_ticks = int(fields[19])  # field 22 of proc(5): since the machine was started
     return time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks / os.sysconf("SC_CLK_TCK")
 
@@ -294,7 +297,8 @@ def train(config, args, device):
     started = seconds_since_start()
     sampling = {"method": "pose", "train_len": args.train_len, "target_len": 16 * args.train_len}
     results = measure_training(config, args, sampling, device)
-    results[0]["first_step_seconds"] += started
+    since_then = results[0]["first_step_seconds"]
+    results[0]["first_step_seconds"] = None if started is None else started + since_then
     for result in results:
         for key in ("train_len", "share", "micro_batch_size"):
             result[key] = getattr(args, key)
@@ -309,8 +313,9 @@ def describe_training(result):
     slowest, fastest = tokens / max(result["seconds"]), tokens / min(result["seconds"])
     figures = [
         f"{result['tokens_per_second']:,.0f} tokens/s a process ({slowest:,.0f} to {fastest:,.0f})",
-        f"first step after {result['first_step_seconds']:.1f} s",
     ]
+    if result["first_step_seconds"]:
+        figures.append(f"first step after {result['first_step_seconds']:.1f} s")
     if result["mfu"]:
         figures.append(f"MFU {result['mfu']:.1%}")
     if result["peak_memory_gib"]:

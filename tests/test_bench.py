@@ -57,6 +57,13 @@ def test_training_counts_its_tokens(bench, steps):
     assert f"ours: {entry['tokens_per_second']:,.0f} tokens/s" in said
 
 
+def test_where_nothing_tells_when_a_process_began_the_first_step_has_no_time(bench, monkeypatch, tmp_path):
+    """As on macOS, which has no /proc."""
+    monkeypatch.setattr(bench_module, "Path", lambda path: tmp_path / path.lstrip("/"))
+    (entry,), said = bench("train", *WINDOW, "--steps", 1)
+    assert entry["first_step_seconds"] is None and "first step" not in said and "tokens/s" in said
+
+
 def test_losses_begin_with_chance_and_do_not_depend_on_processes(bench):
     """Random weights know nothing: the loss is ln V and half the small variance of their logits.
 
