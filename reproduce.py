@@ -137,7 +137,8 @@ def train(args, folder, window):
             options = training_options(settings, window, args.tokens)
             if args.lr is not None:
                 options["lr"] = args.lr
-            words = words_of({"model": args.model, "data": args.data} | options | {"seed": seed, "out": out})
+            options = {"model": args.model, "data": args.data} | options | {"seed": seed, "out": out}
+            words = arguments.as_words(options)
             if (out / "args.json").exists():  # an earlier call was interrupted
                 words.append("--resume")
             run("train.py", *words)
@@ -172,23 +173,13 @@ def measure(args, folder, window, arm_of_model):
 
 def run_eval(task, options):
     """Call eval.py with a task and {option: value}."""
-    run("eval.py", "--task", task, *words_of(options))
+    run("eval.py", "--task", task, *arguments.as_words(options))
 
 
-def words_of(options):
-    """Return {option: value or list of values} as words of a command line, without None and empty lists."""
-    words = []
-    for option, value in options.items():
-        values = value if isinstance(value, list) else [value]
-        if value is not None and values:
-            words += [f"--{option}", *map(str, values)]
-    return words
-
-
-def run(script, *arguments):
+def run(script, *words):
     """Print and run a call of a script of this repository. If it fails, exit with its code."""
-    print("python", shlex.join([script, *arguments]), flush=True)
-    called = subprocess.Popen([sys.executable, Path(__file__).parent / script, *arguments])
+    print("python", shlex.join([script, *words]), flush=True)
+    called = subprocess.Popen([sys.executable, Path(__file__).parent / script, *words])
     try:
         code = called.wait()
     except KeyboardInterrupt:  # the script got it too, and saves what is done

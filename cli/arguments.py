@@ -166,9 +166,20 @@ def warn_if_half_trained(model):
         warn(f"{model} is half-trained, its run was interrupted; it goes on with: {going_on}")
 
 
-def as_options(values):
-    """Return {option: value} as words of a command line. An option that is True has no value there."""
+def as_words(values):
+    """Return {option: value} as the words of a command line, a list.
+
+    True stands for an option without a value, a list for all of its values. None and [] are left out.
+    """
     words = []
     for option, value in values.items():
-        words.append(f"--{option}" if value is True else f"--{option} {value}")
-    return " ".join(words)
+        if value is True:
+            words.append(f"--{option}")
+        elif value not in (None, []):
+            words += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def as_options(values):
+    """Return {option: value} as a piece of a command line, a text."""
+    return " ".join(as_words(values))

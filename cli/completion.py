@@ -65,12 +65,12 @@ def complete_lora(args, config):
         )
     if args.lora_alpha is None:
         args.lora_alpha = 2 * args.lora_rank
-    layers = ",".join(linear_layers(config))
+    layers = linear_layers(config)
     if args.lora_targets is None:
-        args.lora_targets = layers
+        args.lora_targets = ",".join(layers)
     for target in args.lora_targets.split(","):
-        if target not in layers.split(","):
-            raise InputError(f"--lora_targets: this model has no {target}; choose of {layers}")
+        if target not in layers:
+            raise InputError(f"--lora_targets: this model has no {target}; choose of {','.join(layers)}")
 
 
 def complete_lengths(args, window, recipe):
@@ -182,11 +182,10 @@ def complete_interpolation(args, config, recipe):
     """Fill in factor, llama_4_scaling_beta and overshoot."""
     window = config.max_position_embeddings
     if args.factor is None and args.rope not in ("default", "dynamic"):
-        ratio = recipe.headroom * args.target_len / window
-        args.factor = ratio
+        args.factor = recipe.headroom * args.target_len / window
         if args.rope == "ntk":
             of_model = config.rotary_dim, config.rope_theta, config.rope_scaling
-            factor = rope.ntk_factor(*of_model, window, ratio)
+            factor = rope.ntk_factor(*of_model, window, args.factor)
             args.factor = float(f"{factor:.3g}")  # rounded to three digits
     if args.llama_4_scaling_beta is None:
         own = (config.rope_scaling or {}).get("llama_4_scaling_beta")

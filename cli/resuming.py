@@ -86,8 +86,7 @@ def options_of_earlier_run(given):
         )
     not_compared = NOT_RECORDED + MAY_CHANGE
     options = {option: value for option, value in vars(args).items() if option not in not_compared}
-    must_match = {option: value for option, value in options.items() if option not in BY_CONTENT}
-    if describe_changes(earlier, must_match):
+    if describe_changes(earlier, what_stays(options)):
         changed = describe_changes(earlier, options)
         raise InputError(f"--resume: the run in {out} had other arguments: {changed}")
     has_checkpoint = any((out / "checkpoints").glob("step-*"))

@@ -94,8 +94,12 @@ def mark_windows(axes, reports, first, last):
             axes.text(window, 1.02, name, transform=at_top, ha="center", color="dimgray", fontsize="small")
 
 
-def lengths_as_columns(axes, report):
-    """Label the columns of a heat map with the lengths, and draw a line where the original window ends."""
+def draw_heat_map(axes, cells, report):
+    """Draw a heat map of `cells`, in %, and return it. A line stands where the original window ends.
+
+    cells: (rows, lengths of the report).
+    """
+    image = axes.imshow(cells, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
     lengths = [result["length"] for result in report["results"]]
     labels = [
         f"{result['length']:,}" + ("*" if result["beyond_window"] else "") for result in report["results"]
@@ -108,6 +112,7 @@ def lengths_as_columns(axes, report):
             axes.axvline(held - 0.5, color="black", linestyle="dotted")
             notes.append(f"dotted: {name}")
     axes.set_xlabel("\n".join(["length, tokens", *notes]))
+    return image
 
 
 # ---------------------------------------------------------------- right answers
@@ -135,8 +140,7 @@ def draw_accuracy_grids(reports, path):
         results = report["results"]
         columns = [by_depth(result["by_trial"], GRID) for result in results]
         cells = 100 * np.array(columns, dtype=float).T  # (GRID, lengths), NaN where no trial was
-        image = axes.imshow(cells, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-        lengths_as_columns(axes, report)
+        image = draw_heat_map(axes, cells, report)
         axes.set_yticks(np.arange(GRID + 1) - 0.5, [f"{100 * i // GRID}%" for i in range(GRID + 1)])
         axes.set_title(f"{report['model']}, {results[0]['trials']} prompts a length")
         axes.set_ylabel("depth of the answer in the text")
@@ -167,11 +171,10 @@ def _draw_scores_by_task(axes, report):
     results = report["results"]
     tasks = list(results[0]["by_task"])
     cells = np.array([[100 * result["by_task"][task]["score"] for result in results] for task in tasks])
-    image = axes.imshow(cells, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+    image = draw_heat_map(axes, cells, report)
     for (row, column), score in np.ndenumerate(cells):
         colour = "white" if score < 15 or score > 85 else "black"  # the map is dark at both ends
         axes.text(column, row, f"{score:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    lengths_as_columns(axes, report)
     axes.set_yticks(range(len(tasks)), tasks)
     axes.set_title(report["model"])
     return image

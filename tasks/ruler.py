@@ -291,8 +291,9 @@ def needle_lines(value_kind, keys, values):
 def lines_of_noise(draft, room, least):
     """Return as many lines of noise as fit into `room` tokens. Raise TooShort if fewer than `least` do."""
     size = draft.sizes([NOISE])[0]
-    at_most = max(least, room // size)
-    return [NOISE] * units_that_fit(np.full(at_most, size), room, least)
+    if room < least * size:
+        raise TooShort(least * size - room)
+    return [NOISE] * int(room // size)
 
 
 def lines_of_needles(draft, room, key_kind, value_kind, taken):
