@@ -19,7 +19,7 @@ from storage.errors import InputError, LocalError, printable
 from storage.files import is_stream, only_one_process
 from storage.processes import is_process_0, local_rank
 
-# ---------------------------------------------------------------- devices and processes
+# ---------------------------------------------------------------- devices
 
 
 def device(named):
