@@ -32,9 +32,10 @@ import torch.nn.functional as F
 
 import cli
 import data
+import float8
 import fsdp
 from hf import builtin, families
-from model import Config, add_adapters, causal_attention, empty_transformer, linear_layers
+from model import Config, add_adapters, causal_attention, empty_transformer, linear_layers, multiply_in_float8
 from storage.errors import InputError
 from storage.files import write_json
 from tasks import plots
@@ -156,7 +157,9 @@ def our_step(config, args, sampling, device):
     model = empty_transformer(config)
     if args.lora_rank:
         add_adapters(model, args.lora_rank, 2 * args.lora_rank, linear_layers(config))
-    compute_dtype = getattr(torch, cli.compute_dtype(device.type))
+    if args.float8:
+        multiply_in_float8(model)
+    compute_dtype = getattr(torch, cli.compute_dtype(device.type, args.float8))
     param_dtype = getattr(torch, args.param_dtype)
     checkpointing, offload = args.activation_checkpointing, args.cpu_offload
     fsdp.shard(model, device, compute_dtype, param_dtype, checkpointing, offload, compile=on_gpu)
@@ -475,6 +478,7 @@ BELONGS = {  # option -> tasks
     "cpu_offload": ("train", "efficiency"),
     "param_dtype": ("train", "efficiency"),
     "lora_rank": ("train", "efficiency"),
+    "float8": ("train", "efficiency"),
 }
 TASKS = {"train": train, "efficiency": efficiency, "prefill": prefill}
 LONGEST = 131072  # of the lengths that are measured if none are asked for
@@ -507,6 +511,8 @@ def parse_arguments():
         help="as train.py's (default: float32)")
     p.add_argument("--lora_rank", type=cli.whole_number(1), metavar="R",
         help="as train.py's, on all linear layers (default: all weights are trained)")
+    p.add_argument("--float8", action="store_true",
+        help="as train.py's; MFU stays that of the bfloat16 peak")
     p.add_argument("--compare", choices=("transformers",),
         help="train, prefill: the same work there, in the same process")
     p.add_argument("--json", type=cli.output_file(), metavar="FILE",
@@ -517,7 +523,7 @@ def parse_arguments():
     return p.parse_args()
 
 
-def complete(args, config):
+def complete(args, config, device_type):
     """Refuse what cannot run, fill in the defaults that depend on the model and return the arguments."""
     cli.refuse_options_of_other_tasks(args, BELONGS)
     cli.refuse_one_file_for_two(args)
@@ -546,6 +552,8 @@ def complete(args, config):
     if args.task == "efficiency" and args.lengths[0] < args.train_len:
         at_least = f"a target is at least the window of {args.train_len}"
         raise InputError(f"--lengths {args.lengths[0]}: {at_least}; raise it or lower --train_len")
+    for length in (args.train_len, *args.lengths) if args.float8 else ():
+        float8.check(config, args.micro_batch_size * length, device_type)
     return args
 
 
@@ -568,7 +576,7 @@ def main():
     device_type = cli.device(None)
     args.model = args.model or builtin.default_model(device_type)
     config = shape(args.model)
-    args = complete(args, config)
+    args = complete(args, config, device_type)
     device = fsdp.start(device_type)
     on_gpu = device_type == "cuda"
     card = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import float8
 import pose
 import rope
 from hf import families
@@ -214,9 +215,12 @@ def device(named):
     return kind
 
 
-def compute_dtype(kind):
-    """Return the name of the dtype in which a model computes on "cuda" or "cpu", unless told otherwise."""
-    return "bfloat16" if kind == "cuda" else "float32"
+def compute_dtype(kind, in_float8=False):
+    """Return the name of the dtype in which a model computes on "cuda" or "cpu", unless told otherwise.
+
+    in_float8: whether its products are in float8, whose results are bfloat16.
+    """
+    return "bfloat16" if kind == "cuda" or in_float8 else "float32"
 
 
 def process_count():
@@ -463,6 +467,7 @@ RECIPE_OF_MODEL = {"smollm2-135m": "fast", "tiny": "tiny"}  # of others it is th
 NEWER = {
     "retrieval": 0.0, "recipe": None, "save_minutes": 10.0, "text_key": "text", "loss_on": "answers",
     "lora_rank": 0, "lora_alpha": None, "lora_targets": None, "lora_train": None, "adapter": False,
+    "float8": False,
 }  # fmt: skip
 NOT_RECORDED = ("out", "resume", "dry_run")  # options that belong to one call
 BY_CONTENT = ("model", "data")  # paths: a resumed run may have others, with the same model and texts there
@@ -625,6 +630,8 @@ def add_speed(g):
     g.add_argument("--param_dtype", choices=dtypes, default="float32",
         help="dtype of master weights, gradients and optimizer state. bfloat16 halves their memory, but "
         "rounds each update to 3 digits of the weight, so that small ones are lost (default: float32)")
+    g.add_argument("--float8", action=argparse.BooleanOptionalAction, default=False,
+        help="multiply in float8 in the linear layers of the blocks, which takes an H100 or a later GPU")
     g.add_argument("--device", choices=("cuda", "cpu"),
         help="where to compute (default: cuda if there is one)")
 # fmt: on
@@ -778,7 +785,11 @@ def complete_training(args, config):
         args.beta_fast = recipe.beta_fast  # it suits the model's size, not one interpolation
     refuse_contradictions(args)
     args.compile = args.device == "cuda" if args.compile is None else args.compile
-    args.dtype = args.dtype or compute_dtype(args.device)
+    args.dtype = args.dtype or compute_dtype(args.device, args.float8)
+    if args.float8 and args.dtype != "bfloat16":
+        raise InputError("--float8: its results are bfloat16; leave --dtype out")
+    if args.float8:
+        float8.check(config, args.micro_batch_size * args.train_len, args.device)
     args.keep = args.keep or (2 if args.save_every else 1)
 
 
@@ -973,6 +984,7 @@ def way_of(args, processes):
         activation_checkpointing=args.activation_checkpointing,
         cpu_offload=args.cpu_offload,
         compiled=args.compile,
+        float8=args.float8 and not args.lora_rank,
     )
 
 

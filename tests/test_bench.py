@@ -91,7 +91,7 @@ def test_a_step_is_that_of_train(tmp_path, lora_rank):
         sampling = {"method": "pose", "train_len": 32, "target_len": 128}
         args = Namespace(batch_size=4, share=4, micro_batch_size=2, train_len=32, param_dtype="float32")
         args.activation_checkpointing, args.cpu_offload, args.retrieval = "none", False, 0
-        args.lora_rank = lora_rank
+        args.lora_rank, args.float8 = lora_rank, False
         step = bench_module.our_step(config, args, sampling, device)
         expected = [step()[0] for _ in range(2)]
 
