@@ -1,19 +1,20 @@
 """The matrix products of linear layers in float8, which an H100 multiplies twice as fast as bfloat16.
 
-Float8 has 3 bits of a number's fraction and spans a factor of 200,000 (e4m3: four bits of exponent). So each
-factor of a product is first divided by a scale that brings its largest number to the largest in float8. The
-tensor core multiplies the rounded numbers, sums in float32, and multiplies the sum by both scales.
+Float8 (e4m3) has three bits of fraction, and its largest number is 230,000 times its smallest. So each factor
+of a product is first divided by a scale that brings its largest number to the largest of float8, and rounded.
+The tensor core multiplies and sums these numbers, and multiplies the sum by both scales.
 
 Notable choices:
 - All three products of a layer are in float8: the result and, backward, the gradients of input and weight.
 - A scale is computed from the numbers at hand, right before their product: nothing is remembered between
   steps, and no number is ever too large.
-- Each row of what is summed over has a scale of its own. A few tokens of a trained LLaMA, the first one above
-  all, have activations thousands of times the others' (Sun et al. 2024); beside those, with one scale for a
-  whole tensor, the others would be rounded to nothing.
+- Each row or column that a product sums over has a scale of its own. A few tokens of a trained LLaMA, the
+  first one above all, have activations thousands of times the others' (Sun et al. 2024). One scale for a
+  whole tensor would leave the others near the smallest float8 numbers, with fewer digits or none.
 - With a scale for each row gradients are e4m3 too, as in torchao and torchtitan. With one for a whole tensor
-  they are e5m2, a larger span with 2 bits of fraction (Micikevicius et al. 2022, section 3).
-- Master weights, optimizer, results and what is kept for the backward pass stay as they are without float8.
+  they are e5m2, a larger span with two bits of fraction (Micikevicius et al. 2022, section 3).
+- Input and weight are kept for the backward pass as without float8, and rounded once more there, since the
+  gradients sum over other dimensions. Compiled, much of that is not kept but made again (see tasks/plan.py).
 - Without gradients the products are in bfloat16: validation measures the model as it will be written.
 
 The cost is reading each factor twice, for its largest number and to round it, and writing it in the order

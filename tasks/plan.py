@@ -204,6 +204,8 @@ def backward_work(shape, way):
     # The gradients of the residual stream and of the MLP's inner activations, less what they replace.
     n_inner = 2 if config.mlp == "swiglu" and not way.compiled else 1
     of_activations = c * way.tokens * (n_inner * config.intermediate_dim + 2 * config.hidden_dim)
+    if way.rounds_again:  # a gradient in float8, once by rows and once by columns
+        of_activations += 2 * way.tokens * config.intermediate_dim
     # Gradients of weights arrive in the dtype of the computation. Compiled, those of a block come together.
     n_together = shape.trained_in_block
     if not way.compiled:

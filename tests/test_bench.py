@@ -171,6 +171,8 @@ def test_efficiency_draws_both_methods_by_target(bench, tmp_path):
         (["prefill", "--cpu_offload"], ["--cpu_offload belongs to --task train or efficiency"]),
         (["prefill", "--lora_rank", 4], ["--lora_rank belongs to --task train or efficiency"]),
         (["train", "--lora_rank", 4, "--compare", "transformers"], ["--lora_rank", "all weights"]),
+        (["prefill", "--float8"], ["--float8 belongs to --task train or efficiency"]),
+        (["train", "--float8", "--train_len", 60, "--batch_size", 1], ["16 tokens", "not 60"]),
         (["prefill", "--param_dtype", "float32"], ["--param_dtype belongs to --task train or efficiency"]),
         (["efficiency", "--plot", "p.xyz"], ["--plot", "p.xyz"]),
         (["train", "--json", "absent/r.json"], ["absent/r.json"]),

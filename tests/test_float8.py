@@ -74,7 +74,7 @@ def test_products_are_those_of_rounded_numbers(factors, rowwise):
 
 
 def test_a_token_blurs_no_other_one(factors):
-    """However large it is: with a scale for a whole tensor it would leave nothing of the others."""
+    """However large it is. With a scale for a whole tensor it would leave little of the others."""
     x, weight, _ = factors
     alone = float8.linear(x[1:].requires_grad_(), weight)
     x = x.detach().clone()
@@ -229,7 +229,7 @@ def test_a_gpu_trains_in_float8(train, mode):
         (["--dtype", "float32"], "--float8"),
         (["--train_len", 60, "--micro_batch_size", 2], "multiple of 16 tokens in a forward pass, not 120"),
     ],
-    ids=lambda v: " ".join(map(str, v)),
+    ids=["results in float32", "odd number of tokens"],
 )
 def test_what_cannot_be_in_float8_is_refused(call, short, tmp_path, arguments, says):
     done = call("train", *short, "--float8", "--out", tmp_path / "run", *arguments)
