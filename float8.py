@@ -127,6 +127,4 @@ def check(config, tokens, kind):
     try:
         product(number, number, scale, scale)
     except (RuntimeError, ValueError):
-        raise InputError(
-            f"float8 takes an H100 or a later GPU, and this {kind} cannot do it; {REMEDY}"
-        ) from None
+        raise InputError(f"float8 takes an H100 or a later GPU, which this device is not; {REMEDY}") from None
