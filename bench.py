@@ -31,10 +31,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
+import float8
 import fsdp
 from cli import arguments, completion, process
 from hf import builtin, families
-from model import Config, add_adapters, causal_attention, empty_transformer, linear_layers
+from model import Config, add_adapters, causal_attention, empty_transformer, linear_layers, multiply_in_float8
 from storage.errors import InputError
 from storage.files import write_json
 from storage.processes import world_size
@@ -160,7 +161,9 @@ def our_step(config, args, sampling, device):
     model = empty_transformer(config)
     if args.lora_rank:
         add_adapters(model, args.lora_rank, 2 * args.lora_rank, linear_layers(config))
-    compute_dtype = getattr(torch, process.compute_dtype(device.type))
+    if args.float8:
+        multiply_in_float8(model)
+    compute_dtype = getattr(torch, process.compute_dtype(device.type, args.float8))
     param_dtype = getattr(torch, args.param_dtype)
     checkpointing, offload = args.activation_checkpointing, args.cpu_offload
     fsdp.shard(model, device, compute_dtype, param_dtype, checkpointing, offload, compile=on_gpu)
@@ -481,6 +484,7 @@ BELONGS = {  # option -> tasks
     "cpu_offload": ("train", "efficiency"),
     "param_dtype": ("train", "efficiency"),
     "lora_rank": ("train", "efficiency"),
+    "float8": ("train", "efficiency"),
 }
 TASKS = {"train": train, "efficiency": efficiency, "prefill": prefill}
 LONGEST = 131072  # of the lengths that are measured if none are asked for
@@ -513,6 +517,8 @@ def parse_arguments():
         help="as train.py's (default: float32)")
     p.add_argument("--lora_rank", type=arguments.whole_number(1), metavar="R",
         help="as train.py's, on all linear layers (default: all weights are trained)")
+    p.add_argument("--float8", action="store_true",
+        help="as train.py's; MFU stays that of the bfloat16 peak")
     p.add_argument("--compare", choices=("transformers",),
         help="train, prefill: the same work there, in the same process")
     p.add_argument("--json", type=arguments.output_file(), metavar="FILE",
@@ -523,7 +529,7 @@ def parse_arguments():
     return p.parse_args()
 
 
-def complete(args, config):
+def complete(args, config, device_type):
     """Refuse what cannot run, fill in the defaults that depend on the model and return the arguments."""
     arguments.refuse_options_of_other_tasks(args, BELONGS)
     arguments.refuse_one_file_for_two(args)
@@ -552,6 +558,8 @@ def complete(args, config):
     if args.task == "efficiency" and args.lengths[0] < args.train_len:
         at_least = f"a target is at least the window of {args.train_len}"
         raise InputError(f"--lengths {args.lengths[0]}: {at_least}; raise it or lower --train_len")
+    for length in (args.train_len, *args.lengths) if args.float8 else ():
+        float8.check(config, args.micro_batch_size * length, device_type)
     return args
 
 
@@ -574,7 +582,7 @@ def main():
     device_type = process.device(None)
     args.model = args.model or builtin.default_model(device_type)
     config = shape(args.model)
-    args = complete(args, config)
+    args = complete(args, config, device_type)
     device = fsdp.start(device_type)
     on_gpu = device_type == "cuda"
     card = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"

@@ -164,7 +164,7 @@ def save_matrix_products(context, op, *args, **kwargs):
     if name == "mm" and args[0].shape[1] * NARROW <= args[1].shape[1]:
         # It is an adapter's second product: as much to keep as the layer's own, nearly nothing to compute.
         return CheckpointPolicy.PREFER_RECOMPUTE
-    if name in ("mm", "addmm") or "scaled_dot_product" in name:
+    if name in ("mm", "addmm", "_scaled_mm") or "scaled_dot_product" in name:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
+import float8
 import rope
 
 SLICE_TOKENS = 65536  # tokens that go through a block's matrix products together where no gradient is wanted
@@ -110,6 +111,7 @@ class Linear(nn.Linear):
     def __init__(self, in_features, out_features, bias=True):
         super().__init__(in_features, out_features, bias)
         self.adapter = None  # an Adapter, where add_adapters has put one
+        self.product = F.linear  # float8.linear, where multiply_in_float8 has put it
 
     def weight_and_bias(self, dtype):
         """Return both in a dtype, the bias None if there is none."""
@@ -118,7 +120,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         # The adapter comes first, so that "full" checkpointing can leave a block's last, large product out.
         change = None if self.adapter is None else self.adapter(x)
-        y = F.linear(x, *self.weight_and_bias(x.dtype))
+        y = self.product(x, *self.weight_and_bias(x.dtype))
         return y if change is None else y + change
 
 
@@ -509,6 +511,13 @@ def empty_transformer(config):
     """Return a Transformer without values, on the meta device."""
     with torch.device("meta"):
         return Transformer(config)
+
+
+def multiply_in_float8(model):
+    """Let the linear layers of a Transformer's blocks multiply in float8, but not their adapters."""
+    for module in model.blocks.modules():
+        if isinstance(module, Linear):
+            module.product = float8.linear
 
 
 # ---------------------------------------------------------------- adapters (LoRA)

@@ -28,7 +28,7 @@ import retrieval
 from cli import arguments, completion, process, resuming, training
 from hf import adapter, builtin, families, scaling, weights
 from hf.tokenizer import load_for as load_tokenizer
-from model import Adapter, add_adapters, empty_transformer, initial_a
+from model import Adapter, add_adapters, empty_transformer, initial_a, multiply_in_float8
 from storage import texts
 from storage.checkpoint import Checkpoints
 from storage.errors import InputError, warn
@@ -344,6 +344,8 @@ def empty_model(args, config):
 def load_sharded(args, folder, config, device):
     """Return the model in a CheckpointFolder, but with this Config, sharded and ready for training."""
     model = empty_model(args, config)
+    if args.float8:
+        multiply_in_float8(model)
     fsdp.shard(
         model,
         device,

@@ -9,6 +9,7 @@ import importlib.util
 
 import torch
 
+import float8
 import rope
 from cli.arguments import LARGEST
 from cli.process import compute_dtype
@@ -47,7 +48,11 @@ def complete(args, config):
         args.beta_fast = recipe.beta_fast  # it suits the model's size, not one interpolation
     refuse_contradictions(args)
     args.compile = args.device == "cuda" if args.compile is None else args.compile
-    args.dtype = args.dtype or compute_dtype(args.device)
+    args.dtype = args.dtype or compute_dtype(args.device, args.float8)
+    if args.float8 and args.dtype != "bfloat16":
+        raise InputError("--float8: its results are bfloat16; leave --dtype out")
+    if args.float8:
+        float8.check(config, args.micro_batch_size * args.train_len, args.device)
     args.keep = args.keep or (2 if args.save_every else 1)
 
 
@@ -231,6 +236,7 @@ def way_of(args, processes):
         activation_checkpointing=args.activation_checkpointing,
         cpu_offload=args.cpu_offload,
         compiled=args.compile,
+        float8=args.float8 and not args.lora_rank,
     )
 
 

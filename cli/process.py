@@ -37,9 +37,12 @@ def device(named):
     return kind
 
 
-def compute_dtype(kind):
-    """Return the name of the dtype in which a model computes on "cuda" or "cpu", unless told otherwise."""
-    return "bfloat16" if kind == "cuda" else "float32"
+def compute_dtype(kind, in_float8=False):
+    """Return the name of the dtype in which a model computes on "cuda" or "cpu", unless told otherwise.
+
+    in_float8: whether its products are in float8, whose results are bfloat16.
+    """
+    return "bfloat16" if kind == "cuda" or in_float8 else "float32"
 
 
 # ---------------------------------------------------------------- errors and exit codes

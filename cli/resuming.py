@@ -22,6 +22,7 @@ from storage.values import describe_changes, read_json
 NEWER = {
     "retrieval": 0.0, "recipe": None, "save_minutes": 10.0, "text_key": "text", "loss_on": "answers",
     "lora_rank": 0, "lora_alpha": None, "lora_targets": None, "lora_train": None, "adapter": False,
+    "float8": False,
 }  # fmt: skip
 NOT_RECORDED = ("out", "resume", "dry_run")  # options that belong to one call
 BY_CONTENT = ("model", "data")  # paths: a resumed run may have others, with the same model and texts there

@@ -223,6 +223,8 @@ def add_speed(g):
     g.add_argument("--param_dtype", choices=dtypes, default="float32",
         help="dtype of master weights, gradients and optimizer state. bfloat16 halves their memory, but "
         "rounds each update to 3 digits of the weight, so that small ones are lost (default: float32)")
+    g.add_argument("--float8", action=argparse.BooleanOptionalAction, default=False,
+        help="multiply in float8 in the linear layers of the blocks, which takes an H100 or a later GPU")
     g.add_argument("--device", choices=("cuda", "cpu"),
         help="where to compute (default: cuda if there is one)")
 # fmt: on

@@ -42,6 +42,7 @@ class Way:
     activation_checkpointing: str = "none"
     cpu_offload: bool = False
     compiled: bool = False
+    float8: bool = False  # the products of trained weights are, see float8.py
 
     @property
     def tokens(self):
@@ -52,6 +53,14 @@ class Way:
     def is_sharded(self):
         """Whether FSDP holds the matrices, see fsdp.shard."""
         return self.processes > 1 or self.cpu_offload
+
+    @property
+    def rounds_again(self):
+        """Whether the backward pass makes the factors of products again instead of finding them kept.
+
+        The compiler does so in float8: it takes few operations to round them from what is kept anyway.
+        """
+        return self.float8 and self.compiled
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,10 @@ def kept_by_block(config, way, mode=None):
         return c * C + attention + c * results
     # The normed inputs of attention and MLP, and what the last product reads.
     read = 2 * C + inner
+    if way.rounds_again:
+        # The inputs of both norms, what the activation function reads, and the last product of attention's
+        # factor in float8.
+        return attention + q + c * (2 * C + n_wide * inner)
     if way.compiled:
         # The inputs of both norms, which are computed again from them. So is the activation function.
         return attention + c * (read + 2 * C + n_wide * inner)
@@ -192,6 +205,8 @@ def backward_work(shape, way):
     # The gradients of the residual stream and of the MLP's inner activations, less what they replace.
     n_inner = 2 if config.mlp == "swiglu" and not way.compiled else 1
     of_activations = c * way.tokens * (n_inner * config.intermediate_dim + 2 * config.hidden_dim)
+    if way.rounds_again:  # a gradient in float8, once by rows and once by columns
+        of_activations += 2 * way.tokens * config.intermediate_dim
     # Gradients of weights arrive in the dtype of the computation. Compiled, those of a block come together.
     n_together = shape.trained_in_block
     if not way.compiled:
@@ -220,7 +235,7 @@ def memory(shape, way):
     kept = kept_by_block(config, way) * way.tokens
     outside = kept_outside(config, way) * way.tokens
     all_kept = config.n_layers * kept + outside
-    if way.activation_checkpointing == "none":
+    if way.activation_checkpointing == "none" and not way.rounds_again:
         all_kept += rounded_weights(config.n_layers * shape.trained_in_block, way)
     root = way.compute_bytes * shape.root if way.is_sharded else 0  # gathered, see `gathered`
     of_head = 2 * way.compute_bytes + (0 if way.is_sharded else way.param_bytes)  # of its weight's gradient

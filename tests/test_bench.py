@@ -98,7 +98,7 @@ def test_a_step_is_that_of_train(tmp_path, lora_rank):
         sampling = {"method": "pose", "train_len": 32, "target_len": 128}
         args = Namespace(batch_size=4, share=4, micro_batch_size=2, train_len=32, param_dtype="float32")
         args.activation_checkpointing, args.cpu_offload, args.retrieval = "none", False, 0
-        args.lora_rank = lora_rank
+        args.lora_rank, args.float8 = lora_rank, False
         step = bench_module.our_step(config, args, sampling, device)
         expected = [step()[0] for _ in range(2)]
 
@@ -178,6 +178,8 @@ def test_efficiency_draws_both_methods_by_target(bench, tmp_path):
         (["prefill", "--cpu_offload"], ["--cpu_offload belongs to --task train or efficiency"]),
         (["prefill", "--lora_rank", 4], ["--lora_rank belongs to --task train or efficiency"]),
         (["train", "--lora_rank", 4, "--compare", "transformers"], ["--lora_rank", "all weights"]),
+        (["prefill", "--float8"], ["--float8 belongs to --task train or efficiency"]),
+        (["train", "--float8", "--train_len", 60, "--batch_size", 1], ["16 tokens", "not 60"]),
         (["prefill", "--param_dtype", "float32"], ["--param_dtype belongs to --task train or efficiency"]),
         (["efficiency", "--plot", "p.xyz"], ["--plot", "p.xyz"]),
         (["train", "--json", "absent/r.json"], ["absent/r.json"]),

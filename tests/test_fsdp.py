@@ -184,6 +184,28 @@ def test_every_way_to_save_memory_gives_the_same_gradients(launch, make_llama, p
     assert lines == [line for line in by_mode for _ in range(2)]  # offload or not
 
 
+FLOAT8 = """
+plain = weights.load(folders[0], dtype=torch.float32)
+plain.compute_dtype = torch.bfloat16
+model = sharded(folders[0], torch.bfloat16, torch.float32, "selective")
+tokens, targets = torch.randint(320, (2, world, 48), generator=torch.Generator().manual_seed(0))
+for decoding, rows in ((plain, range(world)), (model, [rank])):
+    decoder.multiply_in_float8(decoding)
+    for i in rows:
+        decoding(tokens[i : i + 1], None, targets[i : i + 1]).backward()
+fsdp.average_vector_gradients(model)
+for name, p in model.blocks.named_parameters():
+    expected = plain.blocks.get_parameter(name).grad / world
+    error = (whole(p.grad) - expected).norm() / expected.norm()
+    assert error < 1e-5, (name, error)
+"""
+
+
+def test_float8_has_the_same_gradients_sharded(launch, make_llama):
+    """FSDP hands out weights in bfloat16. A single process rounds them to that before float8, too."""
+    launch(FLOAT8, 2, make_llama()[0])
+
+
 ADAPTERS = """
 from functools import partial
 from torch.func import functional_call

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import fsdp
 from bench import SHAPES, shape
 from hf.builtin import open_model, resolve
-from model import Config, Transformer, add_adapters, empty_transformer, linear_layers
+from model import Config, Transformer, add_adapters, empty_transformer, linear_layers, multiply_in_float8
 from tasks import announcement, plan
 
 DEEP = Config(320, 64, 176, 6, 4, 2, 16, 64)
@@ -32,6 +32,8 @@ def trainable(config, way, device="cpu", lora_rank=0):
     model = Transformer(config).to(device)
     if lora_rank:
         add_adapters(model, lora_rank, lora_rank, linear_layers(config))
+    if way.float8:
+        multiply_in_float8(model)
     for parameter in model.parameters():
         is_frozen_matrix = parameter.dim() > 1 and not parameter.requires_grad
         parameter.data = parameter.data.to(DTYPES[way.compute_bytes if is_frozen_matrix else way.param_bytes])
@@ -106,6 +108,7 @@ class Held(TorchDispatchMode):
 WAYS = {
     "deep": (DEEP, plan.Way(128, 2)),
     "deep, bfloat16": (DEEP, plan.Way(128, 2, compute_bytes=2)),
+    "deep, float8": (DEEP, plan.Way(128, 2, compute_bytes=2, float8=True)),
     "deep, all bfloat16": (DEEP, plan.Way(128, 2, param_bytes=2, compute_bytes=2)),
     "deep, selective": (DEEP, plan.Way(128, 4, compute_bytes=2, activation_checkpointing="selective")),
     "deep, full": (DEEP, plan.Way(128, 4, activation_checkpointing="full")),

@@ -1,0 +1,130 @@
+"""The matrix products of linear layers in float8, which an H100 multiplies twice as fast as bfloat16.
+
+Float8 (e4m3) has three bits of fraction, and its largest number is 230,000 times its smallest. So each factor
+of a product is first divided by a scale that brings its largest number to the largest of float8, and rounded.
+The tensor core multiplies and sums these numbers, and multiplies the sum by both scales.
+
+Notable choices:
+- All three products of a layer are in float8: the result and, backward, the gradients of input and weight.
+- A scale is computed from the numbers at hand, right before their product: nothing is remembered between
+  steps, and no number is ever too large.
+- Each row or column that a product sums over has a scale of its own. A few tokens of a trained LLaMA, the
+  first one above all, have activations thousands of times the others' (Sun et al. 2024). One scale for a
+  whole tensor would leave the others near the smallest float8 numbers, with fewer digits or none.
+- With a scale for each row gradients are e4m3 too, as in torchao and torchtitan. With one for a whole tensor
+  they are e5m2, a larger span with two bits of fraction (Micikevicius et al. 2022, section 3).
+- Input and weight are kept for the backward pass as without float8, and rounded once more there, since the
+  gradients sum over other dimensions. Compiled, much of that is not kept but made again (see tasks/plan.py).
+- Without gradients the products are in bfloat16: validation measures the model as it will be written.
+
+The cost is reading each factor twice, for its largest number and to round it, and writing it in the order
+that the tensor core wants. torch.compile makes one or two kernels of that; without it most of the gain is
+lost.
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+
+from storage.errors import InputError
+
+MULTIPLE = 16  # All sizes of a product must be multiples of it.
+LEAST = 1e-30  # the scale where all numbers are 0
+REMEDY = "multiply in bfloat16"
+
+
+def linear(x, weight, bias=None, rowwise=True):
+    """Return what F.linear does, x (..., K), weight (N, K), bias (N,) or None -> (..., N), all in bfloat16.
+
+    rowwise: whether each row has its own scale, or a whole tensor one.
+    """
+    if not torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    y = Products.apply(x.flatten(0, -2), weight, rowwise).unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
+
+
+class Products(torch.autograd.Function):
+    """x @ weight.T in float8, x (T, K) and weight (N, K) -> (T, N), and both gradients.
+
+    Gradients see more digits: their products take every 128 partial sums over into float32, while the forward
+    one leaves them in the tensor core's own 22 bits (use_fast_accum).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, rowwise):
+        ctx.save_for_backward(x, weight)
+        ctx.rowwise = rowwise
+        row, _ = sums_over(rowwise)
+        x8, x_scale = quantise(x, row)
+        weight8, weight_scale = quantise(weight, row)
+        return product(x8, weight8.t(), x_scale, weight_scale, use_fast_accum=True)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        row, column = sums_over(ctx.rowwise)
+        dtype = torch.float8_e4m3fn if ctx.rowwise else torch.float8_e5m2
+        d_x = d_weight = None
+        if ctx.needs_input_grad[0]:  # a sum over the N results
+            grad8, grad_scale = quantise(grad, row, dtype)
+            weight8, weight_scale = quantise(weight, column)
+            d_x = product(grad8, weight8, grad_scale, weight_scale)
+        if ctx.needs_input_grad[1]:  # a sum over the T tokens
+            grad8, grad_scale = quantise(grad, column, dtype)
+            x8, x_scale = quantise(x, column)
+            d_weight = product(grad8.t(), x8, grad_scale, x_scale)
+        return d_x, d_weight, None
+
+
+def sums_over(rowwise):
+    """Return the dimensions that share a scale where a product sums over columns, and where over rows."""
+    return (1, 0) if rowwise else ((0, 1), (0, 1))
+
+
+def quantise(x, dim, dtype=torch.float8_e4m3fn):
+    """Return x (R, S) divided by scales and rounded to float8, and the scales, float32.
+
+    dim: the dimensions that share a scale, which has size 1 there.
+    """
+    largest = x.abs().amax(dim, keepdim=True).float()
+    scale = (largest / torch.finfo(dtype).max).clamp(min=LEAST)
+    return (x / scale).to(dtype), scale  # bfloat16 over float32 is float32
+
+
+def product(a, b, scale_a, scale_b, use_fast_accum=False):
+    """Return a (M, S) @ b (S, N), both float8, times their scales: bfloat16 (M, N).
+
+    The tensor core reads the first factor by rows and the second one by columns. What lies otherwise is
+    copied, a byte a number; compiled, it is written in that order at once.
+    """
+    factors = a.contiguous(), b.t().contiguous().t()
+    scales = scale_a.reshape(-1, 1), scale_b.reshape(1, -1)
+    return torch._scaled_mm(*factors, *scales, out_dtype=torch.bfloat16, use_fast_accum=use_fast_accum)
+
+
+def check(config, tokens, kind):
+    """Raise InputError unless a model of this Config can be trained in float8.
+
+    tokens: in a forward pass of a process. kind: of the device that computes, "cuda" or "cpu".
+    """
+    of_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    for size in (config.hidden_dim, config.intermediate_dim, *of_heads):
+        if size % MULTIPLE:
+            raise InputError(
+                f"float8 needs layers with multiples of {MULTIPLE}, and one has {size}; {REMEDY}"
+            )
+    if tokens % MULTIPLE:
+        raise InputError(
+            f"float8 needs a multiple of {MULTIPLE} tokens in a forward pass, not {tokens}; choose another "
+            "length of the examples, or more of them at once"
+        )
+    # Each process tries its own GPU, since a tensor on another one would take half a GiB there.
+    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else kind
+    number, scale = (torch.ones(MULTIPLE, n, device=place) for n in (MULTIPLE, 1))
+    number = number.to(torch.float8_e4m3fn)
+    try:
+        product(number, number, scale, scale)
+    except (RuntimeError, ValueError):
+        raise InputError(f"float8 takes an H100 or a later GPU, which this device is not; {REMEDY}") from None
