@@ -241,7 +241,7 @@ def way_of(args, processes):
 
 
 def ways_on_gpus(args, as_given):
-    """Return {number of GPUs: plan.Way} of the same batches on 1, 2, 4 and 8 GPUs.
+    """Return {number of GPUs: plan.Way} of the same batches on 1 to 64 GPUs.
 
     args, as_given: the options as completed and before. Numbers that do not share a batch evenly are left
     out.
@@ -251,7 +251,7 @@ def ways_on_gpus(args, as_given):
     on_gpu.compile = as_given.compile is not False
     micro_batch_size = 1 if takes_single_examples(args) else as_given.micro_batch_size
     ways = {}
-    for n in (1, 2, 4, 8):
+    for n in (1, 2, 4, 8, 16, 32, 64):
         with contextlib.suppress(InputError):
             _, on_gpu.micro_batch_size = split_batch(args.batch_size, micro_batch_size, args.train_len, n)
             ways[n] = way_of(on_gpu, n)
