@@ -36,7 +36,7 @@ REMEDY = "multiply in bfloat16"
 
 
 def linear(x, weight, bias=None):
-    """Return what F.linear does, all in bfloat16: x (..., K), weight (N, K), bias (N,) or None -> (..., N)."""
+    """Return what F.linear does: x (..., K), weight (N, K), bias (N,) or None -> (..., N), all bfloat16."""
     if not torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     y = Products.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])

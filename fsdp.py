@@ -8,6 +8,8 @@ Notable choices:
 - Each process keeps all vectors (weights of norms, biases), a ten-thousandth of the model, outside of FSDP,
   which would round them. Near 1, bfloat16 has steps of 0.4 to 0.8%, and a norm's small updates would show
   only after many of them.
+- FSDP gathers the weights of several small blocks together, of SmolLM2 all at once: what it does on the CPU
+  for each group would take longer than the GPU needs for a block.
 - The order is: activation checkpointing inside, torch.compile around it, fully_shard outermost. The
   names of the parameters stay.
 """
@@ -27,6 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from storage.errors import InputError
 
+SMALLEST_GROUP = 2**27  # parameters that FSDP gathers together at least; a block of LLaMA-7B has more
 NARROW = 8  # A matrix product is an adapter's if its result is so many times as wide as its first factor.
 
 # Dense bfloat16 operations a second by the makers' data sheets. A card takes the first entry whose name
@@ -99,7 +102,7 @@ def shard(
 ):
     """Prepare a model on the meta device for training, with memory for this process's share of it.
 
-    The memory is uninitialised. Each block and then the rest is sharded over all processes. A single
+    The memory is uninitialised. Groups of blocks, and then the rest, are sharded over all processes. A single
     process keeps plain parameters, unless cpu_offload asks for FSDP. The master weights, and with them
     AdamW's state, are of param_dtype; computation happens in compute_dtype, which frozen matrices have;
     gradients are reduced in float32 and averaged over processes. activation_checkpointing: "none",
@@ -125,9 +128,9 @@ def shard(
         )
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
         kept_whole = {parameter for parameter in model.parameters() if parameter.dim() == 1}
-        for module in (*model.blocks, model):
+        for group in (*groups_of_blocks(model), model):
             fully_shard(
-                module, mesh=mesh, mp_policy=precision, offload_policy=offload, ignored_params=kept_whole
+                group, mesh=mesh, mp_policy=precision, offload_policy=offload, ignored_params=kept_whole
             )
 
     model.to_empty(device="cpu" if cpu_offload else device)
@@ -136,6 +139,21 @@ def shard(
             if parameter.dim() == 1:
                 parameter.data = parameter.data.to(device)
         use_all_cores()  # AdamW works on the CPU then
+
+
+def groups_of_blocks(model):
+    """Return the runs of blocks that FSDP gathers together, each as short as SMALLEST_GROUP allows.
+
+    Blocks at the end that make no whole run are left out. They belong to the rest of the model.
+    """
+    blocks = list(model.blocks)
+    n = blocks_in_group(sum(parameter.numel() for parameter in blocks[0].parameters()))
+    return [blocks[i : i + n] for i in range(0, len(blocks) - n + 1, n)]
+
+
+def blocks_in_group(parameters):
+    """Return how many blocks of so many parameters each FSDP gathers together."""
+    return math.ceil(SMALLEST_GROUP / parameters)
 
 
 def use_all_cores():

@@ -89,8 +89,9 @@ LOADED_LATER = 2**26  # bytes of Python and PyTorch that the first step loads, r
 class Shape:
     """A model's Config, and how many numbers its parameters hold.
 
-    block: in one of the blocks, which are alike. root: in all that is outside of them. head: in the head's
-    weight. trained, trained_matrices and so on: how many of them are trained.
+    block: in one of the blocks, which are alike. group: in the blocks that FSDP gathers together. root: in
+    all that it gathers besides. head: in the head's weight. trained, trained_matrices and so on: how many of
+    them are trained.
     """
 
     def __init__(self, model):
@@ -105,7 +106,13 @@ class Shape:
         self.trained_matrices = self.trained - self.trained_vectors
         self.block = count(of_block)
         self.trained_in_block = count(p for p in of_block if p.requires_grad)
-        self.root = self.parameters - self.config.n_layers * self.block
+        n_together = fsdp.blocks_in_group(self.block)
+        n_in_groups = self.config.n_layers // n_together * n_together
+        self.group = n_together * self.block if n_in_groups else 0
+        self.root = self.parameters - n_in_groups * self.block
+        # The most of whose gradients FSDP holds whole at a time: a group's, or those of blocks without one.
+        n_whole = max(n_together if n_in_groups else 0, self.config.n_layers - n_in_groups)
+        self.trained_together = n_whole * self.trained_in_block
         head = model.head.weight
         self.head, self.trained_head = head.numel(), head.numel() if head.requires_grad else 0
 
@@ -175,13 +182,14 @@ def rounded_weights(n, way):
 def gathered(shape, way):
     """Return the bytes of FSDP's copies in the backward pass.
 
-    Embedding and head stay gathered from the forward pass on. Of the blocks, one is gathered and the next one
-    on its way; the gradients of one are whole, and once more in float32, in which they are reduced.
+    Embedding, head and blocks without a group stay gathered from the forward pass on. Of the groups, one is
+    gathered and the next one on its way; the gradients of one are whole, and once more in float32, in which
+    they are reduced.
     """
     if not way.is_sharded:
         return 0
     c = way.compute_bytes
-    return c * shape.root + 2 * c * shape.block + (c + 4) * shape.trained_in_block
+    return c * shape.root + 2 * c * shape.group + (c + 4) * shape.trained_together
 
 
 def loss_work(shape, way):

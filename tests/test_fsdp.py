@@ -5,6 +5,9 @@ import torch
 import transformers
 from conftest import ROOT
 
+import fsdp
+from model import Config, empty_transformer
+
 BEGIN = """
 import sys
 from pathlib import Path
@@ -132,6 +135,9 @@ class Count(TorchDispatchMode):
 plain = weights.load(folders[0], dtype=torch.float32)
 rng = torch.Generator().manual_seed(0)
 tokens, targets = torch.randint(plain.config.vocab_size, (2, 4, 48), generator=rng)
+block = sum(p.numel() for p in plain.blocks[0].parameters())
+# What FSDP gathers together: both blocks, the whole model, each block by itself.
+fsdp.SMALLEST_GROUP = {1: 2 * block, 2: 100 * block, 4: 1}[world]
 positions = torch.cat((torch.arange(20), torch.arange(900, 928))).expand(4, 48)
 torch.nn.functional.cross_entropy(plain(tokens, positions).flatten(0, 1), targets.flatten()).backward()
 share = 4 // world
@@ -155,6 +161,22 @@ for activation_checkpointing in ("none", "selective", "full"):
             products, activations = seen.count("mm") // share, seen.count("silu") // share
             print(activation_checkpointing, products, activations, flush=True)
 """
+
+
+@pytest.mark.parametrize("layers", range(1, 8))
+def test_groups_are_runs_of_blocks_and_none_is_longer_than_needed(layers, monkeypatch):
+    model = empty_transformer(Config(64, 8, 8, layers, 1, 1, 8, 64))
+
+    def size(blocks):
+        return sum(p.numel() for block in blocks for p in block.parameters())
+
+    monkeypatch.setattr(fsdp, "SMALLEST_GROUP", 2 * size(model.blocks[:1]) + 1)
+    groups = fsdp.groups_of_blocks(model)
+    in_groups = [block for group in groups for block in group]
+    assert in_groups == list(model.blocks[: len(in_groups)])
+    for group in groups:
+        assert size(group[:-1]) < fsdp.SMALLEST_GROUP <= size(group)
+    assert size(model.blocks[len(in_groups) :]) < fsdp.SMALLEST_GROUP
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
