@@ -1,6 +1,6 @@
 """How fast, and in how much memory? Training, PoSE beside full-length training, and reading a long prompt.
 
-    python bench.py --task train --model smollm2-135m --micro_batch_size 16 --compare transformers
+    python bench.py --task train --model smollm2-135m --micro_batch_size 16 --compare transformers liger
     python bench.py --task efficiency --model smollm2-135m --plot efficiency.png      # the paper's Figure 3
     python bench.py --task prefill --model llama-7b --lengths 32768,131072
 
@@ -10,15 +10,15 @@ of which only config.json counts. The training step is that of train.py; torchru
 Notable choices:
 - MFU counts 6 operations for each weight in a matrix product, and causal attention without its masked half
   (Config.flops_per_token), over the card's bfloat16 peak.
-- The training loop of transformers is the usual one: the whole model under torch.compile, bfloat16 autocast,
-  fused AdamW on float32 weights. Both sides run in the same process and take turns.
+- Training steps beside those of tasks/peers.py run in a process for each side. The processes take turns, so
+  that a drift of the machine meets all; one that waits holds its weights and no other memory of the GPU.
 - `prefill` stands beside what no program can avoid on that card: its matrix products and attention kernels
   alone, at the same sizes.
 """
 
 import dataclasses
 import gc
-import importlib.util
+import itertools
 import os
 import statistics
 import time
@@ -36,10 +36,10 @@ import fsdp
 from cli import arguments, completion, process
 from hf import builtin, families
 from model import Config, add_adapters, causal_attention, empty_transformer, linear_layers, multiply_in_float8
-from storage.errors import InputError
+from storage.errors import InputError, printable
 from storage.files import write_json
 from storage.processes import world_size
-from tasks import plots
+from tasks import peers, plots, turns
 
 GIB = 2**30
 PIECE = 16384  # tokens of a prompt for which the kernels alone run at once
@@ -79,18 +79,6 @@ def randomise(model, device):
         if parameter.dim() == 1:
             whole += 1  # as a norm's weight
         fsdp.set_whole(parameter, whole)
-
-
-# ---------------------------------------------------------------- the other side: transformers
-
-
-def transformers_model(config, **more):
-    """Return their own model of this architecture, float32. more: further settings of its config."""
-    import transformers
-
-    in_float32 = dataclasses.replace(config, dtype="float32")
-    settings = families.hf_config(families.as_written(in_float32)) | more
-    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**settings))
 
 
 # ---------------------------------------------------------------- the clock
@@ -194,71 +182,53 @@ def our_step(config, args, sampling, device):
     return step
 
 
-def transformers_step(config, args, sampling, device):
-    """Return a function that takes a plain step with transformers, without skips, on as many tokens as ours.
-
-    It returns the loss, and no wait.
-    """
-    on_gpu = device.type == "cuda"
-    torch.set_float32_matmul_precision("high")
-    model = transformers_model(config, use_cache=False).to(device).train()
-    if args.activation_checkpointing != "none":  # it has one kind
-        model.gradient_checkpointing_enable()
-    compiled = torch.compile(model) if on_gpu else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
-    batches = random_batches(config, args, sampling, device)
-
-    def step():
-        micro_batches = next(batches)
-        total = torch.zeros((), device=device)
-        for tokens, *_ in micro_batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-                loss = compiled(input_ids=tokens, labels=tokens).loss / len(micro_batches)
-            loss.backward()
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return total.item(), 0.0
-
-    return step
-
-
 class Side:
     """One side of a comparison of training steps: what its steps take."""
 
-    def __init__(self, name, make_step, device):
-        """Prepare the step and warm it up. make_step(): our_step or transformers_step with its arguments."""
+    def __init__(self, name, config, args, sampling, device, since_start=0.0):
+        """Prepare the side's step and warm it up.
+
+        name: "ours", or a peer of tasks/peers.py. since_start: seconds that count as the first step's too,
+        None if they are not known.
+        """
         self.name = name
-        held_by_the_other = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        self.tokens = args.share * sampling["train_len"]  # of this process in a step
+        self.flops_per_token = config.flops_per_token(sampling["train_len"], frozen=args.lora_rank > 0)
+        self.peak_flops = fsdp.peak_flops(device)
         began = time.perf_counter()
-        self.step = make_step()
+        if name == "ours":
+            self.step = our_step(config, args, sampling, device)
+        else:
+            batches = random_batches(config, args, sampling, device)
+            self.step = peers.make_step(name, config, batches, args.activation_checkpointing, device)
         loss, _ = self.step()
-        self.first_step_seconds = time.perf_counter() - began
+        first_step = time.perf_counter() - began
+        self.first_step_seconds = None if since_start is None else since_start + first_step
         self.losses = [loss]
         warm = Clock(device)
-        for _ in range(2):
-            loss, _ = warm(self.step)
-            self.losses.append(loss)
-        self.peak_memory_gib = (warm.peak - held_by_the_other) / GIB if warm.peak else None
+        self.take_steps(2, warm)
+        self.peak_memory_gib = warm.peak / GIB if warm.peak else None
         self.clock = Clock(device)
-        self.waits = []  # seconds of each timed step
+        self.waits = []  # seconds of each timed step until its batch was there
 
-    def take_timed_step(self):
-        """Take one more step and note its time, its loss and how long it waited for its batch."""
-        loss, waited = self.clock(self.step)
-        self.losses.append(loss)
-        self.waits.append(waited)
+    def take_steps(self, steps, clock):
+        """Take so many steps, each timed by a Clock, and return how long each waited for its batch."""
+        waits = []
+        for _ in range(steps):
+            loss, waited = clock(self.step)
+            self.losses.append(loss)
+            waits.append(waited)
+        return waits
 
-    def result(self, tokens, flops_per_token, peak_flops):
-        """Return an entry of `results`.
+    def take_timed_steps(self, steps):
+        """Take so many more steps, which count."""
+        self.waits += self.take_steps(steps, self.clock)
 
-        tokens: of this process in a step. flops_per_token: operations of a step for each of them.
-        peak_flops: operations a second of its device, or None.
-        """
+    def result(self):
+        """Return an entry of `results`."""
         step_seconds = statistics.median(self.clock.seconds)
-        tokens_per_second = tokens / step_seconds
-        mfu = tokens_per_second * flops_per_token / peak_flops if peak_flops else None
+        tokens_per_second = self.tokens / step_seconds
+        mfu = tokens_per_second * self.flops_per_token / self.peak_flops if self.peak_flops else None
         entry = {
             "side": self.name,
             "first_step_seconds": self.first_step_seconds,
@@ -274,34 +244,50 @@ class Side:
         return entry
 
 
-def measure_training(config, args, sampling, device):
-    """Time args.steps training steps. Return an entry of `results` for each side, ours first."""
-    makers = {"ours": our_step}
-    if args.compare:
-        makers["transformers"] = transformers_step
-    sides = []
-    for name, make_step in makers.items():
-        sides.append(Side(name, partial(make_step, config, args, sampling, device), device))
-    first_turn = (args.steps + 1) // 2
-    for steps in (first_turn, args.steps - first_turn):
-        for side in sides:  # in turns, so that a drift of the machine meets both
-            for _ in range(steps):
-                side.take_timed_step()
-    tokens = args.share * sampling["train_len"]
-    flops_per_token = config.flops_per_token(sampling["train_len"], frozen=args.lora_rank > 0)
-    return [side.result(tokens, flops_per_token, fsdp.peak_flops(device)) for side in sides]
+def measure_alone(config, args, sampling, device, since_start=0.0):
+    """Time args.steps of our steps in this process. Return an entry of `results`. since_start: see Side."""
+    side = Side("ours", config, args, sampling, device, since_start)
+    side.take_timed_steps(args.steps)
+    return side.result()
+
+
+def serve(connection, name, config, args, sampling, device_type):
+    """Measure a side in this process of its own: see turns.take_turns. It ends when the connection does."""
+    since_start = seconds_since_start()
+    try:
+        device = fsdp.start(device_type)
+        side = Side(name, config, args, sampling, device, since_start)
+        answer = {}
+        while True:
+            torch.cuda.empty_cache()  # the others need the memory meanwhile
+            connection.send(answer)
+            steps = connection.recv()
+            side.take_steps(1, Clock(device))  # it takes the memory again
+            side.take_timed_steps(steps)
+            answer = side.result()
+    except (EOFError, ConnectionError):
+        pass
+    except torch.OutOfMemoryError:
+        connection.send(turns.failed("out of memory"))
+    except Exception as error:
+        connection.send(turns.failed(process.one_line(error) or f"{type(error).__name__}: {error}"))
+    process.leave(0)
 
 
 # ---------------------------------------------------------------- task: train
 
 
 def train(config, args, device):
-    """Measure training steps. Return `results`, an entry for each side."""
-    started = seconds_since_start()
+    """Measure training steps. Return `results`, an entry for each side, ours first."""
     sampling = {"method": "pose", "train_len": args.train_len, "target_len": 16 * args.train_len}
-    results = measure_training(config, args, sampling, device)
-    since_then = results[0]["first_step_seconds"]
-    results[0]["first_step_seconds"] = None if started is None else started + since_then
+    if args.compare:
+        names, more = ["ours", *args.compare], (config, args, sampling, device.type)
+        results = turns.take_turns(serve, names, args.steps, *more)
+        if "error" in results[0]:
+            raise InputError(f"--task train: our side: {results[0]['error']}")
+        add_ratios(results)
+    else:
+        results = [measure_alone(config, args, sampling, device, seconds_since_start())]
     for result in results:
         for key in ("train_len", "share", "micro_batch_size"):
             result[key] = getattr(args, key)
@@ -310,8 +296,19 @@ def train(config, args, device):
     return results
 
 
+def add_ratios(results):
+    """Add to each entry how fast it is in speeds of the fastest peer. results: ours, then the peers."""
+    measured = [result for result in results if "error" not in result]
+    if len(measured) > 1:
+        fastest = max(result["tokens_per_second"] for result in measured[1:])
+        for result in measured:
+            result["times_fastest_peer"] = result["tokens_per_second"] / fastest
+
+
 def describe_training(result):
     """Return an entry of `results` in words."""
+    if "error" in result:
+        return printable(result["error"])
     tokens = result["share"] * result["train_len"]
     slowest, fastest = tokens / max(result["seconds"]), tokens / min(result["seconds"])
     figures = [
@@ -319,6 +316,8 @@ def describe_training(result):
     ]
     if result["first_step_seconds"]:
         figures.append(f"first step after {result['first_step_seconds']:.1f} s")
+    if "times_fastest_peer" in result:
+        figures.insert(1, f"{result['times_fastest_peer']:.2f} times the fastest peer")
     if result["mfu"]:
         figures.append(f"MFU {result['mfu']:.1%}")
     if result["peak_memory_gib"]:
@@ -340,7 +339,7 @@ def efficiency(config, args, device):
             sampling = {"method": method, "train_len": train_len, "target_len": target_len}
             torch._dynamo.reset()  # what was compiled for other lengths
             try:
-                (entry,) = measure_training(config, args, sampling, device)
+                entry = measure_alone(config, args, sampling, device)
             except torch.OutOfMemoryError:
                 entry = {"step_seconds": None, "peak_memory_gib": None}
             results.append({"method": method, "target_len": target_len} | entry)
@@ -389,7 +388,7 @@ def prefill(config, args, device):
     randomise(model, device)
     sides = {"ours": partial(make_reading, model), "kernels alone": partial(make_kernels, model)}
     if args.compare:
-        theirs = transformers_model(config).to(dtype).to(device).eval()
+        theirs = peers.hf_model(config).to(dtype).to(device).eval()
         sides["transformers"] = partial(make_generating, theirs)
 
     results = []
@@ -519,8 +518,8 @@ def parse_arguments():
         help="as train.py's, on all linear layers (default: all weights are trained)")
     p.add_argument("--float8", action="store_true",
         help="as train.py's; MFU stays that of the bfloat16 peak")
-    p.add_argument("--compare", choices=("transformers",),
-        help="train, prefill: the same work there, in the same process")
+    p.add_argument("--compare", choices=peers.PACKAGES, nargs="+", default=[],
+        help="train: beside their steps, each side in its own process; prefill: beside transformers")
     p.add_argument("--json", type=arguments.output_file(), metavar="FILE",
         help="write the results there")
     p.add_argument("--plot", type=arguments.plot_file, metavar="FILE.png",
@@ -533,16 +532,9 @@ def complete(args, config, device_type):
     """Refuse what cannot run, fill in the defaults that depend on the model and return the arguments."""
     arguments.refuse_options_of_other_tasks(args, BELONGS)
     arguments.refuse_one_file_for_two(args)
-    if args.compare and world_size() > 1:
-        raise InputError(f"--compare {args.compare}: it runs in one process alone; leave torchrun out")
-    if args.compare and importlib.util.find_spec(args.compare) is None:
-        raise InputError(f"--compare {args.compare}: not installed here; pip install {args.compare}")
+    check_peers(args)
     args.activation_checkpointing = args.activation_checkpointing or "none"
     args.param_dtype = args.param_dtype or "float32"
-    if args.lora_rank and args.compare:
-        raise InputError(
-            f"--compare {args.compare}: it trains all weights there; leave it or --lora_rank out"
-        )
     args.lora_rank = args.lora_rank or 0
     window = config.max_position_embeddings
     args.train_len = args.train_len or window
@@ -561,6 +553,23 @@ def complete(args, config, device_type):
     for length in (args.train_len, *args.lengths) if args.float8 else ():
         float8.check(config, args.micro_batch_size * length, device_type)
     return args
+
+
+def check_peers(args):
+    """Raise InputError if what --compare names cannot be measured here."""
+    for peer in args.compare:
+        if "RANK" in os.environ:
+            raise InputError(f"--compare {peer}: it runs in one process alone; leave torchrun out")
+        if args.lora_rank:
+            raise InputError(f"--compare {peer}: it trains all weights there; leave it or --lora_rank out")
+        if peer == "liger" and args.task != "train":
+            raise InputError("--compare liger belongs to --task train; leave it out")
+        for package in peers.PACKAGES[peer]:
+            if peers.version(package) is None:
+                raise InputError(f"--compare {peer}: not installed here; pip install {package}")
+        if peer == "liger" and not torch.cuda.is_available():
+            raise InputError("--compare liger: its kernels need a GPU; leave it out")
+    args.compare = list(dict.fromkeys(args.compare))  # each once
 
 
 def doubling(first):
@@ -586,14 +595,18 @@ def main():
     device = fsdp.start(device_type)
     on_gpu = device_type == "cuda"
     card = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    say(f"{args.model} on {card}, torch {torch.__version__}, {dist.get_world_size()} process(es)")
+    versions = {"torch": torch.__version__}
+    for package in itertools.chain(*(peers.PACKAGES[peer] for peer in args.compare)):
+        versions[package] = peers.version(package)
+    with_versions = ", ".join(f"{package} {version}" for package, version in versions.items())
+    say(f"{args.model} on {card}, {with_versions}, {dist.get_world_size()} process(es)")
 
     results = TASKS[args.task](config, args, device)
     if dist.get_rank() != 0:
         return
     if args.json:
-        settings = {key: str(value) for key, value in vars(args).items() if value is not None}
-        content = {"task": args.task, "model": args.model, "card": card}
+        settings = {key: str(value) for key, value in vars(args).items() if value not in (None, [])}
+        content = {"task": args.task, "model": args.model, "card": card, "versions": versions}
         write_json(args.json, content | {"settings": settings, "results": results})
     if args.plot:
         draw_efficiency(results, args.plot)

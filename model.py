@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
 
 import float8
 import rope
@@ -273,7 +272,9 @@ def causal_attention(q, k, v, scale=None, place=None):
         options["is_causal"] = True
     elif T > 1:
         # is_causal would line up the first query with the first key. With a cache, the last query belongs
-        # to the last key.
+        # to the last key. Imported here, because it loads the tracer of torch.compile, which takes a second.
+        from torch.nn.attention.bias import causal_lower_right
+
         options["attn_mask"] = causal_lower_right(T, S)
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
 

@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import math
+import sys
 from argparse import Namespace
+from types import ModuleType
 
 import pytest
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench as bench_module
@@ -15,6 +18,8 @@ import fsdp
 import train
 from hf import builtin
 from model import Config, Transformer, add_adapters, empty_transformer
+from storage.errors import InputError
+from tasks import peers, turns
 
 TINY = ("--model", "tiny:2")
 WINDOW = ("--train_len", 64, "--batch_size", 4, "--micro_batch_size", 2)
@@ -124,9 +129,81 @@ def test_transformers_has_the_same_weights(make_llama, family):
     folder, _ = make_llama(family=family, tie_word_embeddings=True)
     config = bench_module.shape(f"{folder}:1")
     ours = Transformer(config)
-    theirs = bench_module.transformers_model(config, use_cache=False)
+    theirs = peers.hf_model(config, use_cache=False)
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     assert {p.dtype for p in theirs.parameters()} == {torch.float32}
+
+
+def test_training_beside_transformers(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the processes of the sides
+    results, said = bench("train", *WINDOW, "--steps", 3, "--compare", "transformers")
+    assert [entry["side"] for entry in results] == ["ours", "transformers"]
+    for entry in results:
+        assert len(entry["seconds"]) == 3
+        assert len(entry["losses"]) == 3 + 2 * 1 + 3  # a turn begins with a step that is not timed
+        vocabulary = builtin.open_model("tiny").config.vocab_size
+        assert entry["losses"][0] == pytest.approx(math.log(vocabulary), abs=0.1)  # what random weights know
+        assert entry["first_step_seconds"] > max(entry["seconds"])
+        ratio = entry["tokens_per_second"] / results[1]["tokens_per_second"]
+        assert entry["times_fastest_peer"] == pytest.approx(ratio)
+        assert f"{entry['side']}: {entry['tokens_per_second']:,.0f} tokens/s" in said
+    versions = json.loads((tmp_path / "train-None.json").read_text())["versions"]
+    assert versions == {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def test_a_comparison_names_the_fastest_peer_and_who_has_failed(call, monkeypatch, tmp_path):
+    def measured(side, tokens_per_second):
+        figures = {"side": side, "tokens_per_second": tokens_per_second, "seconds": [2.0]}
+        return figures | {"first_step_seconds": 3.0, "mfu": None, "peak_memory_gib": None}
+
+    def failed(side):
+        return {"side": side} | turns.failed(f"{side} has died")
+
+    path = tmp_path / "r.json"
+    command = ["bench", *TINY, "--task", "train", "--compare", "transformers", "--json", path]
+    sides = [measured("ours", 9.0), measured("transformers", 6.0), failed("liger"), measured("other", 4.0)]
+    monkeypatch.setattr(turns, "take_turns", lambda *_: sides)
+    done = call(*command)
+    assert done.returncode == 0 and "liger: liger has died" in done.stdout.splitlines()
+    results = json.loads(path.read_text())["results"]
+    assert [entry["tokens_per_second"] for entry in results] == [9, 6, None, 4]
+    ratios = [entry.get("times_fastest_peer") for entry in results]
+    assert ratios == [pytest.approx(9 / 6), 1, None, pytest.approx(4 / 6)]
+    path.unlink()
+
+    monkeypatch.setattr(turns, "take_turns", lambda *_: [failed("ours")])
+    done = call(*command)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert done.stderr == "error: --task train: our side: ours has died\n"
+
+
+@pytest.mark.parametrize(
+    "liger, says",
+    [(None, "--compare liger: not installed here; pip install liger-kernel"), ("0.8.5", "need a GPU")],
+)
+def test_liger_needs_its_package_and_a_gpu(call, monkeypatch, liger, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(peers, "version", lambda package: liger if package == "liger-kernel" else "5.0")
+    done = call("bench", *TINY, "--task", "train", "--compare", "transformers", "liger")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: --compare liger: ") and says in line
+
+
+def test_liger_has_kernels_for_some_families_alone(make_llama, monkeypatch):
+    """Its own function leaves the others as they are, and would then measure transformers once more."""
+    kernels, patches = ModuleType("liger_kernel.transformers"), ModuleType("monkey_patch")
+    kernels.AutoLigerKernelForCausalLM = transformers.AutoModelForCausalLM
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
+    for module in (ModuleType("liger_kernel"), kernels):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", patches)
+    for family in ("Llama", "Qwen2"):
+        folder, _ = make_llama(family, family)
+        if family == "Llama":
+            assert type(peers.liger_model(bench_module.shape(str(folder)))) is transformers.LlamaForCausalLM
+        else:
+            with pytest.raises(InputError, match="qwen2"):
+                peers.liger_model(bench_module.shape(str(folder)))
 
 
 def test_prefill_beside_its_kernels_and_transformers(bench):
@@ -177,6 +254,9 @@ def test_efficiency_draws_both_methods_by_target(bench, tmp_path):
         (["train", "--lengths", "64"], ["--lengths belongs to --task efficiency or prefill"]),
         (["prefill", "--cpu_offload"], ["--cpu_offload belongs to --task train or efficiency"]),
         (["prefill", "--lora_rank", 4], ["--lora_rank belongs to --task train or efficiency"]),
+        (["prefill", "--compare", "liger"], ["--compare liger belongs to --task train"]),
+        (["train", "--compare", "axolotl"], ["--compare", "axolotl", "transformers", "liger"]),
+        (["efficiency", "--compare", "transformers"], ["--compare belongs to --task train or prefill"]),
         (["train", "--lora_rank", 4, "--compare", "transformers"], ["--lora_rank", "all weights"]),
         (["prefill", "--float8"], ["--float8 belongs to --task train or efficiency"]),
         (["train", "--float8", "--train_len", 60, "--batch_size", 1], ["16 tokens", "not 60"]),
