@@ -2,9 +2,10 @@
 
 Documents (storage/texts.py) are tokenised once into memory-mapped files in the cache folder, and reused while
 neither they nor the tokenizer change. Of a conversation only the tokens that the model should say count in
-the loss; a mask beside the tokens says which. A training example depends on (seed, step, its index in the
-global batch) alone. So resuming is exact, and the loss curve does not depend on how many processes share the
-work.
+the loss; a mask beside the tokens says which. Conversations shorter than an example are put together, while
+texts that are too short for one are left out, as in the paper. A training example depends on (seed, step, its
+index in the global batch) alone. So resuming is exact, and the loss curve does not depend on how many
+processes share the work.
 """
 
 import errno
@@ -64,6 +65,18 @@ class Documents:
         if self.masked is None:
             return np.ones(end - begin, dtype=np.float32)
         return 1 - self.masked[self.starts[i] + begin : self.starts[i] + end].astype(np.float32)
+
+    def join_conversations(self, at_most):
+        """Make one document of conversations that follow each other, of those with so many tokens at most.
+
+        Conversations are the documents with masked tokens. Texts stay what they are.
+        """
+        if self.masked is None:
+            return
+        has_masked_tokens = np.maximum.reduceat(self.masked, self.starts[:-1]) > 0
+        is_short = has_masked_tokens & (np.diff(self.starts) <= at_most)
+        is_border = ~(is_short[:-1] & is_short[1:])  # between a document and the next one
+        self.starts = np.concatenate((self.starts[:1], self.starts[1:-1][is_border], self.starts[-1:]))
 
 
 def tokenised(paths, tokenizer, cache, text_key="text"):

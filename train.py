@@ -308,16 +308,17 @@ def end_run(args, done, checkpoints, signals, device):
 def read_texts(args, tokenizer):
     """Return the data.Batches to train on, and the Validation or None."""
 
-    def read(paths):
+    def read(paths, longest):
         documents = data.tokenised(paths, tokenizer, cache_dir(), args.text_key)
+        documents.join_conversations(longest)
         if args.loss_on == "all":
             documents.masked = None
         return documents
 
-    documents, validation = read(args.data), None
+    documents, validation = read(args.data, args.train_len), None
     if args.eval_every:
         lengths = args.eval_lengths or [args.train_len]
-        validation = Validation(lengths, read(args.eval_data), tokenizer)
+        validation = Validation(lengths, read(args.eval_data, max(lengths)), tokenizer)
     batches = data.Batches(
         documents,
         args.seed,

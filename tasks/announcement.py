@@ -162,8 +162,6 @@ class Needs:
             found.append(
                 f"that is {self.passes:,.0f} passes over these texts, which will be learnt by heart: add more"
             )
-        if n_used == 1:
-            found.append("only one document is long enough, which will be learnt by heart: add more")
         if self.batches.n_too_short > n_used:
             found.append(
                 f"most documents are not longer than an example of {self.way.train_len:,} tokens: train on "

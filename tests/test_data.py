@@ -162,6 +162,29 @@ def test_a_mask_lies_beside_the_tokens_where_a_document_has_one(tmp_path):
         assert len(documents.masked) == len(documents.tokens) and documents.masked.sum() == 9
 
 
+def test_short_conversations_that_follow_each_other_become_one_document(make_masked):
+    """Against a loop over documents. Texts, in which all counts, and long conversations stay alone."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        documents = []
+        for length in rng.integers(1, 30, size=rng.integers(1, 12)):
+            is_text = rng.random() < 0.3
+            documents.append((0 if is_text else rng.integers(1, length + 1), length, length))
+        expected, can_grow = [], False
+        for first_counted, _, length in documents:
+            is_short_conversation = first_counted > 0 and length <= 20
+            if is_short_conversation and can_grow:
+                expected[-1] += length
+            else:
+                expected.append(length)
+            can_grow = is_short_conversation
+        made = make_masked(*documents)
+        masked = made.masked.copy()
+        made.join_conversations(20)
+        assert np.diff(made.starts).tolist() == expected
+        assert np.array_equal(made.masked, masked) and made.starts[-1] == len(made.tokens)
+
+
 def test_the_hash_is_of_tokens_starts_and_mask(tmp_path):
     """Without a mask it is as it was before there were any, so that earlier runs can be resumed."""
 

@@ -355,7 +355,7 @@ def test_a_plan_leaves_a_run_alone(train, call, short, tmp_path):
         (("--steps", 500), {"passes over these texts"}),
         (
             ("--train_len", 4000, "--batch_size", 1, "--steps", 2),
-            {"most documents are not longer", "only one document"},
+            {"most documents are not longer"},
         ),
         (("--steps", 10**9), {"a CPU needs about", "passes over"}),
         (("--batch_size", 2**19, "--micro_batch_size", 2**19), {"this CPU is too small", "passes over"}),
