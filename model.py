@@ -27,7 +27,7 @@ from torch import nn
 import float8
 import rope
 
-SLICE_TOKENS = 65536  # tokens that go through a block's matrix products together where no gradient is wanted
+SLICE_TOKENS = 16384  # tokens that go through a block's matrix products together where no gradient is wanted
 MAX_LOGITS = 2**28  # logits that the loss holds at once
 
 
@@ -279,6 +279,21 @@ def causal_attention(q, k, v, scale=None, place=None):
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
 
 
+def behind_earlier(k, v, cache, start):
+    """Put the keys and values (B, T, K, D) of some tokens into a cache, and return all up to there.
+
+    cache, start: see Block.forward. Without a cache there are none before.
+    """
+    if cache is None:
+        return k, v
+    if isinstance(start, torch.Tensor):
+        return tuple(kept.index_copy_(1, start, new) for kept, new in zip(cache, (k, v)))
+    end = start + k.shape[1]
+    for kept, new in zip(cache, (k, v)):
+        kept[:, start:end] = new
+    return tuple(kept[:, :end] for kept in cache)
+
+
 class Block(nn.Module):
     """A layer: x + attention(norm(x)), then x + MLP(norm(x)).
 
@@ -310,19 +325,11 @@ class Block(nn.Module):
         """
         # A compiled block takes no slices: it has one graph for every length.
         may_overwrite_x = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if cache is None and x.shape[1] > SLICE_TOKENS and may_overwrite_x:
-            return self.forward_in_slices(x, cos, sin, query_scale)
+        if x.shape[1] > SLICE_TOKENS and may_overwrite_x:
+            return self.forward_in_slices(x, cos, sin, query_scale, cache, start)
         q, k, v = self.attention.queries_keys_values(self.attention_norm(x), cos, sin, query_scale)
-        place = None
-        if isinstance(start, torch.Tensor):
-            place = start
-            k, v = (kept.index_copy_(1, place, new) for kept, new in zip(cache, (k, v)))
-        elif cache is not None:
-            keys, values = cache
-            end = start + x.shape[1]
-            keys[:, start:end] = k
-            values[:, start:end] = v
-            k, v = keys[:, :end], values[:, :end]
+        k, v = behind_earlier(k, v, cache, start)
+        place = start if isinstance(start, torch.Tensor) else None
         return self.after_attention(x, causal_attention(q, k, v, self.attention.scale, place))
 
     def after_attention(self, x, attended):
@@ -335,7 +342,7 @@ class Block(nn.Module):
         x = torch.add(x, self.attention_post_norm(self.attention.o(attended)), alpha=m)
         return torch.add(x, self.mlp_post_norm(self.mlp(self.mlp_norm(x))), alpha=m)
 
-    def forward_in_slices(self, x, cos, sin, query_scale):
+    def forward_in_slices(self, x, cos, sin, query_scale, cache, start):
         """Compute `forward` without gradients, all but attention for SLICE_TOKENS tokens at a time.
 
         It overwrites x. Little more is in memory then than x, queries, keys and values: only
@@ -349,6 +356,7 @@ class Block(nn.Module):
             projected.append(self.attention.queries_keys_values(h, cos[:, part], sin[:, part], scale))
         q, k, v = (torch.cat(pieces, dim=1) for pieces in zip(*projected))
         del projected  # the pieces would stay in memory beside the whole
+        k, v = behind_earlier(k, v, cache, start)
         attended = causal_attention(q, k, v, self.attention.scale)
         del q, k, v
         for part in slices:

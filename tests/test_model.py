@@ -310,7 +310,7 @@ def test_a_long_text_in_slices_holds_nothing_twice(make_llama, monkeypatch):
 def test_a_long_text_in_slices_equals_one_piece(make_llama, monkeypatch, family):
     """Without gradients each block takes SLICE_TOKENS tokens at a time.
 
-    The hidden states are those of the whole.
+    The hidden states are those of the whole, with a cache too, behind other tokens and in front of others.
     """
     ours = weights.load(make_llama(**family)[0])
     tokens, positions = random_tokens(2, 50), pose_positions(50, 1000, 2)
@@ -319,6 +319,11 @@ def test_a_long_text_in_slices_equals_one_piece(make_llama, monkeypatch, family)
     monkeypatch.setattr(decoder, "SLICE_TOKENS", 7)
     with torch.no_grad():
         torch.testing.assert_close(ours.hidden(tokens, positions), whole, rtol=0, atol=1e-5)
+        cache, ends = ours.new_cache(2, 50), (0, 3, 49, 50)
+        for start, end in zip(ends, ends[1:]):
+            part = slice(start, end)
+            h = ours.hidden(tokens[:, part], positions[:, part], cache, start)
+            torch.testing.assert_close(h, whole[:, part], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Phi"])
