@@ -184,6 +184,39 @@ def test_what_was_measured_on_gpus_would_have_been_planned(model, way, gib):
     assert plan.memory(plan.Shape(model), way).total / 2**30 == pytest.approx(gib, rel=0.15)
 
 
+LARGE = {
+    "13b": (Config(32000, 5120, 13824, 40, 40, 40, 128, 4096), 13_015_864_320),
+    "70b": (Config(32000, 8192, 28672, 80, 64, 8, 128, 4096), 68_976_648_192),
+}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 8, 64])
+@pytest.mark.parametrize("config, parameters", LARGE.values(), ids=LARGE)
+def test_models_too_large_to_measure_are_planned_as_by_hand(config, parameters, processes):
+    """LLaMA-2's shapes, of float32 weights, one window of 4,096 tokens, recomputing all of a block."""
+    shape = plan.Shape(empty_transformer(config))
+    assert shape.parameters == parameters
+    way = plan.Way(
+        4096,
+        processes=processes,
+        compute_bytes=2,
+        activation_checkpointing="full",
+        compiled=True,
+    )
+    block = (parameters - 2 * 32000 * config.hidden_dim) / config.n_layers
+    state = 16 * parameters / processes  # weights, gradients and two moments
+    inputs = 2 * config.n_layers * 4096 * config.hidden_dim
+    # Of one block: inputs and outputs of norms, queries, keys, values, attention, gate, up, both together.
+    numbers = 4 * config.hidden_dim + 2 * config.n_heads * 128 + 2 * config.n_kv_heads * 128
+    again = 2 * 4096 * (numbers + 3 * config.intermediate_dim)
+    # Embedding, head and two blocks in bfloat16, and the gradients of one in bfloat16 and float32.
+    gathered = 2 * 2 * 32000 * config.hidden_dim + (2 * 2 + 2 + 4) * block if processes > 1 else 0
+    # When the first gradients come all inputs are there, when the last ones come a single one.
+    never_together = min(inputs, 4 * parameters / processes)
+    by_hand = state + inputs + again + gathered
+    assert 0.98 * (by_hand - never_together) < plan.memory(shape, way).total < 1.02 * by_hand
+
+
 GPU_SHAPE = Config(32000, 1024, 2816, 8, 16, 8, 64, 2048)
 
 
