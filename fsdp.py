@@ -147,13 +147,8 @@ def groups_of_blocks(model):
     Blocks at the end that make no whole run are left out. They belong to the rest of the model.
     """
     blocks = list(model.blocks)
-    n = blocks_in_group(sum(parameter.numel() for parameter in blocks[0].parameters()))
+    n = math.ceil(SMALLEST_GROUP / sum(parameter.numel() for parameter in blocks[0].parameters()))
     return [blocks[i : i + n] for i in range(0, len(blocks) - n + 1, n)]
-
-
-def blocks_in_group(parameters):
-    """Return how many blocks of so many parameters each FSDP gathers together."""
-    return math.ceil(SMALLEST_GROUP / parameters)
 
 
 def use_all_cores():

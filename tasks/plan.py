@@ -3,9 +3,10 @@
 Notable choices:
 - Memory is a sum of a few terms, each with its reason beside it. It is the peak of what PyTorch allocates in
   one step from the second one on, without PyTorch itself (on a GPU the CUDA context, about 0.5 GiB).
-- A step has its peak at one of three moments: in the loss, when all activations are there and the loss's own
-  logits; when the backward pass begins, with the last block; or when it ends, with all gradients. Which one
-  depends on the shape, so all three are added up and the largest counts.
+- A step has its peak at one of four moments: in the loss, when all activations are there and the loss's own
+  logits; when the backward pass begins, with the last block; when it reaches the first block, with all
+  gradients; or behind it, when FSDP reduces the gradients of embedding and head together. Which one depends
+  on the shape, so all four are added up and the largest counts.
 - Small change is left out: vectors that a block keeps, the ids of the next batch, a block's smaller products.
 """
 
@@ -89,9 +90,9 @@ LOADED_LATER = 2**26  # bytes of Python and PyTorch that the first step loads, r
 class Shape:
     """A model's Config, and how many numbers its parameters hold.
 
-    block: in one of the blocks, which are alike. group: in the blocks that FSDP gathers together. root: in
-    all that it gathers besides. head: in the head's weight. trained, trained_matrices and so on: how many of
-    them are trained.
+    group: in blocks that FSDP gathers together, 0 if there are too few for a group. root: in all that it
+    gathers besides. head: in the head's weight. trained, trained_in_group and so on: how many of them are
+    trained.
     """
 
     def __init__(self, model):
@@ -104,15 +105,12 @@ class Shape:
         self.vectors, self.trained_vectors = (count(p for p in ps if p.dim() == 1) for ps in (every, trained))
         self.matrices = self.parameters - self.vectors
         self.trained_matrices = self.trained - self.trained_vectors
-        self.block = count(of_block)
         self.trained_in_block = count(p for p in of_block if p.requires_grad)
-        n_together = fsdp.blocks_in_group(self.block)
-        n_in_groups = self.config.n_layers // n_together * n_together
-        self.group = n_together * self.block if n_in_groups else 0
-        self.root = self.parameters - n_in_groups * self.block
-        # The most of whose gradients FSDP holds whole at a time: a group's, or those of blocks without one.
-        n_whole = max(n_together if n_in_groups else 0, self.config.n_layers - n_in_groups)
-        self.trained_together = n_whole * self.trained_in_block
+        groups = fsdp.groups_of_blocks(model)  # which are equally long
+        n_together = len(groups[0]) if groups else 0
+        self.group, self.trained_in_group = n_together * count(of_block), n_together * self.trained_in_block
+        self.root = self.parameters - len(groups) * self.group
+        self.trained_in_root = self.trained - len(groups) * self.trained_in_group
         head = model.head.weight
         self.head, self.trained_head = head.numel(), head.numel() if head.requires_grad else 0
 
@@ -182,14 +180,22 @@ def rounded_weights(n, way):
 def gathered(shape, way):
     """Return the bytes of FSDP's copies in the backward pass.
 
-    Embedding, head and blocks without a group stay gathered from the forward pass on. Of the groups, one is
-    gathered and the next one on its way; the gradients of one are whole, and once more in float32, in which
-    they are reduced.
+    Of the groups, one is gathered; its gradients are whole, and once more in float32, in which they are
+    reduced.
     """
     if not way.is_sharded:
         return 0
     c = way.compute_bytes
-    return c * shape.root + 2 * c * shape.group + (c + 4) * shape.trained_together
+    return gathered_for_loss(shape, way) + c * shape.group + (c + 4) * shape.trained_in_group
+
+
+def gathered_for_loss(shape, way):
+    """Return the bytes of FSDP's copies when the loss is computed.
+
+    Embedding, head and blocks without a group stay gathered from the forward pass on. The buffer in which a
+    group arrived, or all of that where there are no groups, stays until the next one arrives.
+    """
+    return way.compute_bytes * (shape.root + (shape.group or shape.root)) if way.is_sharded else 0
 
 
 def loss_work(shape, way):
@@ -245,15 +251,18 @@ def memory(shape, way):
     all_kept = config.n_layers * kept + outside
     if way.activation_checkpointing == "none" and not way.rounds_again:
         all_kept += rounded_weights(config.n_layers * shape.trained_in_block, way)
-    root = way.compute_bytes * shape.root if way.is_sharded else 0  # gathered, see `gathered`
     of_head = 2 * way.compute_bytes + (0 if way.is_sharded else way.param_bytes)  # of its weight's gradient
     work = backward_work(shape, way) + gathered(shape, way)
+    # The root's gradients stay whole until the last of them, the embedding's, is there. Then they are reduced
+    # in float32, and no weights are gathered any more.
+    of_root = shape.trained_in_root if way.is_sharded else 0
 
     earlier = state if way.micro_batches > 1 else 0  # gradients of earlier micro-batches
     moments = [  # (gradients, everything else that comes and goes)
-        (earlier, all_kept + root + loss_work(shape, way)),
+        (earlier, all_kept + gathered_for_loss(shape, way) + loss_work(shape, way)),
         (earlier, all_kept + of_head * shape.trained_head + work),
-        (state, kept + outside + work),
+        (state, kept + outside + work + way.compute_bytes * of_root),
+        (state, (way.compute_bytes + 4) * of_root),
     ]
     gradients, activations = max(moments, key=sum)
     return Memory(round(weights), round(gradients), round(2 * state), round(activations), round(host))

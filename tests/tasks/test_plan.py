@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, metrics, needs_gpu
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -137,6 +139,41 @@ def test_the_peak_of_a_step_is_planned(name):
     # What a block frees while it computes again is planned roughly. Frozen norms keep less than is planned.
     error = 0.15 if "LoRA" in name else 0.1 if way.activation_checkpointing == "full" else 0.05
     assert plan.memory(plan.Shape(model), way).total == pytest.approx(held.peak, rel=error)
+
+
+SHARDED = {
+    # (Config, blocks in a group, tokens): what FSDP gathers is twice in memory at the loss; at the end the
+    # gradients of embedding and head are, in two dtypes.
+    "no groups": (Config(320, 128, 352, 2, 4, 2, 32, 64), 3, 128),
+    "a large head": (Config(8192, 64, 176, 2, 4, 2, 16, 64), 1, 8),
+}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_the_peak_of_a_sharded_step_is_planned(name, monkeypatch):
+    """Beside PyTorch's own tracker, for one of four processes. The others are not there."""
+    config, blocks_in_group, tokens = SHARDED[name]
+    model = empty_transformer(config)
+    of_block = sum(p.numel() for p in model.blocks[0].parameters())
+    monkeypatch.setattr(fsdp, "SMALLEST_GROUP", blocks_in_group * of_block)
+    way = plan.Way(tokens, processes=4, compute_bytes=2)
+    torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        need = plan.memory(plan.Shape(model), way).total
+        fsdp.shard(model, torch.device("cpu"), torch.bfloat16)
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+        optimizer = fsdp.adamw(model, 1e-4)
+        tracker = FSDPMemTracker(model, optimizer)
+        tracker.track_inputs(())
+        with tracker:
+            take_step(model, optimizer, way)
+            tracker.reset_mod_stats()
+            take_step(model, optimizer, way)
+        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert 0.97 * peak < need < 1.12 * peak
 
 
 # ---------------------------------------------------------------- beside GPUs
