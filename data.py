@@ -69,10 +69,12 @@ class Documents:
     def join_conversations(self, at_most):
         """Make one document of conversations that follow each other, of those with so many tokens at most.
 
-        Conversations are the documents with masked tokens. Texts stay what they are.
+        Conversations are the documents with masked tokens. Texts stay what they are, but for those in which
+        the tokenizer finds no token: they go.
         """
         if self.masked is None:
             return
+        self.starts = np.unique(self.starts)  # reduceat takes no stretch without an element
         has_masked_tokens = np.maximum.reduceat(self.masked, self.starts[:-1]) > 0
         is_short = has_masked_tokens & (np.diff(self.starts) <= at_most)
         is_border = ~(is_short[:-1] & is_short[1:])  # between a document and the next one
