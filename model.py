@@ -345,20 +345,27 @@ class Block(nn.Module):
     def forward_in_slices(self, x, cos, sin, query_scale, cache, start):
         """Compute `forward` without gradients, all but attention for SLICE_TOKENS tokens at a time.
 
-        It overwrites x. Little more is in memory then than x, queries, keys and values: only
-        attention mixes tokens.
+        It overwrites x. Little more is in memory then than x, queries, keys, values and what attention makes
+        of them: only attention mixes tokens.
         """
-        slices = [slice(i, i + SLICE_TOKENS) for i in range(0, x.shape[1], SLICE_TOKENS)]
-        projected = []
+        B, T, _ = x.shape
+        attention, D = self.attention, self.attention.head_dim
+
+        def empty(layer):
+            return x.new_empty(B, T, layer.out_features // D, D)
+
+        # Each slice is written to its place: pieces and the whole would be in memory together otherwise.
+        queries = empty(attention.q)
+        if cache is None:
+            cache, start = (empty(attention.k), empty(attention.v)), 0
+        slices = [slice(i, i + SLICE_TOKENS) for i in range(0, T, SLICE_TOKENS)]
         for part in slices:
             scale = None if query_scale is None else query_scale[:, part]
             h = self.attention_norm(x[:, part])
-            projected.append(self.attention.queries_keys_values(h, cos[:, part], sin[:, part], scale))
-        q, k, v = (torch.cat(pieces, dim=1) for pieces in zip(*projected))
-        del projected  # the pieces would stay in memory beside the whole
-        k, v = behind_earlier(k, v, cache, start)
-        attended = causal_attention(q, k, v, self.attention.scale)
-        del q, k, v
+            queries[:, part], k, v = attention.queries_keys_values(h, cos[:, part], sin[:, part], scale)
+            k, v = behind_earlier(k, v, cache, start + part.start)
+        attended = causal_attention(queries, k, v, attention.scale)
+        del queries, k, v, cache
         for part in slices:
             x[:, part] = self.after_attention(x[:, part], attended[:, part])
         return x

@@ -274,26 +274,30 @@ def test_weights_of_the_model_belong_to_their_tokens(make_llama):
 
 
 def test_a_long_text_in_slices_holds_nothing_twice(make_llama, monkeypatch):
-    """While attention runs, the pieces of its queries, keys and values are gone."""
+    """The queries, keys and values of a slice are gone when the next one comes, and when attention runs."""
     ours = weights.load(make_llama()[0])
     monkeypatch.setattr(decoder, "SLICE_TOKENS", 16)
     pieces, alive = [], []
     project, attend = decoder.Attention.queries_keys_values, decoder.causal_attention
 
+    def count():
+        alive.append(sum(piece() is not None for piece in pieces))
+
     def project_and_note(self, *arguments):
+        count()
         made = project(self, *arguments)
         pieces.extend(weakref.ref(t) for t in made)
         return made
 
     def count_and_attend(*arguments):
-        alive.append(sum(piece() is not None for piece in pieces))
+        count()
         return attend(*arguments)
 
     monkeypatch.setattr(decoder.Attention, "queries_keys_values", project_and_note)
     monkeypatch.setattr(decoder, "causal_attention", count_and_attend)
     with torch.no_grad():
         ours.hidden(random_tokens(1, 50))
-    assert len(pieces) == 2 * 4 * 3 and alive == [0, 0]
+    assert len(pieces) == 2 * 4 * 3 and alive == 2 * [0] * (4 + 1)
 
 
 @pytest.mark.parametrize(
