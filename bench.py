@@ -311,13 +311,11 @@ def describe_training(result):
         return printable(result["error"])
     tokens = result["share"] * result["train_len"]
     slowest, fastest = tokens / max(result["seconds"]), tokens / min(result["seconds"])
-    figures = [
-        f"{result['tokens_per_second']:,.0f} tokens/s a process ({slowest:,.0f} to {fastest:,.0f})",
-    ]
+    figures = [f"{result['tokens_per_second']:,.0f} tokens/s a process ({slowest:,.0f} to {fastest:,.0f})"]
+    if "times_fastest_peer" in result:
+        figures.append(f"{result['times_fastest_peer']:.2f} times the fastest peer")
     if result["first_step_seconds"]:
         figures.append(f"first step after {result['first_step_seconds']:.1f} s")
-    if "times_fastest_peer" in result:
-        figures.insert(1, f"{result['times_fastest_peer']:.2f} times the fastest peer")
     if result["mfu"]:
         figures.append(f"MFU {result['mfu']:.1%}")
     if result["peak_memory_gib"]:
@@ -545,12 +543,12 @@ def complete(args, config, device_type):
         args.batch_size = examples * world_size()
     split = completion.split_batch(args.batch_size, args.micro_batch_size, args.train_len)
     args.share, args.micro_batch_size = split
-    if args.lengths is None:
+    if args.lengths is None and args.task != "train":
         args.lengths = doubling(2 * args.train_len if args.task == "efficiency" else window)
     if args.task == "efficiency" and args.lengths[0] < args.train_len:
         at_least = f"a target is at least the window of {args.train_len}"
         raise InputError(f"--lengths {args.lengths[0]}: {at_least}; raise it or lower --train_len")
-    for length in (args.train_len, *args.lengths) if args.float8 else ():
+    for length in (args.train_len, *(args.lengths or ())) if args.float8 else ():
         float8.check(config, args.micro_batch_size * length, device_type)
     return args
 

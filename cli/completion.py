@@ -49,9 +49,9 @@ def complete(args, config):
     refuse_contradictions(args)
     args.compile = args.device == "cuda" if args.compile is None else args.compile
     args.dtype = args.dtype or compute_dtype(args.device, args.float8)
-    if args.float8 and args.dtype != "bfloat16":
-        raise InputError("--float8: its results are bfloat16; leave --dtype out")
     if args.float8:
+        if args.dtype != "bfloat16":
+            raise InputError("--float8: its results are bfloat16; leave --dtype out")
         float8.check(config, args.micro_batch_size * args.train_len, args.device)
     args.keep = args.keep or (2 if args.save_every else 1)
 

@@ -16,7 +16,7 @@ def take_turns(serve, names, steps, *arguments):
     sides = []
     try:
         for name in names:  # One after the other, so that none is warmed up beside a busy one.
-            sides.append(Side(serve, name, *arguments))
+            sides.append(SideProcess(serve, name, *arguments))
             sides[-1].await_answer()
             if "error" in sides[0].entry:
                 break
@@ -36,7 +36,7 @@ def failed(reason):
     return {"error": reason, "tokens_per_second": None, "step_seconds": None, "peak_memory_gib": None}
 
 
-class Side:
+class SideProcess:
     """A side in a process of its own, which is idle until it has its turn. entry: its entry of results."""
 
     def __init__(self, serve, name, *arguments):

@@ -275,6 +275,14 @@ def test_mistakes_are_one_line(call, monkeypatch, tmp_path, arguments, says):
     assert not list(tmp_path.iterdir())
 
 
+def test_float8_asks_of_a_training_step_its_own_length_alone(monkeypatch):
+    """Not that of a prompt as long as the window, here no multiple of 16."""
+    words = ["bench.py", "--task", "train", "--float8", "--train_len", "64", "--micro_batch_size", "1"]
+    monkeypatch.setattr(sys, "argv", words)
+    config = bench_module.Config(64, 32, 32, 1, 1, 1, 32, 1001)
+    assert bench_module.complete(bench_module.parse_arguments(), config, "cpu").train_len == 64
+
+
 def test_a_batch_that_does_not_divide_over_the_processes(run):
     done = run("bench.py", "--task", "train", *TINY, "--batch_size", 3, processes=2)
     (line,) = (line for line in done.stderr.splitlines() if "error: " in line)
