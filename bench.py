@@ -11,7 +11,7 @@ Notable choices:
 - MFU counts 6 operations for each weight in a matrix product, and causal attention without its masked half
   (Config.flops_per_token), over the card's bfloat16 peak.
 - Training steps beside those of tasks/peers.py run in a process for each side. The processes take turns, so
-  that a drift of the machine meets all; one that waits holds its weights and no other memory of the GPU.
+  that a drift of the machine meets all; one that waits holds its weights and the optimizer's state alone.
 - `prefill` stands beside what no program can avoid on that card: its matrix products and attention kernels
   alone, at the same sizes.
 """

@@ -2,10 +2,10 @@
 
 Documents (storage/texts.py) are tokenised once into memory-mapped files in the cache folder, and reused while
 neither they nor the tokenizer change. Of a conversation only the tokens that the model should say count in
-the loss; a mask beside the tokens says which. Conversations shorter than an example are put together, while
-texts that are too short for one are left out, as in the paper. A training example depends on (seed, step, its
-index in the global batch) alone. So resuming is exact, and the loss curve does not depend on how many
-processes share the work.
+the loss; a mask beside the tokens says which. Conversations too short for an example are put together where
+they follow each other; other documents too short for one are left out, as in the paper. A training example
+depends on (seed, step, its index in the global batch) alone. So resuming is exact, and the loss curve does
+not depend on how many processes share the work.
 """
 
 import errno

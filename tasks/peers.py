@@ -55,7 +55,9 @@ def liger_model(config, **more):
 
 
 def make_step(peer, config, batches, activation_checkpointing, device):
-    """Return a function that takes a plain step of a peer, without skips. It returns the loss, and no wait.
+    """Return a function that takes a plain step of a peer, without skips.
+
+    It returns the loss, and 0 for the wait for a batch, which only our step measures.
 
     batches: yields the micro-batches of each step, see data.prefetched. activation_checkpointing: "none", or
     anything else for the one kind that transformers has.

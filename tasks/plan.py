@@ -91,8 +91,7 @@ class Shape:
     """A model's Config, and how many numbers its parameters hold.
 
     group: in blocks that FSDP gathers together, 0 if there are too few for a group. root: in all that it
-    gathers besides. head: in the head's weight. trained, trained_in_group and so on: how many of them are
-    trained.
+    gathers besides. trained, trained_in_group and so on: how many of them are trained.
     """
 
     def __init__(self, model):
@@ -111,8 +110,7 @@ class Shape:
         self.group, self.trained_in_group = n_together * count(of_block), n_together * self.trained_in_block
         self.root = self.parameters - len(groups) * self.group
         self.trained_in_root = self.trained - len(groups) * self.trained_in_group
-        head = model.head.weight
-        self.head, self.trained_head = head.numel(), head.numel() if head.requires_grad else 0
+        self.trained_head = count([model.head.weight]) if model.head.weight.requires_grad else 0
 
 
 def count(parameters):
@@ -145,8 +143,8 @@ def kept_by_block(config, way, mode=None):
     # The normed inputs of attention and MLP, and what the last product reads.
     read = 2 * C + inner
     if way.rounds_again:
-        # The inputs of both norms, what the activation function reads, and the last product of attention's
-        # factor in float8.
+        # The inputs of both norms, what the activation function reads, and in float8, a byte a number, what
+        # attention's last product multiplies.
         return attention + q + c * (2 * C + n_wide * inner)
     if way.compiled:
         # The inputs of both norms, which are computed again from them. So is the activation function.
