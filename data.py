@@ -2,10 +2,10 @@
 
 Documents (storage/texts.py) are tokenised once into memory-mapped files in the cache folder, and reused while
 neither they nor the tokenizer change. Of a conversation only the tokens that the model should say count in
-the loss; a mask beside the tokens says which. Conversations too short for an example are put together where
-they follow each other; other documents too short for one are left out, as in the paper. A training example
-depends on (seed, step, its index in the global batch) alone. So resuming is exact, and the loss curve does
-not depend on how many processes share the work.
+the loss; a mask beside the tokens says which. Conversations that follow each other are put together, while
+texts too short for an example are left out, as in the paper. A training example depends on (seed, step, its
+index in the global batch) alone. So resuming is exact, and the loss curve does not depend on how many
+processes share the work.
 """
 
 import errno
@@ -66,19 +66,22 @@ class Documents:
             return np.ones(end - begin, dtype=np.float32)
         return 1 - self.masked[self.starts[i] + begin : self.starts[i] + end].astype(np.float32)
 
-    def join_conversations(self, at_most):
-        """Make one document of conversations that follow each other, of those with so many tokens at most.
+    def join_conversations(self, until):
+        """Join conversations that follow each other, until they have more than so many tokens together.
 
         Conversations are the documents with masked tokens. Texts stay what they are, but for those in which
         the tokenizer finds no token: they go.
         """
         if self.masked is None:
             return
-        self.starts = np.unique(self.starts)  # reduceat takes no stretch without an element
-        has_masked_tokens = np.maximum.reduceat(self.masked, self.starts[:-1]) > 0
-        is_short = has_masked_tokens & (np.diff(self.starts) <= at_most)
-        is_border = ~(is_short[:-1] & is_short[1:])  # between a document and the next one
-        self.starts = np.concatenate((self.starts[:1], self.starts[1:-1][is_border], self.starts[-1:]))
+        starts = np.unique(self.starts)  # reduceat takes no stretch without an element
+        is_conversation = np.maximum.reduceat(self.masked, starts[:-1]) > 0
+        borders = [0]
+        for i in range(1, len(starts) - 1):  # between documents i - 1 and i
+            are_conversations = is_conversation[i - 1] and is_conversation[i]
+            if not are_conversations or starts[i] - borders[-1] > until:
+                borders.append(starts[i])
+        self.starts = np.array([*borders, starts[-1]])
 
 
 def tokenised(paths, tokenizer, cache, text_key="text"):

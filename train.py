@@ -308,14 +308,14 @@ def end_run(args, done, checkpoints, signals, device):
 def read_texts(args, tokenizer):
     """Return the data.Batches to train on, and the Validation or None."""
 
-    def read(paths, longest):
+    def read(paths, tokens):
         documents = data.tokenised(paths, tokenizer, cache_dir(), args.text_key)
-        documents.join_conversations(longest)
+        documents.join_conversations(until=tokens)
         if args.loss_on == "all":
             documents.masked = None
         return documents
 
-    documents, validation = read(args.data, args.train_len), None
+    documents, validation = read(args.data, data.SPAN_IN_WINDOWS * args.train_len), None
     if args.eval_every:
         lengths = args.eval_lengths or [args.train_len]
         validation = Validation(lengths, read(args.eval_data, max(lengths)), tokenizer)

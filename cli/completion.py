@@ -16,7 +16,7 @@ from cli.process import compute_dtype
 from cli.training import LORA_LR, RECIPE_OF_MODEL, RECIPES
 from hf import families
 from model import linear_layers
-from storage.errors import InputError
+from storage.errors import InputError, warn
 from storage.processes import world_size
 from tasks import plan
 
@@ -53,6 +53,8 @@ def complete(args, config):
         if args.dtype != "bfloat16":
             raise InputError("--float8: its results are bfloat16; leave --dtype out")
         float8.check(config, args.micro_batch_size * args.train_len, args.device)
+        if args.device == "cpu":
+            warn("--float8: a CPU only imitates it, which is slow and good for trying alone", shared=True)
     args.keep = args.keep or (2 if args.save_every else 1)
 
 

@@ -49,6 +49,8 @@ def options_of_run(args):
         raise InputError(
             f"--out {args.out} already holds a run; name another folder, remove it, or add --resume"
         )
+    if holds_a_run and not args.resume:
+        warn(f"--out {args.out} holds a run, so that this one needs another folder, or --resume", shared=True)
     if args.resume and args.model is None and not holds_a_run:
         raise InputError(
             f"--resume: {args.out} holds no run to go on from; name its folder, or add --model to begin one"
@@ -89,7 +91,9 @@ def options_of_earlier_run(given):
     options = {option: value for option, value in vars(args).items() if option not in not_compared}
     if describe_changes(earlier, what_stays(options)):
         changed = describe_changes(earlier, options)
-        raise InputError(f"--resume: the run in {out} had other arguments: {changed}")
+        raise InputError(
+            f"--resume: the run in {out} had other arguments: {changed}; leave them out, or start with another --out"
+        )
     has_checkpoint = any((out / "checkpoints").glob("step-*"))
     if (out / "model").exists() and not has_checkpoint and not is_finished(out):
         reason = f"{out} has a model but no checkpoint to go on from; starting anew would replace the model"

@@ -58,7 +58,10 @@ def without_nan(value):
 
 
 def show_progress(bar, line):
-    """Show the figures of a step beside tqdm's bar, or without a terminal as about 20 lines in all."""
+    """Show the figures of a step beside tqdm's bar, or without a terminal as about 20 lines in all.
+
+    The first steps are among these: they tell soon that a run goes, and how fast.
+    """
     shown = {
         "loss": f"{line['loss']:.3f}",
         "tok/s": f"{line['tokens_per_second']:,.0f}",
@@ -66,7 +69,7 @@ def show_progress(bar, line):
         "GiB": f"{line['peak_memory_gib']:.1f}",
     }
     bar.set_postfix(shown, refresh=False)
-    if bar.disable and line["step"] % max(1, bar.total // 20) == 0:
+    if bar.disable and (line["step"] <= 2 or line["step"] % max(1, bar.total // 20) == 0):
         figures = ", ".join(f"{key} {value}" for key, value in shown.items())
         tqdm.write(f"step {line['step']} of {bar.total}: {figures}", file=sys.stderr)
 

@@ -162,10 +162,11 @@ def test_a_mask_lies_beside_the_tokens_where_a_document_has_one(tmp_path):
         assert len(documents.masked) == len(documents.tokens) and documents.masked.sum() == 9
 
 
-def test_short_conversations_that_follow_each_other_become_one_document(make_masked):
-    """Against a loop over documents. Texts, in which all counts, and long conversations stay alone.
+def test_conversations_that_follow_each_other_are_put_together(make_masked):
+    """All but the last in a row of them are in documents of more than 20 tokens, as short as that allows.
 
-    A text without tokens, such as one of zero-width spaces may be, is not there.
+    No text, in which all counts, is joined to anything. A text without tokens, such as one of zero-width
+    spaces may be, is not there.
     """
     rng = np.random.default_rng(0)
     for _ in range(200):
@@ -173,21 +174,25 @@ def test_short_conversations_that_follow_each_other_become_one_document(make_mas
         for length in (*rng.integers(0, 30, size=rng.integers(1, 12)), 4, 0):
             is_text = length == 0 or rng.random() < 0.3
             documents.append((0 if is_text else rng.integers(1, length + 1), length, length))
-        expected, can_grow = [], False
-        for first_counted, _, length in documents:
-            if length == 0:
-                continue
-            is_short_conversation = first_counted > 0 and length <= 20
-            if is_short_conversation and can_grow:
-                expected[-1] += length
-            else:
-                expected.append(length)
-            can_grow = is_short_conversation
         made = make_masked(*documents)
         masked = made.masked.copy()
-        made.join_conversations(20)
-        assert np.diff(made.starts).tolist() == expected
+        made.join_conversations(until=20)
         assert np.array_equal(made.masked, masked) and made.starts[-1] == len(made.tokens)
+
+        left = [document for document in documents if document[2]]
+        joined = []  # for each document that is made, those that it is made of
+        for length in np.diff(made.starts):
+            joined.append([])
+            while sum(n for *_, n in joined[-1]) < length:
+                joined[-1].append(left.pop(0))
+            assert sum(n for *_, n in joined[-1]) == length
+        assert not left
+        for parts in joined:
+            assert len(parts) == 1 or all(first > 0 for first, *_ in parts)
+            assert sum(n for *_, n in parts[:-1]) <= 20
+        for parts, following in zip(joined, joined[1:]):
+            follow_each_other = parts[-1][0] > 0 and following[0][0] > 0
+            assert not follow_each_other or sum(n for *_, n in parts) > 20
 
 
 def test_the_hash_is_of_tokens_starts_and_mask(tmp_path):
