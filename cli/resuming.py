@@ -91,9 +91,8 @@ def options_of_earlier_run(given):
     options = {option: value for option, value in vars(args).items() if option not in not_compared}
     if describe_changes(earlier, what_stays(options)):
         changed = describe_changes(earlier, options)
-        raise InputError(
-            f"--resume: the run in {out} had other arguments: {changed}; leave them out, or start with another --out"
-        )
+        remedy = "leave them out, or start with another --out"
+        raise InputError(f"--resume: the run in {out} had other arguments: {changed}; {remedy}")
     has_checkpoint = any((out / "checkpoints").glob("step-*"))
     if (out / "model").exists() and not has_checkpoint and not is_finished(out):
         reason = f"{out} has a model but no checkpoint to go on from; starting anew would replace the model"

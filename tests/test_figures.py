@@ -372,8 +372,8 @@ def test_scores_by_task_of_ruler():
 # ---------------------------------------------------------------- speed and memory
 
 SPEEDS = [
-    ("README.md", "LLaMA-7B on", "one, as on 24 GB", "train_7b_lora_4096"),
-    ("README.md", "LLaMA-7B on", "four, float32 weights", "train_7b_four_gpus"),
+    ("README.md", "LLaMA-7B", "a card of 24 GB", "train_7b_lora_4096"),
+    ("README.md", "LLaMA-7B", "four H100s, float32 weights", "train_7b_four_gpus"),
     ("RESULTS.md", "LLaMA-7B on one", "LoRA of rank 16, full, window 4,096", "train_7b_lora_4096"),
     ("RESULTS.md", "LLaMA-7B on one", "the same, window 8,192", "train_7b_lora_8192"),
     (
@@ -407,13 +407,13 @@ def test_hours_follow_from_the_speeds():
     tokens = 1000 * 64 * 2048  # steps, windows, tokens in each: the paper's defaults for LLaMA-7B
     speed = 0
     rows = {
-        "one, as on 24 GB": 1,
-        "one of 80 GB": 1,
-        "four, float32 weights": 4,
-        "eight, float32 weights": 8,
+        "a card of 24 GB": 1,
+        "one H100": 1,
+        "four H100s, float32 weights": 4,
+        "eight, likewise": 8,
     }
     for row, cards in rows.items():
-        _, cells = find_row("README.md", "LLaMA-7B on", row)
+        _, cells = find_row("README.md", "LLaMA-7B", row)
         if cells[2] == "not measured":
             assert "if as fast" in cells[3]  # as the row before
         else:
