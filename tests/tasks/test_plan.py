@@ -430,7 +430,7 @@ def test_a_plan_leaves_a_run_alone(train, call, short, tmp_path):
         (("--steps", 10**9), {"a CPU needs about", "passes over"}),
         (("--batch_size", 2**19, "--micro_batch_size", 2**19), {"this CPU is too small", "passes over"}),
     ],
-    ids=str,
+    ids=["nothing", "passes", "short documents", "time", "memory"],
 )
 def test_what_speaks_against_a_run_is_said(planned, texts, tmp_path, arguments, warned):
     """One document is longer than the others, and 2**25 tokens at once need thousands of GiB."""
@@ -451,4 +451,5 @@ def test_the_memory_of_a_cpu_is_planned(run, texts, tmp_path):
     done = run("train.py", *arguments, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     planned_gib = float(re.search(r"memory of a process: (\S+) GiB of", done.stderr)[1])
-    assert planned_gib == pytest.approx(metrics(tmp_path / "run")[-1]["peak_memory_gib"], rel=0.15)
+    # It is said to a tenth of a GiB, and what glibc keeps differs between runs.
+    assert planned_gib == pytest.approx(metrics(tmp_path / "run")[-1]["peak_memory_gib"], rel=0.2)
