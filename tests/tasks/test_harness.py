@@ -5,6 +5,7 @@ import gzip
 import json
 import random
 
+import lm_eval.evaluator
 import pytest
 import torch
 from lm_eval.api.model import LM
@@ -51,6 +52,12 @@ def item(name, rng):
         in_words = {"activity_label": "Running", "ctx": context, "query": f"Running: {context}"}
         return in_words | {"endings": endings, "label": rng.randint(0, 3)}
     return question(rng, rng.choice("ABCD1234"))
+
+
+@pytest.fixture(autouse=True)
+def no_inventory_of_the_machine(monkeypatch):
+    """The harness's results would list it, which takes a second each time. Nothing here looks at it."""
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
 
 
 @pytest.fixture(scope="module")
