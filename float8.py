@@ -23,12 +23,11 @@ that the tensor core wants. torch.compile makes one or two kernels of that; with
 lost.
 """
 
-import os
-
 import torch
 import torch.nn.functional as F
 
 from storage.errors import InputError
+from storage.processes import local_rank
 
 MULTIPLE = 16  # All sizes of a product must be multiples of it.
 LEAST = 1e-30  # the scale where all numbers are 0
@@ -110,7 +109,7 @@ def check(config, tokens, kind):
             "length of the examples, or more of them at once"
         )
     # Each process tries its own GPU, since a tensor on another one would take half a GiB there.
-    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else kind
+    place = torch.device(kind, local_rank()) if kind == "cuda" else kind
     number, scale = (torch.ones(MULTIPLE, n, device=place) for n in (MULTIPLE, 1))
     number = number.to(torch.float8_e4m3fn)
     try:

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from storage.errors import InputError
+from storage.processes import local_rank, local_world_size
 
 SMALLEST_GROUP = 2**27  # parameters that FSDP gathers together at least; a block of LLaMA-7B has more
 NARROW = 8  # A matrix product is an adapter's if its result is so many times as wide as its first factor.
@@ -51,7 +52,7 @@ def start(device_type):
     Return this process's device. Raise InputError if the environment has only some of torchrun's variables.
     """
     if device_type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"  # gloo too, since offloaded weights and checkpoints live on the CPU
     else:
@@ -153,9 +154,8 @@ def groups_of_blocks(model):
 
 def use_all_cores():
     """Share the machine's cores among its processes. (torchrun leaves each process one thread.)"""
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
-    torch.set_num_threads(max(1, cores // processes_here))
+    torch.set_num_threads(max(1, cores // local_world_size()))
 
 
 def checkpoint_activations(block, mode):
