@@ -42,6 +42,7 @@ def linear(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
+@torch.compiler.allow_in_graph  # Else PyTorch 2.11 keeps its results in spite of activation checkpointing.
 class Products(torch.autograd.Function):
     """x @ weight.T in float8, x (T, K) and weight (N, K) -> (T, N), and both gradients.
 

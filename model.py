@@ -613,6 +613,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 d_weight += d_logits.T @ h
             if bias_learns:
                 d_bias += d_logits.sum(0)
+            del d_logits  # It would stay while the next chunk's logits and their gradient come.
         d_weight = d_weight.to(weight.dtype) if weight_learns else None
         d_bias = d_bias.to(bias.dtype) if bias_learns else None
         ctx.save_for_backward(d_hidden, d_weight, d_bias)

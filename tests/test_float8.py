@@ -158,8 +158,10 @@ def test_each_layer_multiplies_in_float8(lora_rank, mode, products):
     assert products_of.count == products * 7 * CONFIG.n_layers - (3 if lora_rank else 0)
 
 
-def test_compiled_it_computes_the_same_and_keeps_what_is_planned():
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_compiled_it_computes_the_same_and_keeps_what_is_planned(mode):
     """One graph for the block. The compiler decides what is kept: no float8 weight, and less than without."""
+    torch._dynamo.reset()
     torch.manual_seed(0)
     model = decoder.Transformer(CONFIG)
     decoder.multiply_in_float8(model)
@@ -177,20 +179,22 @@ def test_compiled_it_computes_the_same_and_keeps_what_is_planned():
             kept[tensor.data_ptr()] = tensor
         return tensor
 
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    fsdp.checkpoint_activations(block, mode)
+    compiled = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y = compiled(x, cos, sin)
-    bytes_kept = sum(tensor.nbytes for tensor in kept.values())
+    bytes_kept = sum(tensor.nbytes for tensor in kept.values() if tensor.dtype != torch.uint8)
     (y * x.detach()).sum().backward()
     for name, p in block.named_parameters():
         assert distance(p.grad, expected[name]) < 0.01, name
 
     tokens = 2 * 48
-    of_angles_and_norms = 4 * (CONFIG.rotary_dim + 2) * tokens
-    way = plan.Way(48, 2, compute_bytes=2, compiled=True)
+    of_angles_and_norms = 4 * (CONFIG.rotary_dim + (2 if mode == "none" else 0)) * tokens
+    way = plan.Way(48, 2, compute_bytes=2, activation_checkpointing=mode, compiled=True)
     planned = plan.kept_by_block(CONFIG, dataclasses.replace(way, float8=True)) * tokens
     assert bytes_kept - of_angles_and_norms == pytest.approx(planned, rel=0.02)
-    assert planned < 0.8 * plan.kept_by_block(CONFIG, way) * tokens
+    if mode == "none":
+        assert planned < 0.8 * plan.kept_by_block(CONFIG, way) * tokens
 
 
 # ---------------------------------------------------------------- runs
@@ -211,10 +215,10 @@ def test_a_run_in_float8(train, call, short, tmp_path):
 @needs_gpu
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_a_gpu_trains_in_float8(train, mode):
-    how = ("--device", "cuda", "--steps", 4, "--activation_checkpointing", mode)
+    how = ("--device", "cuda", "--steps", 2, "--activation_checkpointing", mode)
     in_bfloat16 = losses(train("bfloat16", *how))
     ours = losses(train("float8", *how, "--float8"))
-    torch.testing.assert_close(ours, in_bfloat16, rtol=0.02, atol=0)
+    torch.testing.assert_close(ours, in_bfloat16, rtol=0.01, atol=0)
     assert not torch.equal(ours, in_bfloat16)
 
 

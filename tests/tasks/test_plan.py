@@ -17,7 +17,15 @@ from torch.utils._pytree import tree_leaves
 import fsdp
 from bench import SHAPES, shape
 from hf.builtin import open_model, resolve
-from model import Config, Transformer, add_adapters, empty_transformer, linear_layers, multiply_in_float8
+from model import (
+    Config,
+    Transformer,
+    add_adapters,
+    chunked_cross_entropy,
+    empty_transformer,
+    linear_layers,
+    multiply_in_float8,
+)
 from tasks import announcement, plan
 
 DEEP = Config(320, 64, 176, 6, 4, 2, 16, 64)
@@ -139,6 +147,19 @@ def test_the_peak_of_a_step_is_planned(name):
     # What a block frees while it computes again is planned roughly. Frozen norms keep less than is planned.
     error = 0.15 if "LoRA" in name else 0.1 if way.activation_checkpointing == "full" else 0.05
     assert plan.memory(plan.Shape(model), way).total == pytest.approx(held.peak, rel=error)
+
+
+def test_the_loss_holds_the_logits_of_one_chunk_at_a_time():
+    """Four chunks need no more memory than one, but for their hidden states and the gradient of these."""
+    V, C, chunk = 512, 8, 16
+
+    def peak(tokens):
+        hidden, weight = torch.randn(tokens, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
+        with Held() as held:
+            chunked_cross_entropy(hidden, weight, None, torch.arange(tokens), max_logits=chunk * V)
+        return held.peak
+
+    assert peak(4 * chunk) - peak(chunk) < 4 * chunk * V / 4  # a quarter of a chunk's logits in float32
 
 
 SHARDED = {
