@@ -114,6 +114,7 @@ ROWS_ARE_FILES = [
             "skips without episodes: --retrieval 0": "no_episodes/needle",
             "adapters alone: --lora_rank 16": "lora/needle",
             "YaRN by 16: --rope yarn": "yarn/needle",
+            "linear by 16: --rope linear": "linear/{needle,needle_128k}",
             "on the standard library: no --data": "library_alone/needle",
         },
     ),
@@ -129,6 +130,7 @@ ROWS_ARE_FILES = [
             "novels: extended": "tail_books",
             "novels: --lora_rank 16": "lora/tail_books",
             "novels: --rope yarn": "yarn/tail_books",
+            "novels: --rope linear": "linear/tail_books",
             "novels: no --data": "library_alone/tail_books",
             "LaTeX: untouched": "tail_base_latex",
             "LaTeX: extended": "tail_latex",
@@ -373,7 +375,17 @@ def test_scores_by_task_of_ruler():
 
 SPEEDS = [
     ("README.md", "LLaMA-7B", "a card of 24 GB", "train_7b_lora_4096"),
+    ("README.md", "LLaMA-7B", "a card of 80 GB", "train_7b_whole"),
     ("README.md", "LLaMA-7B", "four H100s, float32 weights", "train_7b_four_gpus"),
+    ("README.md", "window 2,048", "SmolLM2, 16 windows", "train_smollm2_peers"),
+    ("README.md", "window 2,048", "8 of LLaMA-7B's 32 layers, 8 windows", "train_7b_peers"),
+    ("README.md", "window 2,048", "the same, --float8", "train_7b_float8"),
+    ("RESULTS.md", "one H200", "SmolLM2, micro-batch 16", "train_smollm2_peers"),
+    ("RESULTS.md", "one H200", "the same, --float8", "train_smollm2_float8"),
+    ("RESULTS.md", "one H200", "LLaMA-7B, 8 of 32 layers, micro-batch 8", "train_7b_peers"),
+    ("RESULTS.md", "one H200", "its 8 layers, --float8", "train_7b_float8"),
+    ("RESULTS.md", "one H200", "LLaMA-7B, bfloat16 weights, full, micro-batch 8", "train_7b_whole"),
+    ("RESULTS.md", "one H200", "LLaMA-7B, LoRA of rank 16, full, micro-batch 8", "train_7b_lora_2048"),
     ("RESULTS.md", "LLaMA-7B on one", "LoRA of rank 16, full, window 4,096", "train_7b_lora_4096"),
     ("RESULTS.md", "LLaMA-7B on one", "the same, window 8,192", "train_7b_lora_8192"),
     (
@@ -394,13 +406,25 @@ SPEEDS = [
 @pytest.mark.parametrize("document, table, row, file", SPEEDS)
 def test_speed_and_memory_are_those_of_the_files(document, table, row, file):
     header, cells = find_row(document, table, row)
-    (measured,) = load(file)["results"]
-    speed = next(i for i, column in enumerate(header) if column.startswith("tokens a second"))
-    memory = next(i for i, column in enumerate(header) if column.startswith("memory"))
+    measured = {result.get("side", "ours"): result for result in load(file)["results"]}
     digits = 2 if file == "train_7b_offload" else 3  # its two steps took 2.3 and 3.0 s
-    rounded = float(f"{measured['tokens_per_second']:.{digits}g}")
-    assert cells[speed] == f"{rounded:,.0f}"
-    assert cells[memory].startswith(f"{measured['peak_memory_gib']:.1f} GiB")
+
+    def speed(side):
+        rounded = float(f"{measured[side]['tokens_per_second']:.{digits}g}")
+        return f"{rounded:,.0f}"
+
+    def memory(side):
+        return f"{measured[side]['peak_memory_gib']:.1f} GiB"
+
+    for column, cell in zip(header, cells):
+        if column.startswith("tokens a second"):
+            assert cell == speed("ours")
+        elif column.startswith("memory"):
+            assert cell.startswith(memory("ours"))
+        elif column == "MFU" and cell:
+            assert cell == f"{100 * measured['ours']['mfu']:.0f}%"
+        elif column.lower() in measured:
+            assert cell in (speed(column.lower()), f"{speed(column.lower())}, {memory(column.lower())}")
 
 
 def test_hours_follow_from_the_speeds():
@@ -408,7 +432,7 @@ def test_hours_follow_from_the_speeds():
     speed = 0
     rows = {
         "a card of 24 GB": 1,
-        "one H100": 1,
+        "a card of 80 GB": 1,
         "four H100s, float32 weights": 4,
         "eight, likewise": 8,
     }
@@ -432,6 +456,32 @@ def test_costs_of_a_step_by_target():
                     assert cell in ("out of memory", "")
                 else:
                     assert cell == written_like(figure, cell)
+
+
+@pytest.mark.parametrize(
+    "row, file", [("SmolLM2, 16 windows", "smollm2"), ("8 of LLaMA-7B's 32 layers, 8 windows", "7b")]
+)
+def test_times_the_fastest_peer(row, file):
+    entries = load(f"train_{file}_peers")["results"] + load("train_7b_float8")["results"]
+    ours, *peers, in_float8 = (entry["tokens_per_second"] for entry in entries)
+    header, cells = find_row("README.md", "window 2,048", row)
+    column = header.index("times the faster")
+    assert cells[column] == f"{ours / max(peers):.2f}"
+    if file == "7b":
+        _, cells = find_row("README.md", "window 2,048", "the same, --float8")
+        assert cells[column] == f"{in_float8 / max(peers):.2f}"
+
+
+def test_a_million_tokens():
+    entries = [
+        entry for name in ("passkey", "passkey_seed_1") for entry in load(f"target_1048576/{name}")["results"]
+    ]
+    found = [trial["correct"] for entry in entries for trial in entry["by_trial"] if entry["length"] == 2**20]
+    assert f"{sum(found)} of {len(found)} passkeys" in " ".join(read("README.md").split())
+    lines = (ROOT / "results" / "target_1048576" / "train_metrics.jsonl").read_text().splitlines()
+    seconds = sum(4 * 32768 / json.loads(line)["tokens_per_second"] for line in lines)
+    assert f"{sum(found)} of {len(found)} passkeys (72-100) at 1,048,576" in read("RESULTS.md")
+    assert f"{seconds:.0f} s in steps), 128 times" in read("RESULTS.md")
 
 
 # ---------------------------------------------------------------- loaders

@@ -211,7 +211,9 @@ def measured():
             continue
         settings = report["settings"]
         for result in report["results"]:
-            if not result["peak_memory_gib"]:  # it ran out of memory
+            if (
+                not result["peak_memory_gib"] or result.get("side", "ours") != "ours"
+            ):  # out of memory, or a peer
                 continue
             is_full = result.get("method") == "full"
             way = plan.Way(
@@ -223,6 +225,7 @@ def measured():
                 activation_checkpointing=settings["activation_checkpointing"],
                 cpu_offload=settings["cpu_offload"] == "True",
                 compiled=True,
+                float8=settings.get("float8") == "True",
             )
             name = f"{path.stem} {way.train_len}"
             model = empty_transformer(shape(report["model"]))
