@@ -320,7 +320,10 @@ def sliding_windows_of_documents(documents, bos, length, stride):
 
 
 def sliding_windows(n, window, stride):
-    """Yield (begin, scored_from, end) over n tokens: each is scored once, with as much context as fits."""
+    """Yield (begin, scored_from, end) over n tokens, each of which is scored once.
+
+    Windows begin at multiples of the stride, so that the last one may be shorter than the others.
+    """
     scored = 0
     for begin in range(0, n, stride):
         end = min(begin + window, n)
