@@ -22,7 +22,7 @@ def differences(config, ratio):
     scaling = scaling or {"rope_type": "default"}
     mode = (config.rope_scaling or {}).get("rope_type", "default")
     where = "with scaled queries" if rope.has_query_scale(scaling) else f"in {family.architecture}"
-    # Longrope is one stretch on top of another, and with another --rope it would still be.
+    # Longrope is one stretch on top of another, and with another mode it would still be.
     another_mode = {} if mode == "longrope" else {"rope": "yarn"}
 
     found = []

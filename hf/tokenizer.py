@@ -415,7 +415,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer, starts_text):
-        """starts_text: whether the first token starts a text, instead of going on with one."""
+        """Begin before any token. starts_text: whether the first one starts a text, or goes on with one."""
         self.tokenizer = tokenizer
         self.before = [] if starts_text else ids_of_x(tokenizer)
         self.waiting = []

@@ -236,7 +236,7 @@ class ZstdStream(io.RawIOBase):
     """The content of a .zst file. Unlike zstandard's reader it raises EOFError if the last frame is cut."""
 
     def __init__(self, file, make_decompressor):
-        """file: a binary stream. make_decompressor: see zstd_decompressor."""
+        """Read from a binary stream. make_decompressor: see zstd_decompressor."""
         self.file, self.make_decompressor = file, make_decompressor
         self.frame = None  # the decompressor of the frame that is being read; a file may have several
         self.packed, self.ready = b"", memoryview(b"")

@@ -95,7 +95,7 @@ class Shape:
     """
 
     def __init__(self, model):
-        """model: a Transformer, with its adapters if it has some. Values are not needed."""
+        """Count the parameters of a Transformer, with its adapters if it has some. They need no values."""
         self.config = model.config
         every = list(model.parameters())  # a tied head is there once
         trained = [parameter for parameter in every if parameter.requires_grad]
