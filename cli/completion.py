@@ -190,7 +190,9 @@ def complete_interpolation(args, config, recipe):
     window = config.max_position_embeddings
     if args.factor is None and args.rope not in ("default", "dynamic"):
         args.factor = recipe.headroom * args.target_len / window
-        if args.rope == "ntk":
+        if args.target_len == window:
+            args.factor = 1.0  # there is nothing to make room for
+        elif args.rope == "ntk":
             of_model = config.rotary_dim, config.rope_theta, config.rope_scaling
             factor = rope.ntk_factor(*of_model, window, args.factor)
             args.factor = float(f"{factor:.3g}")  # rounded to three digits

@@ -138,7 +138,7 @@ def add_method(g):
     g.add_argument("--factor", type=number(1, LARGEST),
         help="factor of the interpolation (default: target_len / window, and twice that with tiny and "
         "yarn; for ntk the factor that slows the critical pair by target_len / window, or by 1.188 times "
-        "that with the fast recipe, see rope.ntk_factor; for dynamic 1)")
+        "that with the fast recipe, see rope.ntk_factor; 1 for dynamic, and where the window stays)")
     g.add_argument("--beta_fast", type=number(1, LARGEST),
         help="yarn: pairs that turn at least so often in the window stay as they are (default: 32; 8 with "
         "tiny)")

@@ -500,7 +500,7 @@ def as_written(config):
     """Return the Config of the same model in the family that it is written as.
 
     Raise InputError if no stock class computes it: its queries are scaled (rope.query_scale), and its
-    family's are not.
+    family's are not. Raise it also for a Config that would be read back with another window.
     """
     family = FAMILIES[config.model_type]
     if rope.has_query_scale(config.rope_scaling):
@@ -515,7 +515,21 @@ def as_written(config):
             message = f"stock loaders do not compute it for {config.model_type}"
             raise InputError(f"dynamic scaling: {message}; take another interpolation")
     block = FAMILIES[model_type].block
-    return dataclasses.replace(config, model_type=model_type, normalised_head=False, **block)
+    written = dataclasses.replace(config, model_type=model_type, normalised_head=False, **block)
+    _refuse_another_window(written)
+    return written
+
+
+def _refuse_another_window(config):
+    """Raise InputError if what is written of a Config says another window, see scaling.stretched_window."""
+    _, scaling = written_rope(config)
+    window = config.max_position_embeddings
+    if (read_as := stretched_window(scaling, window)) != window:
+        what = f"{config.rope_scaling['rope_type']} by {config.rope_scaling['factor']:g}"
+        raise InputError(
+            f"{what} without extending the window of {window} tokens would be read as a window of {read_as}; "
+            "extend it, or take a factor of 1"
+        )
 
 
 def hf_config(config):

@@ -14,7 +14,8 @@ def extend(config, mode, target_len, llama_4_scaling_beta=None, **settings):
     """Return the Config with the window stretched to target_len tokens by a mode of rope.py.
 
     settings: further keys of rope_scaling, such as `beta_fast` or `factor`. Without a factor it is the ratio
-    of the windows; for dynamic it is 1, because dynamic grows with the length by itself.
+    of the windows; for dynamic it is 1, because dynamic grows with the length by itself. In all other modes a
+    factor of 1 interpolates nothing, and nothing is recorded.
     llama_4_scaling_beta: strength of rope.query_scale (default: the model's own, if it has one). A model that
     is scaled already (Llama 3.1, or one of ours) keeps its scaling, and both slow the frequencies. Raise
     InputError where the two cannot be combined.
@@ -24,13 +25,14 @@ def extend(config, mode, target_len, llama_4_scaling_beta=None, **settings):
     own_beta = earlier.pop("llama_4_scaling_beta", 0.0)
     beta = own_beta if llama_4_scaling_beta is None else llama_4_scaling_beta
 
-    if mode == "default":
+    factor = settings.get("factor", 1.0 if mode == "dynamic" else target_len / window)
+    if not interpolates(mode, factor):
         is_scaled = earlier.get("rope_type", "default") != "default"
         scaling = earlier if beta or is_scaled else None
     else:
         scaling = {
             "rope_type": mode,
-            "factor": 1.0 if mode == "dynamic" else target_len / window,
+            "factor": factor,
             "original_max_position_embeddings": window,
         }
         if mode == "llama3":
@@ -44,6 +46,11 @@ def extend(config, mode, target_len, llama_4_scaling_beta=None, **settings):
         scaling = {"original_max_position_embeddings": window} | (scaling or {"rope_type": "default"})
         scaling["llama_4_scaling_beta"] = beta
     return dataclasses.replace(config, max_position_embeddings=target_len, rope_scaling=scaling)
+
+
+def interpolates(mode, factor):
+    """Return whether a mode of rope.py with this factor changes angles, at whatever length."""
+    return mode != "default" and (factor != 1 or mode == "dynamic")
 
 
 def compose(dim, theta, first, second):

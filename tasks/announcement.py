@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import fsdp
 from data import Batches
-from hf import loaders
+from hf import loaders, scaling
 from tasks import plan
 
 # A run that goes over its texts more often warns. Up to four times a text teaches nearly as much as a new one
@@ -30,7 +30,7 @@ def of_run(args, base, config, as_options):
     if args.target_len == window:
         windows = f"the window of {window:,} tokens stays as it is"
     interpolation = f"{args.rope} by {args.factor:g}" if args.factor else args.rope
-    if args.factor == 1:
+    if not scaling.interpolates(args.rope, args.factor):
         interpolation = "no interpolation"
     episodes = f", {args.retrieval:.0%} of the examples are episodes" if args.retrieval else ""
     method = f"{args.method}, {interpolation}{episodes}"

@@ -168,6 +168,17 @@ def test_the_factor_is_the_users(untrained, tmp_path):
     }
 
 
+def test_a_model_trained_in_its_own_window_keeps_it(untrained, call, tmp_path):
+    """tiny's recipe makes the interpolation for twice the target, and here there is none to make."""
+    same = ("--model", "tiny", "--target_len", 256)
+    once = untrained("once", *same)
+    assert families.read_config(once) == families.read_config(resolve("tiny"))
+    untrained("twice", "--model", once, "--target_len", 256)
+    done = call("train", *same, "--factor", 2, "--steps", 0, "--out", tmp_path / "refused")
+    assert done.returncode == 2 and not (tmp_path / "refused").exists()
+    assert done.stderr.startswith("error: yarn by 2 ") and done.stderr.count("\n") == 1
+
+
 def test_the_untrained_model_needs_no_texts(untrained, tmp_path, monkeypatch):
     """It needs neither those that are named, which are not there, nor the standard library's.
 

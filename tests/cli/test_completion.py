@@ -146,6 +146,16 @@ def test_the_built_in_models_have_recipes_of_their_own(parse_and_complete):
     assert parse_and_complete("--model", "tiny", "--recipe", "paper").lr == 2e-5
 
 
+@pytest.mark.parametrize("recipe", ["paper", "fast", "tiny"])
+@pytest.mark.parametrize("mode", ["linear", "ntk", "yarn", "llama3"])
+def test_nothing_is_interpolated_where_the_window_stays(parse_and_complete, recipe, mode):
+    """Some recipes make it for more than the target. Here there is none."""
+    fixed = ("--recipe", recipe, "--target_len", 8192, "--rope", mode)
+    args = parse_and_complete("--model", "folder", *fixed)
+    assert args.factor == 1
+    assert parse_and_complete("--model", "folder", *fixed, "--factor", 2).factor == 2
+
+
 def test_ntks_factor_is_not_rounded_away(parse_and_complete):
     """A quarter more than SmolLM2's window slows the critical pair, 20 of 31, by a quarter."""
     args = parse_and_complete("--model", "folder", "--rope", "ntk", "--target_len", 10240)

@@ -379,6 +379,42 @@ def test_the_window_of_a_scaled_model(tmp_path, scaling_terms, says, window):
         assert twice.rope_scaling["original_max_position_embeddings"] == 8192
 
 
+def written_and_read(config, folder):
+    (folder / "config.json").write_text(json.dumps(families.hf_config(families.as_written(config))))
+    return families.read_config(folder)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("mode", rope.EXTENSIONS)
+def test_a_window_that_is_not_extended_reads_back_as_it_was(tmp_path, mode, beta):
+    """Without a factor no angle changes. By 2 they do, where config.json can say so."""
+    settings = [{}] if mode == "default" else [{}, {"factor": 1.0}, {"factor": 2.0}]
+    for more in settings:
+        extended = scaling.extend(LLAMA, mode, 64, beta, **more)
+        by = more.get("factor", 1.0)
+        if mode in ("yarn", "ntk_by_parts") and by == 2:
+            # Qwen's instructions leave such a file, and mean a window of 128 by it.
+            with pytest.raises(InputError, match=f"^{mode} by 2 .* 64 tokens .* window of 128; extend it"):
+                families.as_written(extended)
+            continue
+        again = written_and_read(extended, tmp_path)
+        assert again.max_position_embeddings == again.original_window == 64
+        expected, expected_factor = by_hand(mode, 1e4, 16, by, 64, 64)
+        inv_freq, attention_factor = frequencies(again)
+        torch.testing.assert_close(inv_freq, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
+        assert attention_factor == pytest.approx(expected_factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("first", ["default", "linear", "ntk", "yarn", "dynamic", "longrope"])
+def test_a_factor_of_1_leaves_a_models_scaling_as_it_is(first):
+    """So the model may be stretched later as if it had not been trained in between."""
+    rope_scaling = None if first == "default" else scaling_of(first)
+    base = dataclasses.replace(LLAMA, max_position_embeddings=512, rope_scaling=rope_scaling)
+    for mode in set(rope.EXTENSIONS) - {"dynamic"}:
+        assert scaling.extend(base, mode, 512) == base, mode
+        assert scaling.extend(base, mode, 512, factor=1.0) == base, mode
+
+
 # ---------------------------------------------------------------- written for stock loaders
 
 

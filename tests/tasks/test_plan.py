@@ -422,13 +422,19 @@ def test_a_plan_is_for_the_processes_that_torchrun_starts(planned, short, monkey
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (("--rope", "linear"), "pose, no interpolation (recipe tiny)"),
-        ((), "pose, yarn by 2 (recipe tiny)"),  # this recipe makes it for twice the target
+        ((), "no interpolation"),  # though this recipe makes it for twice the target
+        (("--rope", "linear"), "no interpolation"),
+        (("--rope", "default"), "no interpolation"),
+        (("--rope", "linear", "--factor", 2), "linear by 2"),
+        (("--rope", "dynamic"), "dynamic"),
+        (("--rope", "dynamic", "--factor", 1), "dynamic by 1"),  # its default, which grows with the length
     ],
 )
 def test_a_window_that_is_not_extended_is_no_extension(planned, short, arguments, says):
-    said = planned(*short[:6], "--target_len", 256, *arguments)
-    assert said.startswith(f"tiny: the window of 256 tokens stays as it is, {says}\n")
+    said = planned(*short[:6], "--target_len", 256, *arguments).splitlines()
+    assert said[0] == f"tiny: the window of 256 tokens stays as it is, pose, {says} (recipe tiny)"
+    if says == "no interpolation":  # which every loader computes
+        assert said[1].startswith("plan: ")
 
 
 def test_a_plan_leaves_a_run_alone(train, call, short, tmp_path):
