@@ -96,8 +96,9 @@ def complete_lengths(args, window, recipe):
         # Few files of the standard library are longer than one window.
         windows = recipe.train_windows if args.data else 1
         # A quarter of the target leaves room for skips, a quarter of a step for different texts in it.
-        longest = max(window, min(args.target_len, recipe.tokens_per_step) // 4)
-        args.train_len = min(windows * window, longest)
+        # Episodes of a window each fill an example of whole windows.
+        longest = min(args.target_len, recipe.tokens_per_step) // 4
+        args.train_len = window * max(1, min(windows, longest // window))
     if args.target_len < args.train_len:
         raise InputError(
             f"--target_len {args.target_len} is smaller than the train window of {args.train_len}; raise "

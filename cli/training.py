@@ -118,7 +118,8 @@ def add_method(g):
         "(default: pose)")
     g.add_argument("--train_len", type=whole_number(1),
         help="tokens in an example (default: the model's window; with --method full target_len; with the "
-        "fast recipe and --data four windows, at most 32,768 tokens)")
+        "fast recipe and --data up to four windows: at most 32,768 tokens and a quarter of the target, but "
+        "one window at least)")
     g.add_argument("--chunks", type=whole_number(1), default=2,
         help="pose: chunks in an example (default: 2)")
     g.add_argument("--offset", choices=pose.OFFSETS, default="uniform",
@@ -132,7 +133,8 @@ def add_method(g):
         "questions about them, in which the answers count most; they have chunks and skips of their own "
         "(default: 0; 0.5 with the fast recipe and pose)")
     g.add_argument("--episode_len", type=whole_number(1),
-        help="tokens in an episode; an example holds as many as fit (default: the model's window)")
+        help="tokens in an episode, a divisor of train_len (default: the model's window, or train_len where "
+        "that is no multiple of it)")
     g.add_argument("--rope", choices=rope.EXTENSIONS,
         help="interpolation (default: yarn; ntk with the fast recipe)")
     g.add_argument("--factor", type=number(1, LARGEST),

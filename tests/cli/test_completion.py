@@ -62,6 +62,8 @@ def test_a_recipe_is_for_its_own_interpolation(parse_and_complete, arguments, fa
         ("--data texts --batch_size 6", 2, 32768, 6),
         ("--data texts --target_len 65536", 1, 16384, 8),
         ("--data texts --target_len 16384", 1, 8192, 16),
+        ("--data texts --target_len 100000", 1, 24576, 5),
+        ("--data texts --target_len 65535", 1, 8192, 16),
         ("--train_len 4096", 1, 4096, 32),
         ("--train_len 24576", 1, 24576, 5),
         ("--data texts --method full", 1, 131072, 16),
@@ -84,6 +86,7 @@ def test_smollm2_trains_in_windows_longer_than_its_own_where_there_are_texts(
     "arguments, share, episode_len, micro_batch_size",
     [
         ("smollm2-135m --data texts", 0.5, 8192, 1),
+        ("smollm2-135m --data texts --target_len 100000", 0.5, 8192, 1),
         ("smollm2-135m --data texts --episode_len 32768", 0.5, 32768, 1),
         ("smollm2-135m", 0.5, 8192, 4),
         ("smollm2-135m --train_len 4096", 0.5, 4096, 8),
@@ -120,7 +123,10 @@ def test_the_papers_recipe_is_for_any_window(parse_and_complete, window, batch_s
     assert (args.rope, args.target_len, args.factor, args.retrieval) == ("yarn", 16 * window, 16, 0)
 
 
-@pytest.mark.parametrize("window, train_len", [(2048, 8192), (8192, 32768), (32768, 32768), (131072, 131072)])
+@pytest.mark.parametrize(
+    "window, train_len",
+    [(2048, 8192), (8192, 32768), (12288, 24576), (32768, 32768), (131072, 131072)],
+)
 def test_the_fast_recipe_is_for_any_model(parse_and_complete, window, train_len):
     """A step has as many tokens, and at least four texts if the window allows it."""
     config = dataclasses.replace(SMOLLM2, max_position_embeddings=window)
