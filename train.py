@@ -211,7 +211,7 @@ def run(args):
     folder, base, tokenizer = open_base(args)
     completion.complete(args, base)
     config = extended_config(base, args)
-    batches, validation = read_texts(args, tokenizer) if args.steps else (None, None)
+    batches, validation = read_texts(args, tokenizer)
     if args.dry_run:
         return announce(args, as_given, base, config, batches)
     record = resuming.record_of(args, as_given)
@@ -306,7 +306,7 @@ def end_run(args, done, checkpoints, signals, device):
 
 
 def read_texts(args, tokenizer):
-    """Return the data.Batches to train on, and the Validation or None."""
+    """Return the data.Batches to train on, None for no steps, and the Validation, None for none."""
 
     def read(paths, tokens):
         documents = data.tokenised(paths, tokenizer, cache_dir(), args.text_key)
@@ -315,12 +315,14 @@ def read_texts(args, tokenizer):
             documents.masked = None
         return documents
 
-    documents, validation = read(args.data, data.SPAN_IN_WINDOWS * args.train_len), None
+    validation = None
     if args.eval_every:
         lengths = args.eval_lengths or [args.train_len]
         validation = Validation(lengths, read(args.eval_data, max(lengths)), tokenizer)
+    if not args.steps:
+        return None, validation
     batches = data.Batches(
-        documents,
+        read(args.data, data.SPAN_IN_WINDOWS * args.train_len),
         args.seed,
         tokenizer.bos_id,
         retrieval_episodes(args, tokenizer),

@@ -184,8 +184,7 @@ def test_the_untrained_model_needs_no_texts(untrained, tmp_path, monkeypatch):
 
     The latter would be tokenised into the cache.
     """
-    absent = ("--data", "absent.txt", "--eval_every", 1, "--eval_data", "absent.txt")
-    named = untrained("named", "--model", "tiny", *absent)
+    named = untrained("named", "--model", "tiny", "--data", "absent.txt")
     monkeypatch.setenv("POSE_CACHE", str(tmp_path / "cache"))
     default = untrained("default", "--model", "tiny", "--llama_4_scaling_beta", 0.25)
     assert families.read_config(default).rope_scaling["llama_4_scaling_beta"] == 0.25

@@ -1,5 +1,7 @@
 """The validation loss of a run, in metrics.jsonl and in TensorBoard's events."""
 
+import re
+
 import pytest
 import torch
 from conftest import metrics
@@ -33,22 +35,40 @@ def test_validation_is_measured_before_the_first_step_and_after_the_last(validat
     assert ["validation" in line for line in metrics(out)] == [False, True, True]
 
 
-def test_the_last_validation_is_that_of_the_model_that_is_written(validated, texts):
-    """At both lengths it is the loss of a plain forward pass on the same 64 tokens, the last of 500."""
-    out, _ = validated
-    model = weights.load(out / "model", dtype=torch.float32)
+def plain_loss(folder, texts, n):
+    """Return the loss of the model in a folder in windows of n tokens that end at token 500.
+
+    It is that of plain forward passes on the last 64 tokens of each, in nats a token.
+    """
+    model = weights.load(folder, dtype=torch.float32)
     tok = tokenizer.load(resolve("tiny"))
     documents = data.tokenised([texts], tok, cache_dir())
+    nats = []
+    for i in range(len(documents)):
+        row = torch.tensor([[tok.bos_id, *documents[i][500 - n : 500].tolist()]])
+        with torch.no_grad():
+            logits = model(row[:, :-1])[0, -64:]
+        nats.append(torch.nn.functional.cross_entropy(logits, row[0, -64:]).item())
+    return sum(nats) / len(nats)
+
+
+def test_the_last_validation_is_that_of_the_model_that_is_written(validated, texts):
+    out, _ = validated
     for n in (64, 500):
-        nats = []
-        for i in range(len(documents)):
-            row = torch.tensor([[tok.bos_id, *documents[i][500 - n : 500].tolist()]])
-            with torch.no_grad():
-                logits = model(row[:, :-1])[0, -64:]
-            nats.append(torch.nn.functional.cross_entropy(logits, row[0, -64:]).item())
-        # The written weights are bfloat16.
         measured = metrics(out)[-1]["validation"][str(n)]
-        assert measured == pytest.approx(sum(nats) / len(nats), rel=1e-3)
+        # The written weights are bfloat16.
+        assert measured == pytest.approx(plain_loss(out / "model", texts, n), rel=1e-3)
+
+
+def test_the_untrained_model_is_validated_too(call, texts, tmp_path):
+    """What the interpolation alone does is seen there. No texts to train on are needed."""
+    validation = ("--eval_every", 1, "--eval_data", texts, "--eval_lengths", "64,500")
+    arguments = ("--model", "tiny", "--device", "cpu", "--data", "absent.txt", "--steps", 0, *validation)
+    done = call("train", *arguments, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    ((short, long),) = re.findall(r"^step 0: validation loss (\S+) at 64, (\S+) at 500$", done.stderr, re.M)
+    for measured, n in ((short, 64), (long, 500)):
+        assert float(measured) == pytest.approx(plain_loss(tmp_path / "run" / "model", texts, n), abs=6e-4)
 
 
 def test_tensorboard_shows_the_figures_of_metrics(validated):
