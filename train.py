@@ -415,7 +415,8 @@ def announce(args, as_given, base, config, batches):
     shape, way = plan.Shape(empty_model(args, config)), completion.way_of(args, world_size())
     checkpoints = args.keep + 1 if args.save_every or args.save_minutes else 1  # the new one and those before
     room = plan.room_for(args.device, args.out)
-    needs = announcement.Needs(shape, way, args.steps, args.batch_size, batches, checkpoints, room)
+    of_recipe = completion.tokens_of_recipe(args, as_given)
+    needs = announcement.Needs(shape, way, args.steps, args.batch_size, batches, checkpoints, room, of_recipe)
     for line in needs.lines():
         say(line)
     if args.dry_run:

@@ -133,7 +133,8 @@ def complete_batch(args, window, recipe):
     """Fill in batch_size and micro_batch_size. window: the model's, in tokens."""
     if args.batch_size is None:
         # A step has as many tokens whatever the length of an example, as near as the number of processes
-        # divides them. (With full it has as many examples as there would be windows.)
+        # divides them, and at least an example of each. (With full it has as many examples as there would be
+        # windows.)
         length = window if args.method == "full" else args.train_len
         world = world_size()
         args.batch_size = world * max(1, round(recipe.tokens_per_step / length / world))
@@ -243,6 +244,16 @@ def way_of(args, processes):
         compiled=args.compile,
         float8=args.float8 and not args.lora_rank,
     )
+
+
+def tokens_of_recipe(args, as_given):
+    """Return the tokens that the recipe gives a step, None where it does not say how many.
+
+    args, as_given: the options as completed and before.
+    """
+    if as_given.batch_size is not None or args.method == "full":
+        return None
+    return RECIPES[args.recipe].tokens_per_step
 
 
 def ways_on_gpus(args, as_given):

@@ -32,7 +32,8 @@ class Recipe:
     """The defaults of those training options that depend on the model. The values here are section 4.1's."""
 
     steps: int = 1000
-    tokens_per_step: int = 131072  # the paper's 64 examples of 2,048 tokens, whatever the model's window
+    # The paper's 64 examples of 2,048 tokens. Of a longer window there are fewer, but one for each process.
+    tokens_per_step: int = 131072
     lr: float = 2e-5
     warmup_steps: int = 10
     target_windows: int = 16  # target_len, in windows of the model
@@ -93,8 +94,8 @@ def parser():
     p.add_argument("--recipe", choices=RECIPES,
         help="defaults of the other options. paper: section 4.1's, 131 million tokens with YaRN. fast: 39 "
         "million tokens with ntk, half of the examples retrieval episodes, measured on smollm2-135m alone; a "
-        "larger model may want a lower --lr than its 4e-4. tiny: that model's (default: fast with "
-        "smollm2-135m, tiny with tiny, else paper)")
+        "larger model may want a lower --lr than its 4e-4. tiny: that model's. More tokens where a step has "
+        "more, see --batch_size (default: fast with smollm2-135m, tiny with tiny, else paper)")
     p.add_argument("--dry_run", action="store_true",
         help="say what the run will need, tokens, memory and disk, and stop; --out is left alone")
     # fmt: on
@@ -155,8 +156,9 @@ def add_schedule(g):
         help="optimizer steps; 0 writes the untrained model with its interpolation (default: 1000; 150 "
         "with tiny's recipe, 300 with the fast one)")
     g.add_argument("--batch_size", type=whole_number(1),
-        help="examples in a step, over all processes (default: as many as make 131,072 tokens; "
-        "8,192 with tiny's recipe)")
+        help="examples in a step, over all processes (default: as many as make 131,072 tokens, 8,192 with "
+        "tiny's recipe, but one for each process at least; with --method full as many as there would be "
+        "windows)")
     g.add_argument("--lr", type=number(0, LARGEST_LR),
         help="peak learning rate of AdamW (default: 2e-5; 2e-4 with tiny, 4e-4 with the fast recipe; with "
         f"--lora_rank {LORA_LR} times that)")

@@ -73,6 +73,7 @@ class Needs:
     """What a run needs of texts, memory and disk.
 
     batch_size: examples in a step over all processes. checkpoints: how many are on the disk at the same time.
+    of_recipe: tokens in a step, None where the recipe does not say how many.
     """
 
     shape: plan.Shape
@@ -82,11 +83,17 @@ class Needs:
     batches: Batches
     checkpoints: int
     room: plan.Room
+    of_recipe: int | None = None
+
+    @property
+    def step_tokens(self):
+        """Tokens in a step."""
+        return self.batch_size * self.way.train_len
 
     @property
     def tokens(self):
         """Tokens that the run trains on."""
-        return self.steps * self.batch_size * self.way.train_len
+        return self.steps * self.step_tokens
 
     @property
     def passes(self):
@@ -158,6 +165,14 @@ class Needs:
         """Return what speaks against the run, a line each."""
         found = []
         n_used = len(self.batches.documents) - self.batches.n_too_short
+        n = self.way.processes
+        # More examples than that were but rounded, to a number that the processes share evenly.
+        if self.of_recipe and self.batch_size == n and self.step_tokens > self.of_recipe:
+            shorter = as_options({"train_len": max(1, self.of_recipe // n)})
+            found.append(
+                f"a step has {self.step_tokens:,} tokens instead of the recipe's {self.of_recipe:,}, because "
+                f"each of {n} process(es) takes an example: take shorter ones ({shorter}), or fewer steps"
+            )
         if self.passes > MANY_PASSES:
             found.append(
                 f"that is {self.passes:,.0f} passes over these texts, which will be learnt by heart: add more"

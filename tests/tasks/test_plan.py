@@ -420,6 +420,31 @@ def test_a_plan_is_for_the_processes_that_torchrun_starts(planned, short, monkey
 
 
 @pytest.mark.parametrize(
+    "processes, arguments, warns",
+    [
+        (32, (), False),  # 256 tokens each are the recipe's 8,192
+        (11, ("--train_len", 128), False),  # 66 examples instead of 64, which 11 do not share evenly
+        (64, (), True),
+        (64, ("--train_len", 128), False),
+        (64, ("--batch_size", 64), False),  # as it was asked for
+        (1, ("--train_len", 16384), True),
+    ],
+)
+def test_a_step_that_has_more_than_the_recipe_says(
+    planned, tmp_path, monkeypatch, processes, arguments, warns
+):
+    """Each process takes an example, so the number of processes may make more of them than a recipe has."""
+    long = tmp_path / "long.txt"
+    long.write_text("word " * 50_000)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    fixed = ("--model", "tiny", "--device", "cpu", "--data", long, "--target_len", 16384)
+    said = planned(*fixed, "--steps", 2, *arguments)
+    line = f"warning: a step has 16,384 tokens instead of the recipe's 8,192, because each of {processes} "
+    assert (line in said) == warns and ("the recipe's" in said) == warns
+    assert not warns or f"(--train_len {8192 // processes})" in said
+
+
+@pytest.mark.parametrize(
     "arguments, says",
     [
         ((), "no interpolation"),  # though this recipe makes it for twice the target
