@@ -62,7 +62,7 @@ RECIPES = {
     # For the model of that name, on a laptop.
     "tiny": Recipe(
         steps=150,
-        tokens_per_step=8192,
+        tokens_per_step=4096,
         lr=2e-4,
         target_windows=8,
         headroom=2,
@@ -156,7 +156,7 @@ def add_schedule(g):
         help="optimizer steps; 0 writes the untrained model with its interpolation (default: 1000; 150 "
         "with tiny's recipe, 300 with the fast one)")
     g.add_argument("--batch_size", type=whole_number(1),
-        help="examples in a step, over all processes (default: as many as make 131,072 tokens, 8,192 with "
+        help="examples in a step, over all processes (default: as many as make 131,072 tokens, 4,096 with "
         "tiny's recipe, but one for each process at least; with --method full as many as there would be "
         "windows)")
     g.add_argument("--lr", type=number(0, LARGEST_LR),

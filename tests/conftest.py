@@ -43,7 +43,7 @@ QUICK_START = "test_the_quick_start_extends_tiny"
 def begun_quick_start(request, tmp_path_factory, own_cache):
     """The README's first commands, but smaller: (their process, their folder). None if no test asks for it.
 
-    They take 80 of the 150 steps, 8 of the 32 examples in each, and 15 of the 50 prompts: all take minutes.
+    They take 80 of the 150 steps, 8 of the 16 examples in each, and 15 of the 50 prompts: all take minutes.
     They begin before the first test, and a second core does them meanwhile.
     """
     if all(item.name != QUICK_START for item in request.session.items):

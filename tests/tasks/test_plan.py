@@ -422,12 +422,12 @@ def test_a_plan_is_for_the_processes_that_torchrun_starts(planned, short, monkey
 @pytest.mark.parametrize(
     "processes, arguments, warns",
     [
-        (32, (), False),  # 256 tokens each are the recipe's 8,192
-        (11, ("--train_len", 128), False),  # 66 examples instead of 64, which 11 do not share evenly
-        (64, (), True),
-        (64, ("--train_len", 128), False),
-        (64, ("--batch_size", 64), False),  # as it was asked for
-        (1, ("--train_len", 16384), True),
+        (16, (), False),  # 256 tokens each are the recipe's 4,096
+        (11, ("--train_len", 128), False),  # 33 examples instead of 32, which 11 do not share evenly
+        (32, (), True),
+        (32, ("--train_len", 128), False),
+        (32, ("--batch_size", 32), False),  # as it was asked for
+        (1, ("--train_len", 8192), True),
     ],
 )
 def test_a_step_that_has_more_than_the_recipe_says(
@@ -439,9 +439,9 @@ def test_a_step_that_has_more_than_the_recipe_says(
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     fixed = ("--model", "tiny", "--device", "cpu", "--data", long, "--target_len", 16384)
     said = planned(*fixed, "--steps", 2, *arguments)
-    line = f"warning: a step has 16,384 tokens instead of the recipe's 8,192, because each of {processes} "
+    line = f"warning: a step has 8,192 tokens instead of the recipe's 4,096, because each of {processes} "
     assert (line in said) == warns and ("the recipe's" in said) == warns
-    assert not warns or f"(--train_len {8192 // processes})" in said
+    assert not warns or f"(--train_len {4096 // processes})" in said
 
 
 @pytest.mark.parametrize(
