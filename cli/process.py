@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from storage.errors import InputError, LocalError, printable
 from storage.files import is_stream, only_one_process
-from storage.processes import is_process_0, local_rank
+from storage.processes import is_process_0, is_under_torchrun, local_rank
 
 # ---------------------------------------------------------------- devices
 
@@ -65,7 +65,7 @@ def run(main):
         # Under torchrun every process meets the same mistake of the user. One on each machine reports it.
         is_shared = isinstance(error, InputError) and not isinstance(error, LocalError)
         is_reported_here = not is_shared or local_rank() == 0
-        if not is_reported_here and "TORCHELASTIC_RUN_ID" in os.environ:
+        if not is_reported_here and is_under_torchrun():
             # The process that reports it ends, and then torchrun ends this one. If that does not happen, this
             # process has met the error alone, as the one that tokenises does while others wait for it.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -180,7 +180,7 @@ def catch_signals(checkpoints):
     caught = []
     speaks = dist.get_rank() == 0
     # torchrun passes signals on several times, and kills after a while itself.
-    may_end_at_once = "TORCHELASTIC_RUN_ID" not in os.environ
+    may_end_at_once = not is_under_torchrun()
 
     def tell(line):
         if speaks:

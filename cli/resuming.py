@@ -6,7 +6,6 @@ Notable choices:
 - What decides the result must stay. Where the model and the texts are may change, what they hold may not.
 """
 
-import os
 import shlex
 import sys
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from cli import training
 from storage.errors import InputError, warn
 from storage.log import is_finished
+from storage.processes import restarts
 from storage.values import describe_changes, read_json
 
 # Options that records of earlier versions lack, and their value when such a run goes on. (All that a recipe
@@ -40,8 +40,7 @@ def options_of_run(args):
     options differ, and where --resume finds no run and no --model says what one would begin with.
     """
     # torchrun --max_restarts gives the same command again after a process has died: then the run goes on.
-    is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if (args.resume or is_restarted) and (args.out / "args.json").exists():
+    if (args.resume or restarts()) and (args.out / "args.json").exists():
         return options_of_earlier_run(args)
     names = ("args.json", "checkpoints", "model")
     holds_a_run = (args.out / "metrics.jsonl").is_file() or any((args.out / name).exists() for name in names)

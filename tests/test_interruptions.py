@@ -505,7 +505,9 @@ def test_torchrun_starts_a_run_again(six_steps, call, short, tmp_path, monkeypat
     shutil.rmtree(out / "checkpoints" / "step-6")
     again = ("train", *short, "--steps", 6, "--save_every", 3, "--out", out)
     assert "already holds a run" in only_error(call(*again).stderr)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    told = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in (told | {"TORCHELASTIC_RESTART_COUNT": "1"}).items():
+        monkeypatch.setenv(name, value)
     done = call(*again)
     assert done.returncode == 0 and "going on after step 3" in done.stderr
     assert torch.equal(losses(metrics(out)), whole)
