@@ -29,7 +29,7 @@ from storage.errors import InputError, naming, warn
 from storage.files import new_folder, only_one_process
 
 SPAN_IN_WINDOWS = 5  # the text of an example spans at most train_len times this, as in the official code
-CACHE_LAYOUT = b"4"  # version of the folders in the cache
+CACHE_LAYOUT = b"5"  # version of the folders in the cache, and of the rules for what is masked
 DOCUMENTS_AT_ONCE = 32  # documents that are tokenised together, by several threads
 MOST_DRAWS = 200  # of a window, until one has a token that counts
 
