@@ -278,7 +278,9 @@ def refusing_texts():
     try:
         yield
     except Exception as error:  # such as a character that has no token, where there is none for unknown
-        raise InputError(f"tokenizer.json does not encode this text ({reason_of(error)})") from None
+        remedy = "take out what it has no token for, or use a model that has one"
+        reason = f"tokenizer.json does not encode this text ({reason_of(error)})"
+        raise InputError(f"{reason}; {remedy}") from None
 
 
 @contextlib.contextmanager
