@@ -4,6 +4,7 @@ Notable choices:
 - A resumed run gives back, as words of a command line, what the earlier run recorded: so it is checked like
   what is given, which comes behind it and counts.
 - What decides the result must stay. Where the model and the texts are may change, what they hold may not.
+  What changes is recorded in turn, so that the next --resume, and eval.py, need not be told again.
 """
 
 import shlex
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from cli import training
 from storage.errors import InputError, warn
+from storage.files import write_json
 from storage.log import is_finished
 from storage.processes import restarts
 from storage.values import describe_changes, read_json
@@ -150,6 +152,18 @@ def record_of(args, as_given):
     for option in MAY_CHANGE:
         record[option] = getattr(as_given, option)
     return record
+
+
+def write_record(out, record):
+    """Write the record of a run, new or resumed, to args.json in `out`.
+
+    A resumed run's has what this call changed: the next one takes it from there. Keys that only another
+    version of this code knows stay.
+    """
+    path = out / "args.json"
+    earlier = read_json(path) if path.exists() else {}
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, earlier | record)
 
 
 def what_stays(record):
