@@ -323,6 +323,8 @@ def main():
             raise InputError(f"{args.file}: there is no text in it")
     asked = args.ask if args.prompt is None else args.prompt
     if asked is None:
+        if sys.stdin is None:
+            raise InputError("nothing is asked: standard input is closed; give --ask or --prompt")
         sys.stdin.reconfigure(errors="surrogateescape")  # see `checked`
         if not sys.stdin.isatty():
             asked = sys.stdin.read().rstrip("\n")

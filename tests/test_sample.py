@@ -519,3 +519,23 @@ def test_interrupts_and_closed_pipes_leave_no_trace(start, folder, tmp_path):
     (tmp_path / "closed.py").write_text(CLOSED + SAMPLE)  # standard output is a pipe that nobody reads
     done = start(tmp_path / "closed.py", *arguments).wait()
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
+
+
+def test_standard_streams_that_are_closed(start, folder, tmp_path):
+    """As by a shell's `>&-` and the like: what cannot be shown is lost, and nothing can be asked."""
+
+    def sample_without(streams, *arguments):
+        """Run it as Python begins where these streams, {descriptor: name}, are closed."""
+        closing = "".join(f"os.close({number}); sys.{name} = None\n" for number, name in streams.items())
+        (tmp_path / "closed.py").write_text(f"import os, runpy, sys\n{closing}{SAMPLE}")
+        model = ("--model", TINY, "--device", "cpu", "--max_new_tokens", 5)
+        return start(tmp_path / "closed.py", *model, *arguments).wait()
+
+    prompt = ("--prompt", "def main(")
+    whole = sample_without({}, *prompt)
+    assert whole.returncode == 0 and STATUS.fullmatch(whole.stderr)
+    done = sample_without({1: "stdout"}, *prompt)
+    assert (done.returncode, done.stdout) == (0, "") and STATUS.fullmatch(done.stderr)
+    done = sample_without({0: "stdin", 2: "stderr"}, *prompt)
+    assert (done.returncode, done.stdout, done.stderr) == (0, whole.stdout, "")
+    check_refused(sample_without({0: "stdin"}), "standard input is closed", "--ask", "--prompt")

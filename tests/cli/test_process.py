@@ -93,3 +93,33 @@ def test_an_installed_package_of_the_same_name_is_not_taken(tmp_path, room):
         [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.stdout.strip() == str(ROOT / room), done.stderr
+
+
+CLOSED = """import os, sys
+sys.path[0] = {root!r}
+from cli import process
+os.close({number})
+sys.{name} = None
+def main():
+    print("a result")
+    print("a word", file=sys.stderr)
+    assert os.open("a file", os.O_CREAT | os.O_WRONLY) > 2  # else libraries would print into it
+process.{run}(main)
+"""
+
+
+@pytest.mark.parametrize("run", ["run", "run_distributed"])
+@pytest.mark.parametrize(
+    "number, name, expected",
+    [
+        (0, "stdin", ("a result\n", "a word\n")),
+        (1, "stdout", ("", "a word\n")),
+        (2, "stderr", ("a result\n", "")),
+    ],
+)
+def test_a_stream_that_was_closed(start, tmp_path, number, name, expected, run):
+    """What goes there is lost, and goes nowhere else."""
+    script = tmp_path / "script.py"
+    script.write_text(CLOSED.format(root=str(ROOT), number=number, name=name, run=run))
+    done = start(script, cwd=tmp_path).wait()
+    assert (done.returncode, done.stdout, done.stderr) == (0, *expected)
