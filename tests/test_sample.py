@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, needs_gpu, scaling_of
 from tqdm import tqdm
-from transformers import AutoTokenizer, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import AutoModelForCausalLM, AutoTokenizer, TemperatureLogitsWarper, TopPLogitsWarper
 
 import sample
 from hf import chat, tokenizer, weights
@@ -329,6 +329,31 @@ def test_a_question_goes_through_the_template(ask, folder, tiny, monkeypatch):
         assert done.stdout == expected and STATUS.fullmatch(done.stderr)[1] == str(len(ids))
     pipe(monkeypatch, question.encode())
     assert ask(folder, "--raw").stdout == ask(folder, "--prompt", question).stdout != expected
+
+
+def test_a_model_with_dynamic_scaling_reads_past_its_old_window(ask, call, tiny, texts, tmp_path):
+    """It says what transformers does without a cache, with the angles of all that is read.
+
+    transformers takes them from the length of a pass, so each one is filled up to that length.
+    """
+    run = ("--model", "tiny", "--data", texts, "--rope", "dynamic", "--target_len", 2048, "--device", "cpu")
+    assert call("train", *run, "--steps", 0, "--out", tmp_path / "run").returncode == 0
+    folder, text = tmp_path / "run" / "model", "import os\nx = 1\n" * 60
+    ids = [1, *tiny[1].encode(text)]
+    assert len(ids) > 256  # which is what config.json says
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens, said = torch.full((1, len(ids) + 19), 3), list(ids)
+    while len(said) < len(ids) + 20:
+        tokens[0, : len(said)] = torch.tensor(said)
+        with torch.no_grad():
+            said.append(int(theirs(tokens, use_cache=False).logits[0, len(said) - 1].argmax()))
+    assert 2 not in said[len(ids) :]  # the stop
+    assert said[len(ids) :] != continuation(tiny, ids)  # which has the angles of the model before
+
+    done = ask(folder, "--prompt", text)
+    assert (done.returncode, done.stdout) == (0, tiny[1].decode(said)[len(text) :] + "\n")
+    assert done.stderr.startswith(f"[{len(ids)} tokens, read in ")
+    assert "; 20 new (the most that --max_new_tokens allows)" in done.stderr
 
 
 def test_an_answer_ends_at_the_end_of_the_window(ask, folder):
