@@ -38,7 +38,7 @@ from hf import builtin, families
 from model import Config, add_adapters, causal_attention, empty_transformer, linear_layers, multiply_in_float8
 from storage.errors import InputError, printable
 from storage.files import write_json
-from storage.processes import world_size
+from storage.processes import is_distributed, world_size
 from tasks import peers, plots, turns
 
 GIB = 2**30
@@ -556,7 +556,7 @@ def complete(args, config, device_type):
 def check_peers(args):
     """Raise InputError if what --compare names cannot be measured here."""
     for peer in args.compare:
-        if "RANK" in os.environ:
+        if is_distributed():
             raise InputError(f"--compare {peer}: it runs in one process alone; leave torchrun out")
         if args.lora_rank:
             raise InputError(f"--compare {peer}: it trains all weights there; leave it or --lora_rank out")

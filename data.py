@@ -29,7 +29,7 @@ from storage.errors import InputError, naming, warn
 from storage.files import new_folder, only_one_process
 
 SPAN_IN_WINDOWS = 5  # the text of an example spans at most train_len times this, as in the official code
-CACHE_LAYOUT = b"4"  # version of the folders in the cache
+CACHE_LAYOUT = b"5"  # version of the folders in the cache, and of the rules for what is masked
 DOCUMENTS_AT_ONCE = 32  # documents that are tokenised together, by several threads
 MOST_DRAWS = 200  # of a window, until one has a token that counts
 
@@ -161,7 +161,7 @@ def tokenise(files, tokenizer, folder, text_key):
     bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="tokenising", disable=None)
     with bar, open(folder / "tokens.bin", "wb") as out, open(folder / "masked.bin", "wb") as mask:
         for path in files:
-            for ids, masked in encoded(texts.read_documents(path, text_key), tokenizer):
+            for ids, masked in encoded(path, texts.read_documents(path, text_key), tokenizer):
                 out.write(np.array(ids, dtype=dtype).tobytes())
                 if masked is not None:
                     mask.seek(starts[-1])  # what is left out before it reads as zeros
@@ -180,16 +180,21 @@ def tokenise(files, tokenizer, folder, text_key):
     (folder / "sha256").write_text(content_hash(folder))
 
 
-def encoded(documents, tokenizer):
-    """Yield the token ids of each of the documents, and a boolean array that is True where one is masked.
+def encoded(path, documents, tokenizer):
+    """Yield the token ids of each document of a file, and a boolean array that is True where one is masked.
 
-    It is None for a text, of which all tokens count in the loss.
+    It is None for a text, of which all tokens count in the loss. Raise InputError, which names the file, for
+    a text that the tokenizer refuses.
     """
     while some := list(islice(documents, DOCUMENTS_AT_ONCE)):
-        plain = iter(tokenizer.encode_batch([document for document in some if isinstance(document, str)]))
+        plain = [document for document in some if isinstance(document, str)]
+        try:
+            ids_of_plain = iter(tokenizer.encode_batch(plain))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
         for document in some:
             if isinstance(document, str):
-                yield next(plain), None
+                yield next(ids_of_plain), None
             else:
                 ids, counts = answers.encode(tokenizer, document)
                 yield ids, ~counts

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from storage.errors import InputError
-from storage.processes import local_rank, local_world_size
+from storage.processes import is_distributed, local_rank, local_world_size, missing_variables, restarts
 
 SMALLEST_GROUP = 2**27  # parameters that FSDP gathers together at least; a block of LLaMA-7B has more
 NARROW = 8  # A matrix product is an adapter's if its result is so many times as wide as its first factor.
@@ -58,13 +58,12 @@ def start(device_type):
     else:
         device = torch.device(device_type)
         backend = "gloo"
-    if "RANK" in os.environ:
-        for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            if name not in os.environ:
-                raise InputError(f"RANK is set and {name} is not; start with torchrun, or unset RANK")
+    if is_distributed():
+        for name in missing_variables():
+            raise InputError(f"RANK is set and {name} is not; start with torchrun, or unset RANK")
         store, rank, world_size = next(dist.rendezvous("env://"))
         # torchrun --max_restarts gives processes that it starts again the store of those that died.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store = dist.PrefixStore(str(restarts()), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -199,11 +199,21 @@ def prompt_ids(tokenizer, messages, config, raw):
         if not ids or max(ids) >= config.vocab_size:
             reason = "writes nothing, or a token that the model does not have"
             raise InputError(f"the chat template {reason}; leave it out with --raw")
-    window = config.max_position_embeddings
-    if len(ids) >= window:
+    window = window_of(config)
+    if window is not None and len(ids) >= window:
         remedy = "shorten it, or give the model a longer window with train.py"
         raise InputError(f"the text has {len(ids):,} tokens, the model a window of {window:,}; {remedy}")
     return ids
+
+
+def window_of(config):
+    """Return how many tokens the model of this Config has room for, None where that is written nowhere.
+
+    So it is with `dynamic` scaling. Its angles are made for the length at hand, whatever the window was that
+    it was trained for; config.json keeps the one before, where stock loaders begin to scale (hf/families.py).
+    """
+    is_dynamic = (config.rope_scaling or {}).get("rope_type") == "dynamic"
+    return None if is_dynamic else config.max_position_embeddings
 
 
 def answer(session, tokenizer, prompt, args, goes_on=False):
@@ -212,8 +222,8 @@ def answer(session, tokenizer, prompt, args, goes_on=False):
     goes_on: an interrupt ends the answer alone. Say on stderr how many tokens there were, and how fast.
     """
     config = session.model.config
-    window = config.max_position_embeddings
-    most = min(args.max_new_tokens, window - len(prompt))
+    window = window_of(config)
+    most = args.max_new_tokens if window is None else min(args.max_new_tokens, window - len(prompt))
     tokens = session.stream(
         prompt, most, stop_ids(tokenizer, config), chooser(args.temperature, args.top_p, args.seed)
     )
@@ -240,7 +250,8 @@ def answer(session, tokenizer, prompt, args, goes_on=False):
     if n > 1:
         said += f", {(n - 1) / (times[-1] - times[1]):.0f} a second"
     reading = (times[1] if n else time.perf_counter()) - times[0]
-    print(f"[{len(prompt):,} of {window:,} tokens, read in {reading:.1f} s; {said}]", file=sys.stderr)
+    of_window = "" if window is None else f" of {window:,}"
+    print(f"[{len(prompt):,}{of_window} tokens, read in {reading:.1f} s; {said}]", file=sys.stderr)
     return "".join(pieces)
 
 
@@ -323,6 +334,8 @@ def main():
             raise InputError(f"{args.file}: there is no text in it")
     asked = args.ask if args.prompt is None else args.prompt
     if asked is None:
+        if sys.stdin is None:
+            raise InputError("nothing is asked: standard input is closed; give --ask or --prompt")
         sys.stdin.reconfigure(errors="surrogateescape")  # see `checked`
         if not sys.stdin.isatty():
             asked = sys.stdin.read().rstrip("\n")

@@ -32,7 +32,7 @@ from model import Adapter, add_adapters, empty_transformer, initial_a, multiply_
 from storage import texts
 from storage.checkpoint import Checkpoints
 from storage.errors import InputError, warn
-from storage.files import cache_dir, write_json
+from storage.files import cache_dir
 from storage.log import Log, is_finished, mark_finished, show_progress, unmark_finished
 from storage.processes import is_process_0, world_size
 from tasks import announcement, plan
@@ -227,12 +227,11 @@ def run(args):
     announce(args, as_given, base, config, batches)
     model = load_sharded(args, folder, config, device)
     dist.barrier()  # a process that has read a weight that is NaN ends there, and then nothing is written
-    if dist.get_rank() == 0 and not args.resume:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_json(args.out / "args.json", record)
     optimizer = fsdp.adamw(model, args.lr, 1 / training.LORA_LR if args.lora_rank else 1.0)
     checkpoints = Checkpoints(args.out / "checkpoints", resuming.what_stays(record), args.keep)
     first_step = go_on_from(checkpoints, model, optimizer, args.out) if args.resume else 0
+    if dist.get_rank() == 0:  # the record of a run that cannot go on stays as it was
+        resuming.write_record(args.out, record)
     if validation:  # the loss before training; and too little memory for it shows here, not at the end
         validate(validation, model, device, first_step)
 

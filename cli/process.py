@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from storage.errors import InputError, LocalError, printable
 from storage.files import is_stream, only_one_process
-from storage.processes import is_process_0, local_rank
+from storage.processes import is_process_0, is_under_torchrun, local_rank
 
 # ---------------------------------------------------------------- devices
 
@@ -50,8 +50,8 @@ def compute_dtype(kind, in_float8=False):
 
 def run(main):
     """Call main(). End with one line and exit code 2 after an error that is no bug: see one_line."""
-    if sys.stdout:  # None where it is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without ± shows \xb1, as on stderr
+    open_closed_streams()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without ± shows \xb1, as on stderr
     try:
         main()
         print(end="", flush=True)  # here, where an error can still be reported
@@ -65,7 +65,7 @@ def run(main):
         # Under torchrun every process meets the same mistake of the user. One on each machine reports it.
         is_shared = isinstance(error, InputError) and not isinstance(error, LocalError)
         is_reported_here = not is_shared or local_rank() == 0
-        if not is_reported_here and "TORCHELASTIC_RUN_ID" in os.environ:
+        if not is_reported_here and is_under_torchrun():
             # The process that reports it ends, and then torchrun ends this one. If that does not happen, this
             # process has met the error alone, as the one that tokenises does while others wait for it.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -74,6 +74,21 @@ def run(main):
         if is_reported_here:
             print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
+
+
+def open_closed_streams():
+    """Let what is written into a standard stream that was closed when the program began go nowhere.
+
+    Python has None for it: what is printed to such a stderr would go to stdout. The next file to be opened
+    would get the stream's descriptor, into which libraries write. sys.stdin stays None: nothing is piped in.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number, which is this one
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
 
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -147,7 +162,8 @@ class LastingStderr:
 
 def run_distributed(main):
     """Call main() as `run` does and end this process. For commands that join a process group."""
-    sys.stderr = LastingStderr(sys.stderr or open(os.devnull, "w"))  # None where it is closed
+    open_closed_streams()
+    sys.stderr = LastingStderr(sys.stderr)
     try:
         run(main)
     except SystemExit as end:
@@ -163,7 +179,7 @@ def leave(code):
     if dist.is_initialized() and code == 0:
         dist.barrier()
         dist.destroy_process_group()
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
 
@@ -180,7 +196,7 @@ def catch_signals(checkpoints):
     caught = []
     speaks = dist.get_rank() == 0
     # torchrun passes signals on several times, and kills after a while itself.
-    may_end_at_once = "TORCHELASTIC_RUN_ID" not in os.environ
+    may_end_at_once = not is_under_torchrun()
 
     def tell(line):
         if speaks:

@@ -4,9 +4,9 @@ Notable choices:
 - A resumed run gives back, as words of a command line, what the earlier run recorded: so it is checked like
   what is given, which comes behind it and counts.
 - What decides the result must stay. Where the model and the texts are may change, what they hold may not.
+  What changes is recorded in turn, so that the next --resume, and eval.py, need not be told again.
 """
 
-import os
 import shlex
 import sys
 
@@ -14,7 +14,9 @@ import torch.distributed as dist
 
 from cli import training
 from storage.errors import InputError, warn
+from storage.files import write_json
 from storage.log import is_finished
+from storage.processes import restarts
 from storage.values import describe_changes, read_json
 
 # Options that records of earlier versions lack, and their value when such a run goes on. (All that a recipe
@@ -40,8 +42,7 @@ def options_of_run(args):
     options differ, and where --resume finds no run and no --model says what one would begin with.
     """
     # torchrun --max_restarts gives the same command again after a process has died: then the run goes on.
-    is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if (args.resume or is_restarted) and (args.out / "args.json").exists():
+    if (args.resume or restarts()) and (args.out / "args.json").exists():
         return options_of_earlier_run(args)
     names = ("args.json", "checkpoints", "model")
     holds_a_run = (args.out / "metrics.jsonl").is_file() or any((args.out / name).exists() for name in names)
@@ -151,6 +152,18 @@ def record_of(args, as_given):
     for option in MAY_CHANGE:
         record[option] = getattr(as_given, option)
     return record
+
+
+def write_record(out, record):
+    """Write the record of a run, new or resumed, to args.json in `out`.
+
+    A resumed run's has what this call changed: the next one takes it from there. Keys that only another
+    version of this code knows stay.
+    """
+    path = out / "args.json"
+    earlier = read_json(path) if path.exists() else {}
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, earlier | record)
 
 
 def what_stays(record):

@@ -13,8 +13,9 @@ A tokenizer has
 - `files`, {name: bytes} of the files that it was read from.
 
 Notable choices:
-- Text that spells a control token ("<s>", "<|endoftext|>") stays text in SentencePiece and becomes that
-  token in a tokenizer.json, because transformers does the same.
+- Text that spells a control token ("<s>", "<|endoftext|>") stays text in SentencePiece's `encode` and becomes
+  that token in a tokenizer.json, because transformers does the same. The two methods that are for templates
+  and for prompts with completions make it a control token in both.
 - In a folder with both files the tokenizer.model counts, since SentencePiece reads a whole book at once in
   linear time. Tokens that only the tokenizer.json adds are never produced. A tokenizer.model in tiktoken's
   format (Llama 3 has one) does not count.
@@ -159,9 +160,10 @@ class SentencePiece:
         for place, part, model in self._parts(text):
             of_part = [self.control_tokens[part]] if model is None else model.encode(part)
             is_inside = np.zeros(len(of_part), dtype=bool)
+            ends = np.cumsum(_token_sizes(model, part)) if spans else None
             for begin, end in spans:
-                first, _ = _tokens_at(model, part, of_part, begin - place)
-                _, last = _tokens_at(model, part, of_part, end - place)
+                first, _ = _tokens_at(model, part, ends, begin - place)
+                _, last = _tokens_at(model, part, ends, end - place)
                 is_inside[first:last] = True
             ids += of_part
             inside.append(is_inside)
@@ -193,22 +195,31 @@ class SentencePiece:
         return self._model.decode([int(i) for i in ids if i < self.vocab_size])
 
 
-def _tokens_at(model, text, ids, place):
-    """Return how many of a text's ids end at a place in it, and how many begin before it.
+def _token_sizes(model, text):
+    """Return how many bytes each token of a text has, a list. model: None where it is a control token."""
+    if model is None:
+        return [len(text.encode())]
+    pieces = zip(model.encode(text), model.encode(text, out_type=str))
+    return [1 if model.is_byte(i) else len(piece.encode()) for i, piece in pieces]  # a byte's is "<0x0A>"
 
-    model: None where the text is a control token. The two differ by one where a token reaches over the place.
-    SentencePiece says where its tokens are in other ways in each version, so that the text before the place
-    is encoded once more, by the model.
+
+def _tokens_at(model, text, ends, place):
+    """Return how many of a text's tokens end up to a place in it, and how many begin before it.
+
+    ends: the sums of the tokens' sizes. The two numbers differ by one where a token reaches over the place.
+    Each version of SentencePiece has another way to say where its tokens are in a text. It may also put a
+    space before the text or change characters. So the text before the place is encoded alone: its other
+    tokens have as many bytes together.
     """
     if place <= 0:
         return 0, 0
     if place >= len(text):
-        return len(ids), len(ids)
+        return len(ends), len(ends)
     if model is None:  # a prompt and its completion make a control token between them
         return 0, 1
-    alone = model.encode(text[:place])
-    same = len(os.path.commonprefix([alone, ids]))
-    return same, same + (same < len(alone))
+    here = sum(_token_sizes(model, text[:place] + "x")) - 1  # some models leave out a space at the end
+    ended = np.searchsorted(ends, here, side="right")
+    return ended, np.searchsorted(ends, here, side="left") + 1
 
 
 class TokenizerJson:
@@ -267,7 +278,9 @@ def refusing_texts():
     try:
         yield
     except Exception as error:  # such as a character that has no token, where there is none for unknown
-        raise InputError(f"tokenizer.json does not encode this text ({reason_of(error)})") from None
+        remedy = "take out what it has no token for, or use a model that has one"
+        reason = f"tokenizer.json does not encode this text ({reason_of(error)})"
+        raise InputError(f"{reason}; {remedy}") from None
 
 
 @contextlib.contextmanager

@@ -450,7 +450,8 @@ def test_training_arguments(refused, model, arguments, says):
 
 
 def test_batch_size_that_does_not_divide(refused, model, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")  # what torchrun --nproc_per_node=2 sets
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):  # what torchrun --nproc_per_node=2 sets
+        monkeypatch.setenv(name, value)
     refused("train", "--model", model, *TRAIN, "--batch_size", 3, says=["--batch_size 3", "2 processes"])
 
 

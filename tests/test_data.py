@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 import torch
 
 import data
@@ -233,6 +235,24 @@ def test_conversations_texts_and_completions_of_one_file(tmp_path):
         counted = [documents.token_weights(i, 0, 99).astype(bool) for i in range(3)]
         assert counted[0].all() and counted[2].tolist() == [False, *[True] * (len(documents[2]) - 1)]
         assert reference.decode(documents[1][counted[1]].tolist()) == "assistant: Here."
+
+
+@pytest.mark.parametrize(
+    "line, place",
+    [({"text": "a c"}, "two.jsonl"), ({"prompt": "a", "completion": " c"}, "two.jsonl, line 1")],
+    ids=["text", "completion"],
+)
+def test_a_text_that_the_tokenizer_refuses_is_named(tmp_path, line, place):
+    """It has a word without a token, and none for unknown words."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    files = [write(tmp_path / "one.jsonl", jsonl("a b")), write(tmp_path / "two.jsonl", json.dumps(line))]
+    told = f"{tmp_path / place}: tokenizer.json does not encode this text (WordLevel error: "
+    with pytest.raises(InputError, match=re.escape(told)) as error:
+        data.tokenised(files, tokenizer.load(tmp_path), tmp_path / "cache")
+    assert str(error.value).endswith("; take out what it has no token for, or use a model that has one")
+    assert not list((tmp_path / "cache" / "tokens").iterdir())
 
 
 def flip_a_bit(path):

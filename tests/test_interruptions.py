@@ -370,8 +370,10 @@ def test_a_run_without_a_whole_checkpoint_does_not_go_on(six_steps, run, short, 
     shutil.copytree(six_steps()[0], out)
     for step in (3, 6):
         cut(out / "checkpoints" / f"step-{step}")
-    done = run("train.py", *short, "--steps", 6, "--out", out, "--resume", processes=2)
+    record = (out / "args.json").read_bytes()
+    done = run("train.py", *short, "--steps", 6, "--out", out, "--resume", "--keep", 7, processes=2)
     assert done.returncode == 1 and "no checkpoint there is whole" in only_error(done.stderr)
+    assert (out / "args.json").read_bytes() == record
 
 
 @pytest.mark.parametrize("before, after", [(2, None), (2, 4), (None, 2)])
@@ -416,8 +418,21 @@ def test_a_model_and_texts_that_were_moved(call, short, texts, tmp_path):
     assert start("here").returncode == 0
     shutil.rmtree(tmp_path / "run" / "model")
     shutil.rmtree(tmp_path / "here")
-    done = start("there", "--resume")
+    earlier = json.loads((tmp_path / "run" / "args.json").read_text())
+    done = start("there", "--resume", "--keep", 7, "--micro_batch_size", 2)
     assert done.returncode == 0 and "going on after step 2" in done.stderr
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    there = tmp_path / "there"
+    moved = {"model": str(there / "model"), "data": [str(there / "texts.jsonl")]}
+    assert record == earlier | moved | {"keep": 7, "micro_batch_size": 2}
+
+    # So nothing has to be told again, by a version either that does not know all options of the last one.
+    (tmp_path / "run" / "args.json").write_text(json.dumps(record | {"of_another_version": 3}))
+    shutil.rmtree(tmp_path / "run" / "model")
+    (tmp_path / "run" / "finished.json").unlink()
+    done = call("train", "--resume", "--out", tmp_path / "run")
+    assert done.returncode == 0 and "going on after step 2" in done.stderr
+    assert json.loads((tmp_path / "run" / "args.json").read_text()) == record | {"of_another_version": 3}
 
 
 @pytest.mark.parametrize("what", ["data", "model"])
@@ -505,7 +520,9 @@ def test_torchrun_starts_a_run_again(six_steps, call, short, tmp_path, monkeypat
     shutil.rmtree(out / "checkpoints" / "step-6")
     again = ("train", *short, "--steps", 6, "--save_every", 3, "--out", out)
     assert "already holds a run" in only_error(call(*again).stderr)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    told = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in (told | {"TORCHELASTIC_RESTART_COUNT": "1"}).items():
+        monkeypatch.setenv(name, value)
     done = call(*again)
     assert done.returncode == 0 and "going on after step 3" in done.stderr
     assert torch.equal(losses(metrics(out)), whole)

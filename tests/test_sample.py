@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, needs_gpu, scaling_of
 from tqdm import tqdm
-from transformers import AutoTokenizer, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import AutoModelForCausalLM, AutoTokenizer, TemperatureLogitsWarper, TopPLogitsWarper
 
 import sample
 from hf import chat, tokenizer, weights
@@ -331,6 +331,31 @@ def test_a_question_goes_through_the_template(ask, folder, tiny, monkeypatch):
     assert ask(folder, "--raw").stdout == ask(folder, "--prompt", question).stdout != expected
 
 
+def test_a_model_with_dynamic_scaling_reads_past_its_old_window(ask, call, tiny, texts, tmp_path):
+    """It says what transformers does without a cache, with the angles of all that is read.
+
+    transformers takes them from the length of a pass, so each one is filled up to that length.
+    """
+    run = ("--model", "tiny", "--data", texts, "--rope", "dynamic", "--target_len", 2048, "--device", "cpu")
+    assert call("train", *run, "--steps", 0, "--out", tmp_path / "run").returncode == 0
+    folder, text = tmp_path / "run" / "model", "import os\nx = 1\n" * 60
+    ids = [1, *tiny[1].encode(text)]
+    assert len(ids) > 256  # which is what config.json says
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens, said = torch.full((1, len(ids) + 19), 3), list(ids)
+    while len(said) < len(ids) + 20:
+        tokens[0, : len(said)] = torch.tensor(said)
+        with torch.no_grad():
+            said.append(int(theirs(tokens, use_cache=False).logits[0, len(said) - 1].argmax()))
+    assert 2 not in said[len(ids) :]  # the stop
+    assert said[len(ids) :] != continuation(tiny, ids)  # which has the angles of the model before
+
+    done = ask(folder, "--prompt", text)
+    assert (done.returncode, done.stdout) == (0, tiny[1].decode(said)[len(text) :] + "\n")
+    assert done.stderr.startswith(f"[{len(ids)} tokens, read in ")
+    assert "; 20 new (the most that --max_new_tokens allows)" in done.stderr
+
+
 def test_an_answer_ends_at_the_end_of_the_window(ask, folder):
     done = ask(folder, "--prompt", "x = 1\n" * 40, "--max_new_tokens", 10**9)
     prompt, new, reason = STATUS.fullmatch(done.stderr).groups()[:3]
@@ -519,3 +544,23 @@ def test_interrupts_and_closed_pipes_leave_no_trace(start, folder, tmp_path):
     (tmp_path / "closed.py").write_text(CLOSED + SAMPLE)  # standard output is a pipe that nobody reads
     done = start(tmp_path / "closed.py", *arguments).wait()
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
+
+
+def test_standard_streams_that_are_closed(start, folder, tmp_path):
+    """As by a shell's `>&-` and the like: what cannot be shown is lost, and nothing can be asked."""
+
+    def sample_without(streams, *arguments):
+        """Run it as Python begins where these streams, {descriptor: name}, are closed."""
+        closing = "".join(f"os.close({number}); sys.{name} = None\n" for number, name in streams.items())
+        (tmp_path / "closed.py").write_text(f"import os, runpy, sys\n{closing}{SAMPLE}")
+        model = ("--model", TINY, "--device", "cpu", "--max_new_tokens", 5)
+        return start(tmp_path / "closed.py", *model, *arguments).wait()
+
+    prompt = ("--prompt", "def main(")
+    whole = sample_without({}, *prompt)
+    assert whole.returncode == 0 and STATUS.fullmatch(whole.stderr)
+    done = sample_without({1: "stdout"}, *prompt)
+    assert (done.returncode, done.stdout) == (0, "") and STATUS.fullmatch(done.stderr)
+    done = sample_without({0: "stdin", 2: "stderr"}, *prompt)
+    assert (done.returncode, done.stdout, done.stderr) == (0, whole.stdout, "")
+    check_refused(sample_without({0: "stdin"}), "standard input is closed", "--ask", "--prompt")

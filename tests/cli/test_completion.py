@@ -77,7 +77,8 @@ def test_smollm2_trains_in_windows_longer_than_its_own_where_there_are_texts(
 
     Each example leaves room for skips.
     """
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    for name, value in (("RANK", 0), ("WORLD_SIZE", processes)):
+        monkeypatch.setenv(name, str(value))
     args = parse_and_complete("--model", "smollm2-135m", *arguments.split())
     assert (args.train_len, args.batch_size) == (train_len, batch_size)
 

@@ -3,9 +3,11 @@
 import errno
 import io
 import os
+import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from cli import process
 from storage.errors import InputError
@@ -43,7 +45,8 @@ def test_a_process_that_meets_an_error_alone_reports_it(capfd, monkeypatch):
     """As the one that tokenises does, while others wait for it. It gives them time to report it first."""
     waited = []
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
     monkeypatch.setattr(process.signal, "signal", lambda *arguments: None)
     monkeypatch.setattr(process.time, "sleep", waited.append)
 
@@ -77,3 +80,46 @@ def test_a_terminal_without_every_character(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     process.run(lambda: print("50 ± 3 of \udcff"))
     assert written.getvalue() == b"50 \\xb1 3 of \\udcff\n"
+
+
+@pytest.mark.parametrize("room", ["cli", "hf", "storage", "tasks"])
+def test_an_installed_package_of_the_same_name_is_not_taken(tmp_path, room):
+    """Which Python would do for a folder that is no package, wherever the other one is on its path."""
+    (tmp_path / room).mkdir()
+    (tmp_path / room / "__init__.py").write_text("raise ImportError('another package')")
+    script = f"import {room}; print(*{room}.__path__)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(ROOT / room), done.stderr
+
+
+CLOSED = """import os, sys
+sys.path[0] = {root!r}
+from cli import process
+os.close({number})
+sys.{name} = None
+def main():
+    print("a result")
+    print("a word", file=sys.stderr)
+    assert os.open("a file", os.O_CREAT | os.O_WRONLY) > 2  # else libraries would print into it
+process.{run}(main)
+"""
+
+
+@pytest.mark.parametrize("run", ["run", "run_distributed"])
+@pytest.mark.parametrize(
+    "number, name, expected",
+    [
+        (0, "stdin", ("a result\n", "a word\n")),
+        (1, "stdout", ("", "a word\n")),
+        (2, "stderr", ("a result\n", "")),
+    ],
+)
+def test_a_stream_that_was_closed(start, tmp_path, number, name, expected, run):
+    """What goes there is lost, and goes nowhere else."""
+    script = tmp_path / "script.py"
+    script.write_text(CLOSED.format(root=str(ROOT), number=number, name=name, run=run))
+    done = start(script, cwd=tmp_path).wait()
+    assert (done.returncode, done.stdout, done.stderr) == (0, *expected)

@@ -1,5 +1,6 @@
 """Both kinds of tokenizer give the ids of transformers, and the text back."""
 
+import io
 import json
 import shutil
 from types import SimpleNamespace
@@ -272,6 +273,38 @@ def test_stop_ids_that_are_none(sp, eos):
     )
     with pytest.raises(InputError, match="generation_config.json: eos_token_id"):
         tokenizer.stop_ids(tok, SimpleNamespace(eos_token_id=7))
+
+
+# ---------------------------------------------------------------- which tokens are in a span
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["BytesWarning", *(text[:300] for text in HARDER if not text.startswith(" "))],
+    ids=lambda t: ascii(t[:12]),
+)
+def test_tokens_in_a_span_are_those_of_the_tokenizers_library(sp, tmp_path, text):
+    """Wherever its edge is, also inside a word. That library knows where in a text each token is."""
+    write(tmp_path, **mistral(None, None, None))
+    stock = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    encoded = stock.encode(text, add_special_tokens=False)
+    for cut in range(len(text) + 1):
+        for begin, end in ((0, cut), (cut, len(text)), (cut - 1, cut + 2)):
+            ids, inside = sp.encode_with_spans(text, [(begin, end)])
+            expected = [last > begin and first < end for first, last in encoded.offsets]
+            assert (ids, inside.tolist()) == (encoded.ids, expected), (begin, end)
+
+
+def test_tokens_in_a_span_where_spaces_at_the_end_are_left_out():
+    """As SentencePiece's own defaults are. Each character of this text is a token, even a full-width one."""
+    text, trained = "The ｃat sat on the mat.", io.BytesIO()
+    options = {"model_type": "char", "vocab_size": 30, "hard_vocab_limit": False, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([text]), model_writer=trained, **options)
+    tok = tokenizer.SentencePiece({"tokenizer.model": trained.getvalue()})
+    assert len(tok.encode(text)) == 1 + len(text)  # a space is put before it
+    for cut in range(1, len(text)):
+        _, inside = tok.encode_with_spans(text, [(cut, len(text))])
+        assert inside.tolist() == [False] * (1 + cut) + [True] * (len(text) - cut)
 
 
 # ---------------------------------------------------------------- broken files

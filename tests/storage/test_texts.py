@@ -447,6 +447,7 @@ def test_standard_input_that_cannot_be_read(pipe_in, monkeypatch):
     with pytest.raises(InputError, match="-: standard input is no pipe"):
         texts_of("-")
     pipe_in(b"text")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="-: several processes cannot share standard input"):
         texts_of("-")

@@ -416,6 +416,8 @@ def test_a_plan_needs_no_weights(planned, texts, tmp_path):
 
 def test_a_plan_is_for_the_processes_that_torchrun_starts(planned, short, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "4 x 64 tokens on 1 process(es)" in planned(*short, "--steps", 3)  # a scheduler's, not torchrun's
+    monkeypatch.setenv("RANK", "0")
     assert "4 x 64 tokens on 4 process(es)" in planned(*short, "--steps", 3)
 
 

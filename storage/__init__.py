@@ -1,0 +1,1 @@
+"""Files, checkpoints and logs (a package for the reason that cli/__init__.py gives)."""
