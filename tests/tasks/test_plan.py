@@ -438,6 +438,7 @@ def test_a_step_that_has_more_than_the_recipe_says(
     """Each process takes an example, so the number of processes may make more of them than a recipe has."""
     long = tmp_path / "long.txt"
     long.write_text("word " * 50_000)
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     fixed = ("--model", "tiny", "--device", "cpu", "--data", long, "--target_len", 16384)
     said = planned(*fixed, "--steps", 2, *arguments)
