@@ -93,6 +93,13 @@ ROWS_ARE_MODELS = [
 # Tables whose rows have files of their own, of one model each where no other is named behind a blank.
 ROWS_ARE_FILES = [
     (
+        "README.md", "keys found, of 50",
+        {
+            "tiny as it was": "tiny/quick_start ^tiny$",
+            "after train.py": "tiny/quick_start ^out/model$",
+        },
+    ),
+    (
         "README.md", "tokens",
         {
             "one of four codes in a novel, untouched": "needle_base",
