@@ -59,8 +59,8 @@ def start(device_type):
         device = torch.device(device_type)
         backend = "gloo"
     if is_distributed():
-        for name in missing_variables():
-            raise InputError(f"RANK is set and {name} is not; start with torchrun, or unset RANK")
+        if missing := missing_variables():
+            raise InputError(f"RANK is set, but not {', '.join(missing)}; start with torchrun, or unset RANK")
         store, rank, world_size = next(dist.rendezvous("env://"))
         # torchrun --max_restarts gives processes that it starts again the store of those that died.
         store = dist.PrefixStore(str(restarts()), store)

@@ -303,7 +303,9 @@ def parse_arguments():
         help="a text that the model goes on with as it is, without a chat template")
     p.add_argument("--raw", action="store_true",
         help="no chat template for anything else either (so it is where the model's folder has none)")
-    p.add_argument("--max_new_tokens", type=arguments.whole_number(1), default=512, help="default: 512")
+    p.add_argument("--max_new_tokens", type=arguments.whole_number(1), default=512,
+        help="tokens of an answer at most; the angles of dynamic scaling are those of the text with so many "
+        "more (default: 512)")
     p.add_argument("--temperature", type=arguments.number(0, 100), default=0.0,
         help="0 takes the likeliest token, 1 draws from the model's probabilities (default: 0)")
     p.add_argument("--top_p", type=arguments.number(0, 1), default=1.0,

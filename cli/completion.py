@@ -198,12 +198,15 @@ def complete_interpolation(args, config, recipe):
             of_model = config.rotary_dim, config.rope_theta, config.rope_scaling
             factor = rope.ntk_factor(*of_model, window, args.factor)
             args.factor = float(f"{factor:.3g}")  # rounded to three digits
+    is_extended = args.target_len > window  # else a recipe's ways to reach far have nothing to do
     if args.llama_4_scaling_beta is None:
         own = (config.rope_scaling or {}).get("llama_4_scaling_beta")
-        of_recipe = recipe.llama_4_scaling_beta if families.can_scale_queries(config) else 0.0
+        is_scaled = is_extended and families.can_scale_queries(config)
+        of_recipe = recipe.llama_4_scaling_beta if is_scaled else 0.0
         args.llama_4_scaling_beta = of_recipe if own is None else own
     if args.overshoot is None:
-        args.overshoot = recipe.overshoot if args.method in ("pose", "randpos") else 1.0
+        has_skips = args.method in ("pose", "randpos")
+        args.overshoot = recipe.overshoot if has_skips and is_extended else 1.0
 
 
 def refuse_contradictions(args):
@@ -247,9 +250,10 @@ def way_of(args, processes):
 
 
 def tokens_of_recipe(args, as_given):
-    """Return the tokens that the recipe gives a step, None where it does not say how many.
+    """Return the tokens that the recipe gives a step.
 
-    args, as_given: the options as completed and before.
+    It is None where --batch_size, the record of a resumed run or --method full decides. args, as_given: the
+    options as completed and before.
     """
     if as_given.batch_size is not None or args.method == "full":
         return None

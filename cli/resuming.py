@@ -28,11 +28,13 @@ NEWER = {
 }  # fmt: skip
 NOT_RECORDED = ("out", "resume", "dry_run")  # options that belong to one call
 BY_CONTENT = ("model", "data")  # paths: a resumed run may have others, with the same model and texts there
-# Options that a resumed run may change: speed, and what is shown or kept.
-MAY_CHANGE = (
-    "micro_batch_size", "device", "compile", "activation_checkpointing", "cpu_offload", "save_every",
-    "save_minutes", "keep", "tensorboard", "eval_every", "eval_data", "eval_lengths", "adapter",
+# Options that a resumed run may change: those of speed for this call alone, since the next one may have
+# another machine, and what is shown or kept from here on.
+SPEED = ("micro_batch_size", "device", "compile", "activation_checkpointing", "cpu_offload")
+SHOWN_OR_KEPT = (
+    "save_every", "save_minutes", "keep", "tensorboard", "eval_every", "eval_data", "eval_lengths", "adapter",
 )  # fmt: skip
+MAY_CHANGE = SPEED + SHOWN_OR_KEPT
 
 
 def options_of_run(args):
@@ -157,13 +159,14 @@ def record_of(args, as_given):
 def write_record(out, record):
     """Write the record of a run, new or resumed, to args.json in `out`.
 
-    A resumed run's has what this call changed: the next one takes it from there. Keys that only another
-    version of this code knows stay.
+    A resumed run's has what this call changed, but for SPEED: the next one takes it from there. Keys that
+    only another version of this code knows stay.
     """
     path = out / "args.json"
     earlier = read_json(path) if path.exists() else {}
+    stays = {option: earlier[option] for option in SPEED if option in earlier}
     out.mkdir(parents=True, exist_ok=True)
-    write_json(path, earlier | record)
+    write_json(path, earlier | record | stays)
 
 
 def what_stays(record):

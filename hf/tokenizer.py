@@ -197,10 +197,17 @@ class SentencePiece:
 
 def _token_sizes(model, text):
     """Return how many bytes each token of a text has, a list. model: None where it is a control token."""
+    return [len(piece) for piece in _pieces(model, text)]
+
+
+def _pieces(model, text):
+    """Return what each token of a text stands for, a list of bytes, with "▁" for spaces."""
     if model is None:
-        return [len(text.encode())]
+        return [text.encode()]
     pieces = zip(model.encode(text), model.encode(text, out_type=str))
-    return [1 if model.is_byte(i) else len(piece.encode()) for i, piece in pieces]  # a byte's is "<0x0A>"
+    return [
+        bytes([int(piece[1:-1], 16)]) if model.is_byte(i) else piece.encode() for i, piece in pieces
+    ]  # <0x0A>
 
 
 def _tokens_at(model, text, ends, place):
@@ -208,8 +215,9 @@ def _tokens_at(model, text, ends, place):
 
     ends: the sums of the tokens' sizes. The two numbers differ by one where a token reaches over the place.
     Each version of SentencePiece has another way to say where its tokens are in a text. It may also put a
-    space before the text or change characters. So the text before the place is encoded alone: its other
-    tokens have as many bytes together.
+    space before or behind the text or change characters. So the text before the place is encoded with an "x"
+    behind it, and the bytes before the x are counted. A place inside of characters that the model makes one
+    of, such as a letter and its accent, counts as behind them.
     """
     if place <= 0:
         return 0, 0
@@ -217,7 +225,7 @@ def _tokens_at(model, text, ends, place):
         return len(ends), len(ends)
     if model is None:  # a prompt and its completion make a control token between them
         return 0, 1
-    here = sum(_token_sizes(model, text[:place] + "x")) - 1  # some models leave out a space at the end
+    here = b"".join(_pieces(model, text[:place] + "x")).rindex(b"x")  # alone, it may lose a space at its end
     ended = np.searchsorted(ends, here, side="right")
     return ended, np.searchsorted(ends, here, side="left") + 1
 

@@ -73,7 +73,7 @@ class Needs:
     """What a run needs of texts, memory and disk.
 
     batch_size: examples in a step over all processes. checkpoints: how many are on the disk at the same time.
-    of_recipe: tokens in a step, None where the recipe does not say how many.
+    of_recipe: tokens that the recipe gives a step, None where it does not decide.
     """
 
     shape: plan.Shape
@@ -165,13 +165,12 @@ class Needs:
         """Return what speaks against the run, a line each."""
         found = []
         n_used = len(self.batches.documents) - self.batches.n_too_short
-        n = self.way.processes
-        # More examples than that were but rounded, to a number that the processes share evenly.
-        if self.of_recipe and self.batch_size == n and self.step_tokens > self.of_recipe:
-            shorter = as_options({"train_len": max(1, self.of_recipe // n)})
+        # Rounding to whole examples of each process alone makes less than half as many again.
+        if self.of_recipe and self.step_tokens > 1.5 * self.of_recipe:
+            n = self.way.processes
             found.append(
                 f"a step has {self.step_tokens:,} tokens instead of the recipe's {self.of_recipe:,}, because "
-                f"each of {n} process(es) takes an example: take shorter ones ({shorter}), or fewer steps"
+                f"each of {n} process(es) takes an example: take shorter ones, or fewer steps"
             )
         if self.passes > MANY_PASSES:
             found.append(

@@ -424,7 +424,7 @@ def test_a_model_and_texts_that_were_moved(call, short, texts, tmp_path):
     record = json.loads((tmp_path / "run" / "args.json").read_text())
     there = tmp_path / "there"
     moved = {"model": str(there / "model"), "data": [str(there / "texts.jsonl")]}
-    assert record == earlier | moved | {"keep": 7, "micro_batch_size": 2}
+    assert record == earlier | moved | {"keep": 7}  # speed is a matter of the machine
 
     # So nothing has to be told again, by a version either that does not know all options of the last one.
     (tmp_path / "run" / "args.json").write_text(json.dumps(record | {"of_another_version": 3}))

@@ -102,7 +102,7 @@ os.close({number})
 sys.{name} = None
 def main():
     print("a result")
-    print("a word", file=sys.stderr)
+    print("a word \\udcff", file=sys.stderr)
     assert os.open("a file", os.O_CREAT | os.O_WRONLY) > 2  # else libraries would print into it
 process.{run}(main)
 """
@@ -112,13 +112,13 @@ process.{run}(main)
 @pytest.mark.parametrize(
     "number, name, expected",
     [
-        (0, "stdin", ("a result\n", "a word\n")),
-        (1, "stdout", ("", "a word\n")),
+        (0, "stdin", ("a result\n", "a word \\udcff\n")),
+        (1, "stdout", ("", "a word \\udcff\n")),
         (2, "stderr", ("a result\n", "")),
     ],
 )
 def test_a_stream_that_was_closed(start, tmp_path, number, name, expected, run):
-    """What goes there is lost, and goes nowhere else."""
+    """What goes there is lost, and goes nowhere else. That may be a name which is not UTF-8."""
     script = tmp_path / "script.py"
     script.write_text(CLOSED.format(root=str(ROOT), number=number, name=name, run=run))
     done = start(script, cwd=tmp_path).wait()

@@ -295,16 +295,22 @@ def test_tokens_in_a_span_are_those_of_the_tokenizers_library(sp, tmp_path, text
             assert (ids, inside.tolist()) == (encoded.ids, expected), (begin, end)
 
 
-def test_tokens_in_a_span_where_spaces_at_the_end_are_left_out():
-    """As SentencePiece's own defaults are. Each character of this text is a token, even a full-width one."""
+@pytest.mark.parametrize("is_suffix", [False, True])
+def test_tokens_in_a_span_where_spaces_at_the_end_are_left_out(is_suffix):
+    """As SentencePiece's own defaults are. Each character of this text is a token, even a full-width one.
+
+    A space is put before it, or behind it.
+    """
     text, trained = "The ｃat sat on the mat.", io.BytesIO()
     options = {"model_type": "char", "vocab_size": 30, "hard_vocab_limit": False, "minloglevel": 2}
+    options["treat_whitespace_as_suffix"] = is_suffix
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([text]), model_writer=trained, **options)
     tok = tokenizer.SentencePiece({"tokenizer.model": trained.getvalue()})
-    assert len(tok.encode(text)) == 1 + len(text)  # a space is put before it
+    assert len(tok.encode(text)) == 1 + len(text)
     for cut in range(1, len(text)):
         _, inside = tok.encode_with_spans(text, [(cut, len(text))])
-        assert inside.tolist() == [False] * (1 + cut) + [True] * (len(text) - cut)
+        before = cut if is_suffix else 1 + cut
+        assert inside.tolist() == [False] * before + [True] * (1 + len(text) - before)
 
 
 # ---------------------------------------------------------------- broken files

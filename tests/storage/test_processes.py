@@ -9,6 +9,17 @@ from storage import processes
 TOLD = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
+def test_one_of_several_processes(monkeypatch):
+    told = {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}
+    by_torchrun = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": 2}
+    for name, value in (told | by_torchrun).items():
+        monkeypatch.setenv(name, str(value))
+    assert processes.is_distributed() and processes.is_under_torchrun() and not processes.is_process_0()
+    assert (processes.world_size(), processes.local_rank(), processes.local_world_size()) == (8, 1, 4)
+    assert processes.restarts() == 2
+    assert processes.missing_variables() == ["MASTER_ADDR", "MASTER_PORT"]
+
+
 @pytest.mark.parametrize(
     "environment",
     [
