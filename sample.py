@@ -294,7 +294,8 @@ def parse_arguments():
     p.add_argument("--model",
         help="a Hugging Face folder or a built-in name (default: out/model, which train.py writes, else the "
         "built-in one)")
-    p.add_argument("--file", type=Path, help="a text that stands before the question or the prompt")
+    p.add_argument("--file", type=arguments.path_name,
+        help="a text that stands before the question or the prompt; - for standard input")
     group = p.add_mutually_exclusive_group()
     group.add_argument("--ask", metavar="QUESTION",
         help="a question, which goes through the model's chat template (default: what is piped in, else a "
@@ -331,7 +332,10 @@ def main():
     args.raw = args.raw or args.prompt is not None or chat.find_template(tokenizer) is None
     text = ""
     if args.file:
-        text = "\n\n".join([*texts.read_texts(args.file), ""])
+        if args.file == texts.STANDARD_INPUT and args.ask is None and args.prompt is None:
+            raise InputError("--file -: standard input holds the text, so add --ask or --prompt")
+        (path,) = texts.with_saved_stdin([args.file])
+        text = "\n\n".join([*texts.read_texts(Path(path)), ""])
         if not text:
             raise InputError(f"{args.file}: there is no text in it")
     asked = args.ask if args.prompt is None else args.prompt

@@ -207,7 +207,7 @@ def catch_signals(checkpoints):
     def catch(number, frame):
         lost = f"what came after step {checkpoints.newest}" if checkpoints.newest else "all steps so far"
         if number == signal.SIGINT and number in caught and may_end_at_once:
-            tell(f"ended at once; {lost} is discarded")
+            tell(f"ended at once and discarded {lost}")
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         caught.append(number)

@@ -9,10 +9,12 @@ Notable choices:
 
 import shlex
 import sys
+from pathlib import Path
 
 import torch.distributed as dist
 
 from cli import training
+from hf.builtin import BUILT_IN
 from storage.errors import InputError, warn
 from storage.files import write_json
 from storage.log import is_finished
@@ -100,7 +102,20 @@ def options_of_earlier_run(given):
     if (out / "model").exists() and not has_checkpoint and not is_finished(out):
         reason = f"{out} has a model but no checkpoint to go on from; starting anew would replace the model"
         raise InputError(f"--resume: {reason}; name another --out")
+    if not is_finished(out):
+        check_paths(args, given)
     return args
+
+
+def check_paths(args, given):
+    """Raise InputError if a path that the earlier run recorded, and that is not given, leads nowhere now."""
+    for option in BY_CONTENT:
+        recorded = getattr(args, option)
+        for path in [recorded] if isinstance(recorded, str) else recorded or []:
+            if not (getattr(given, option) or path in BUILT_IN or Path(path).exists()):
+                raise InputError(
+                    f"--resume: {path} is not there any more; say with --{option} where it is now"
+                )
 
 
 def command_for_more_steps(args, earlier):

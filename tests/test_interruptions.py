@@ -419,6 +419,13 @@ def test_a_model_and_texts_that_were_moved(call, short, texts, tmp_path):
     shutil.rmtree(tmp_path / "run" / "model")
     shutil.rmtree(tmp_path / "here")
     earlier = json.loads((tmp_path / "run" / "args.json").read_text())
+    gone = call("train", "--resume", "--out", tmp_path / "run")
+    (line,) = gone.stderr.splitlines()
+    assert gone.returncode == 2 and line.endswith(
+        "/here/model is not there any more; say with --model where it is now"
+    )
+    gone = call("train", "--resume", "--out", tmp_path / "run", "--model", tmp_path / "there" / "model")
+    assert gone.returncode == 2 and "say with --data where it is now" in gone.stderr
     done = start("there", "--resume", "--keep", 7, "--micro_batch_size", 2)
     assert done.returncode == 0 and "going on after step 2" in done.stderr
     record = json.loads((tmp_path / "run" / "args.json").read_text())
@@ -598,7 +605,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once(start, short, tmp_path):
     assert done.returncode == -signal.SIGINT
     lost = r"what came after step [1-9]\d*"
     assert re.search(rf"a second Ctrl-C ends it at once and discards {lost}\n", done.stderr)
-    assert re.search(rf"ended at once; {lost} is discarded\n", done.stderr)
+    assert re.search(rf"ended at once and discarded {lost}\n", done.stderr)
     assert not (tmp_path / "run" / "model").exists() and saved_steps(tmp_path / "run")
 
 

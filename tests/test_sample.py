@@ -324,6 +324,10 @@ def test_a_question_goes_through_the_template(ask, folder, tiny, monkeypatch):
         ids = stock.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         expected = tiny[1].decode(continuation(tiny, ids)) + "\n"
         assert ask(folder, *file, "--ask", question).stdout == expected
+        if file:  # the text may be piped in as well, and then the question may not
+            pipe(monkeypatch, (folder / "book.txt").read_bytes())
+            assert ask(folder, "--file", "-", "--ask", question).stdout == expected
+            check_refused(ask(folder, "--file", "-"), "--file -")
         pipe(monkeypatch, question.replace("\n", "\r\n").encode() + b"\r\n")
         done = ask(folder, *file)
         assert done.stdout == expected and STATUS.fullmatch(done.stderr)[1] == str(len(ids))
