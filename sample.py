@@ -14,6 +14,7 @@ Notable choices:
 """
 
 import contextlib
+import math
 import signal
 import sys
 import time
@@ -200,20 +201,20 @@ def prompt_ids(tokenizer, messages, config, raw):
             reason = "writes nothing, or a token that the model does not have"
             raise InputError(f"the chat template {reason}; leave it out with --raw")
     window = window_of(config)
-    if window is not None and len(ids) >= window:
+    if len(ids) >= window:
         remedy = "shorten it, or give the model a longer window with train.py"
         raise InputError(f"the text has {len(ids):,} tokens, the model a window of {window:,}; {remedy}")
     return ids
 
 
 def window_of(config):
-    """Return how many tokens the model of this Config has room for, None where that is written nowhere.
+    """Return how many tokens the model of this Config has room for, infinity where that is written nowhere.
 
     So it is with `dynamic` scaling. Its angles are made for the length at hand, whatever the window was that
     it was trained for; config.json keeps the one before, where stock loaders begin to scale (hf/families.py).
     """
     is_dynamic = (config.rope_scaling or {}).get("rope_type") == "dynamic"
-    return None if is_dynamic else config.max_position_embeddings
+    return math.inf if is_dynamic else config.max_position_embeddings
 
 
 def answer(session, tokenizer, prompt, args, goes_on=False):
@@ -223,7 +224,7 @@ def answer(session, tokenizer, prompt, args, goes_on=False):
     """
     config = session.model.config
     window = window_of(config)
-    most = args.max_new_tokens if window is None else min(args.max_new_tokens, window - len(prompt))
+    most = min(args.max_new_tokens, window - len(prompt))
     tokens = session.stream(
         prompt, most, stop_ids(tokenizer, config), chooser(args.temperature, args.top_p, args.seed)
     )
@@ -250,7 +251,7 @@ def answer(session, tokenizer, prompt, args, goes_on=False):
     if n > 1:
         said += f", {(n - 1) / (times[-1] - times[1]):.0f} a second"
     reading = (times[1] if n else time.perf_counter()) - times[0]
-    of_window = "" if window is None else f" of {window:,}"
+    of_window = f" of {window:,}" if math.isfinite(window) else ""
     print(f"[{len(prompt):,}{of_window} tokens, read in {reading:.1f} s; {said}]", file=sys.stderr)
     return "".join(pieces)
 
@@ -330,15 +331,15 @@ def main():
     folder = builtin.open_model(args.model)
     tokenizer = folder.load_tokenizer()
     args.raw = args.raw or args.prompt is not None or chat.find_template(tokenizer) is None
+    asked = args.ask if args.prompt is None else args.prompt
     text = ""
     if args.file:
-        if args.file == texts.STANDARD_INPUT and args.ask is None and args.prompt is None:
+        if args.file == texts.STANDARD_INPUT and asked is None:
             raise InputError("--file -: standard input holds the text, so add --ask or --prompt")
         (path,) = texts.with_saved_stdin([args.file])
         text = "\n\n".join([*texts.read_texts(Path(path)), ""])
         if not text:
             raise InputError(f"{args.file}: there is no text in it")
-    asked = args.ask if args.prompt is None else args.prompt
     if asked is None:
         if sys.stdin is None:
             raise InputError("nothing is asked: standard input is closed; give --ask or --prompt")

@@ -42,8 +42,9 @@ def complete(args, config):
     complete_episodes(args, window, recipe)
     complete_batch(args, window, recipe)
     # The factor, the overshoot and the scale of the queries were found for one interpolation and need not
-    # suit another: with another one they are the paper's.
-    complete_interpolation(args, config, recipe if args.rope == recipe.rope else RECIPES["paper"])
+    # suit another: with another one they are the paper's, and where the window stays as it is.
+    suits = args.rope == recipe.rope and args.target_len > window
+    complete_interpolation(args, config, recipe if suits else RECIPES["paper"])
     if args.beta_fast is None and args.rope in rope.RAMPED:
         args.beta_fast = recipe.beta_fast  # it suits the model's size, not one interpolation
     refuse_contradictions(args)
@@ -192,21 +193,16 @@ def complete_interpolation(args, config, recipe):
     window = config.max_position_embeddings
     if args.factor is None and args.rope not in ("default", "dynamic"):
         args.factor = recipe.headroom * args.target_len / window
-        if args.target_len == window:
-            args.factor = 1.0  # there is nothing to make room for
-        elif args.rope == "ntk":
+        if args.rope == "ntk":
             of_model = config.rotary_dim, config.rope_theta, config.rope_scaling
             factor = rope.ntk_factor(*of_model, window, args.factor)
             args.factor = float(f"{factor:.3g}")  # rounded to three digits
-    is_extended = args.target_len > window  # else a recipe's ways to reach far have nothing to do
     if args.llama_4_scaling_beta is None:
         own = (config.rope_scaling or {}).get("llama_4_scaling_beta")
-        is_scaled = is_extended and families.can_scale_queries(config)
-        of_recipe = recipe.llama_4_scaling_beta if is_scaled else 0.0
+        of_recipe = recipe.llama_4_scaling_beta if families.can_scale_queries(config) else 0.0
         args.llama_4_scaling_beta = of_recipe if own is None else own
     if args.overshoot is None:
-        has_skips = args.method in ("pose", "randpos")
-        args.overshoot = recipe.overshoot if has_skips and is_extended else 1.0
+        args.overshoot = recipe.overshoot if args.method in ("pose", "randpos") else 1.0
 
 
 def refuse_contradictions(args):

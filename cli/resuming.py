@@ -87,7 +87,8 @@ def options_of_earlier_run(given):
     args.resume = True
     if not args.eval_every:  # validation is switched off: the run's own texts and lengths go too
         args.eval_data, args.eval_lengths = given.eval_data, given.eval_lengths
-    if is_finished(out) and describe_changes(earlier, {"steps": args.steps}):
+    is_done = is_finished(out)
+    if is_done and describe_changes(earlier, {"steps": args.steps}):
         raise InputError(
             f"--resume: the run in {out} is finished, and its learning rate has fallen to 0. Train its "
             f"model in a run of its own: {command_for_more_steps(args, earlier)}"
@@ -99,10 +100,10 @@ def options_of_earlier_run(given):
         remedy = "leave them out, or start with another --out"
         raise InputError(f"--resume: the run in {out} had other arguments: {changed}; {remedy}")
     has_checkpoint = any((out / "checkpoints").glob("step-*"))
-    if (out / "model").exists() and not has_checkpoint and not is_finished(out):
+    if (out / "model").exists() and not has_checkpoint and not is_done:
         reason = f"{out} has a model but no checkpoint to go on from; starting anew would replace the model"
         raise InputError(f"--resume: {reason}; name another --out")
-    if not is_finished(out):
+    if not is_done:
         check_paths(args, given)
     return args
 
@@ -110,12 +111,13 @@ def options_of_earlier_run(given):
 def check_paths(args, given):
     """Raise InputError if a path that the earlier run recorded, and that is not given, leads nowhere now."""
     for option in BY_CONTENT:
-        recorded = getattr(args, option)
-        for path in [recorded] if isinstance(recorded, str) else recorded or []:
-            if not (getattr(given, option) or path in BUILT_IN or Path(path).exists()):
-                raise InputError(
-                    f"--resume: {path} is not there any more; say with --{option} where it is now"
-                )
+        if getattr(given, option):
+            continue  # where it is read, it is checked
+        recorded = getattr(args, option) or []
+        for path in [recorded] if isinstance(recorded, str) else recorded:
+            if path not in BUILT_IN and not Path(path).exists():
+                where = f"say with --{option} where it is now"
+                raise InputError(f"--resume: {path} is not there any more; {where}")
 
 
 def command_for_more_steps(args, earlier):

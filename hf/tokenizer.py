@@ -160,7 +160,7 @@ class SentencePiece:
         for place, part, model in self._parts(text):
             of_part = [self.control_tokens[part]] if model is None else model.encode(part)
             is_inside = np.zeros(len(of_part), dtype=bool)
-            ends = np.cumsum(_token_sizes(model, part)) if spans else None
+            ends = np.cumsum([len(piece) for piece in _pieces(model, part, of_part)]) if spans else None
             for begin, end in spans:
                 first, _ = _tokens_at(model, part, ends, begin - place)
                 _, last = _tokens_at(model, part, ends, end - place)
@@ -195,25 +195,24 @@ class SentencePiece:
         return self._model.decode([int(i) for i in ids if i < self.vocab_size])
 
 
-def _token_sizes(model, text):
-    """Return how many bytes each token of a text has, a list. model: None where it is a control token."""
-    return [len(piece) for piece in _pieces(model, text)]
+def _pieces(model, text, ids):
+    """Return what each of a text's ids stands for, a list of bytes, with "▁" for spaces.
 
-
-def _pieces(model, text):
-    """Return what each token of a text stands for, a list of bytes, with "▁" for spaces."""
+    model: None where the text is a control token.
+    """
     if model is None:
         return [text.encode()]
-    pieces = zip(model.encode(text), model.encode(text, out_type=str))
-    return [
-        bytes([int(piece[1:-1], 16)]) if model.is_byte(i) else piece.encode() for i, piece in pieces
-    ]  # <0x0A>
+    pieces = []
+    for i, piece in zip(ids, model.encode(text, out_type=str)):
+        is_byte = model.is_byte(i)  # such a piece is spelt as "<0x0A>"
+        pieces.append(bytes([int(piece[1:-1], 16)]) if is_byte else piece.encode())
+    return pieces
 
 
 def _tokens_at(model, text, ends, place):
     """Return how many of a text's tokens end up to a place in it, and how many begin before it.
 
-    ends: the sums of the tokens' sizes. The two numbers differ by one where a token reaches over the place.
+    ends: the sums of the tokens' bytes. The two numbers differ by one where a token reaches over the place.
     Each version of SentencePiece has another way to say where its tokens are in a text. It may also put a
     space before or behind the text or change characters. So the text before the place is encoded with an "x"
     behind it, and the bytes before the x are counted. A place inside of characters that the model makes one
@@ -225,7 +224,8 @@ def _tokens_at(model, text, ends, place):
         return len(ends), len(ends)
     if model is None:  # a prompt and its completion make a control token between them
         return 0, 1
-    here = b"".join(_pieces(model, text[:place] + "x")).rindex(b"x")  # alone, it may lose a space at its end
+    head = text[:place] + "x"  # alone, it may lose a space at its end
+    here = b"".join(_pieces(model, head, model.encode(head))).rindex(b"x")
     ended = np.searchsorted(ends, here, side="right")
     return ended, np.searchsorted(ends, here, side="left") + 1
 

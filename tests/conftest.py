@@ -297,6 +297,17 @@ def run(start):
     return lambda *arguments, **how: start(*arguments, **how).wait()
 
 
+@pytest.fixture
+def as_first_of(monkeypatch):
+    """as_first_of(4) makes this process the first of four, as far as torchrun says so in the environment."""
+
+    def tell(processes):
+        for name, value in (("RANK", 0), ("WORLD_SIZE", processes)):
+            monkeypatch.setenv(name, str(value))
+
+    return tell
+
+
 # ---------------------------------------------------------------- training runs of `tiny`
 
 

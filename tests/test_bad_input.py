@@ -449,9 +449,8 @@ def test_training_arguments(refused, model, arguments, says):
     refused("train", "--model", model, *TRAIN, *arguments, says=says)
 
 
-def test_batch_size_that_does_not_divide(refused, model, monkeypatch):
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):  # what torchrun --nproc_per_node=2 sets
-        monkeypatch.setenv(name, value)
+def test_batch_size_that_does_not_divide(refused, model, as_first_of):
+    as_first_of(2)
     refused("train", "--model", model, *TRAIN, "--batch_size", 3, says=["--batch_size 3", "2 processes"])
 
 

@@ -71,14 +71,13 @@ def test_a_recipe_is_for_its_own_interpolation(parse_and_complete, arguments, fa
     ],
 )
 def test_smollm2_trains_in_windows_longer_than_its_own_where_there_are_texts(
-    parse_and_complete, monkeypatch, arguments, processes, train_len, batch_size
+    parse_and_complete, as_first_of, arguments, processes, train_len, batch_size
 ):
     """A step has as many tokens as 16 windows of the model, as near as processes divide them.
 
     Each example leaves room for skips.
     """
-    for name, value in (("RANK", 0), ("WORLD_SIZE", processes)):
-        monkeypatch.setenv(name, str(value))
+    as_first_of(processes)
     args = parse_and_complete("--model", "smollm2-135m", *arguments.split())
     assert (args.train_len, args.batch_size) == (train_len, batch_size)
 

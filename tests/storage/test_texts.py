@@ -435,7 +435,7 @@ def test_standard_input(pipe_in, content, expected):
     assert texts_of(saved) == expected and Path(saved).read_bytes() == content
 
 
-def test_standard_input_that_cannot_be_read(pipe_in, monkeypatch):
+def test_standard_input_that_cannot_be_read(pipe_in, monkeypatch, as_first_of):
     pipe_in(b'["an", "array"]')
     with pytest.raises(InputError, match="holds JSON"):
         texts_of("-")
@@ -447,7 +447,6 @@ def test_standard_input_that_cannot_be_read(pipe_in, monkeypatch):
     with pytest.raises(InputError, match="-: standard input is no pipe"):
         texts_of("-")
     pipe_in(b"text")
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
+    as_first_of(2)
     with pytest.raises(InputError, match="-: several processes cannot share standard input"):
         texts_of("-")

@@ -211,9 +211,8 @@ def measured():
             continue
         settings = report["settings"]
         for result in report["results"]:
-            if (
-                not result["peak_memory_gib"] or result.get("side", "ours") != "ours"
-            ):  # out of memory, or a peer
+            is_peers = result.get("side", "ours") != "ours"
+            if is_peers or not result["peak_memory_gib"]:  # the latter ran out of memory
                 continue
             is_full = result.get("method") == "full"
             way = plan.Way(
@@ -414,10 +413,10 @@ def test_a_plan_needs_no_weights(planned, texts, tmp_path):
     )
 
 
-def test_a_plan_is_for_the_processes_that_torchrun_starts(planned, short, monkeypatch):
+def test_a_plan_is_for_the_processes_that_torchrun_starts(planned, short, monkeypatch, as_first_of):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert "4 x 64 tokens on 1 process(es)" in planned(*short, "--steps", 3)  # a scheduler's, not torchrun's
-    monkeypatch.setenv("RANK", "0")
+    as_first_of(4)
     assert "4 x 64 tokens on 4 process(es)" in planned(*short, "--steps", 3)
 
 
@@ -435,13 +434,12 @@ def test_a_plan_is_for_the_processes_that_torchrun_starts(planned, short, monkey
     ],
 )
 def test_a_step_that_has_more_than_the_recipe_says(
-    planned, tmp_path, monkeypatch, processes, arguments, warns
+    planned, tmp_path, as_first_of, processes, arguments, warns
 ):
     """Each process takes an example, so the number of processes may make more of them than a recipe has."""
     long = tmp_path / "long.txt"
     long.write_text("word " * 50_000)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    as_first_of(processes)
     fixed = ("--model", "tiny", "--device", "cpu", "--data", long, "--target_len", 16384)
     said = planned(*fixed, "--steps", 2, *arguments)
     line = f"warning: a step has 8,192 tokens instead of the recipe's 4,096, because each of {processes} "
