@@ -10,8 +10,10 @@ Notable choices:
   steps, and no number is ever too large.
 - Each row or column that a product sums over has a scale of its own. A few tokens of a trained LLaMA, the
   first one above all, have activations thousands of times the others' (Sun et al. 2024). One scale for a
-  whole tensor would leave the others near the smallest float8 numbers, with fewer digits or none. It would
-  make a block of LLaMA-7B's shape 1.47 times as fast as in bfloat16 instead of 1.31 times, on an H200.
+  whole tensor would leave the others near the smallest float8 numbers, with fewer digits or none.
+- Sums stay in the tensor core's own 22 bits (use_fast_accum), instead of moving to float32 every 128 terms.
+  Of LLaMA-7B's products that puts the results off by 0.1 to 0.3%, float8 itself by 3.7%, and it saves a
+  tenth of their time, on an H200.
 - Gradients are e4m3 too, as in torchao and torchtitan. The larger span of e5m2, which has two bits of
   fraction (Micikevicius et al. 2022, section 3), is needed where one scale does for a whole tensor.
 - Input and weight are kept for the backward pass as without float8, and rounded once more there, since the
@@ -42,20 +44,15 @@ def linear(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
-@torch.compiler.allow_in_graph  # Else PyTorch 2.11 keeps its results in spite of activation checkpointing.
 class Products(torch.autograd.Function):
-    """x @ weight.T in float8, x (T, K) and weight (N, K) -> (T, N), and both gradients.
-
-    Gradients see more digits: their products take every 128 partial sums over into float32, while the forward
-    one leaves them in the tensor core's own 22 bits (use_fast_accum).
-    """
+    """x @ weight.T in float8, x (T, K) and weight (N, K) -> (T, N), and both gradients."""
 
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
         x8, x_scale = quantise(x, 1)
         weight8, weight_scale = quantise(weight, 1)
-        return product(x8, weight8.t(), x_scale, weight_scale, use_fast_accum=True)
+        return product(x8, weight8.t(), x_scale, weight_scale)
 
     @staticmethod
     def backward(ctx, grad):
@@ -82,7 +79,7 @@ def quantise(x, dim):
     return (x / scale).to(torch.float8_e4m3fn), scale  # bfloat16 over float32 is float32
 
 
-def product(a, b, scale_a, scale_b, use_fast_accum=False):
+def product(a, b, scale_a, scale_b):
     """Return a (M, S) @ b (S, N), both float8, times their scales: bfloat16 (M, N).
 
     The tensor core reads the first factor by rows and the second one by columns. What lies otherwise is
@@ -90,7 +87,7 @@ def product(a, b, scale_a, scale_b, use_fast_accum=False):
     """
     factors = a.contiguous(), b.t().contiguous().t()
     scales = scale_a.reshape(-1, 1), scale_b.reshape(1, -1)
-    return torch._scaled_mm(*factors, *scales, out_dtype=torch.bfloat16, use_fast_accum=use_fast_accum)
+    return torch._scaled_mm(*factors, *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def check(config, tokens, kind):

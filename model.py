@@ -531,6 +531,9 @@ def empty_transformer(config):
 
 def multiply_in_float8(model):
     """Let the linear layers of a Transformer's blocks multiply in float8, but not their adapters."""
+    # Otherwise a block compiled by PyTorch 2.11 keeps these products in spite of activation checkpointing.
+    # Said here and not at the class, because it imports the compiler, which takes a second.
+    torch.compiler.allow_in_graph(float8.Products)
     for module in model.blocks.modules():
         if isinstance(module, Linear):
             module.product = float8.linear
