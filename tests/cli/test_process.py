@@ -123,3 +123,13 @@ def test_a_stream_that_was_closed(start, tmp_path, number, name, expected, run):
     script.write_text(CLOSED.format(root=str(ROOT), number=number, name=name, run=run))
     done = start(script, cwd=tmp_path).wait()
     assert (done.returncode, done.stdout, done.stderr) == (0, *expected)
+
+
+def test_commands_start_without_what_few_need():
+    """The compiler takes more than a second to import, and each command would, even for --help."""
+    code = (
+        "import sys, train, eval, sample, bench, reproduce; from hf import weights; "
+        "print([name for name in ('torch._dynamo', 'transformers', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
