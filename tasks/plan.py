@@ -200,8 +200,8 @@ def loss_work(shape, way):
     """Return the bytes that the loss takes besides what it leaves (ChunkedCrossEntropy)."""
     config, c = shape.config, way.compute_bytes
     logits = config.vocab_size * min(way.tokens, loss_chunk_tokens(config.vocab_size))
-    # Logits and their gradient; without the compiler float32 copies, of which four are alive, and bools.
-    of_logit = 2 * c if way.compiled else 4 * 4 + 1 + (c if c < 4 else 0)
+    # Logits and their gradient; without the compiler that is of float32, and so are the targets after bools.
+    of_logit = 2 * c if way.compiled else c + 4 + 1 + 4
     # Its gradient is summed in float32.
     head = 4 * shape.trained_head + rounded_weights(shape.trained_head, way)
     return of_logit * logits + head + c * config.hidden_dim * way.tokens
