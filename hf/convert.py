@@ -20,7 +20,7 @@ from hf.families import (
     is_query_or_key,
     is_recomputed,
     read_config,
-    split_name,
+    renamed,
     stored_parameters,
 )
 from hf.folder import check_dtype, first_of, read_index
@@ -315,8 +315,7 @@ def join(parts, shape):
 
 def meta_name(name):
     """Return Meta's name of a weight of ours: blocks.3.mlp.up.weight is layers.3.feed_forward.w3.weight."""
-    layer, module, kind = split_name(name)
-    return f"{META_NAMES[module]}.{kind}" if layer is None else f"layers.{layer}.{META_NAMES[module]}.{kind}"
+    return renamed(name, META_NAMES, "layers")
 
 
 def _is_rotary_table(name):

@@ -644,21 +644,19 @@ def published_name(name, model_type):
     blocks.3.attention.q.weight is LLaMA's model.layers.3.self_attn.q_proj.weight.
     """
     family = FAMILIES[model_type]
-    layer, module, kind = split_name(name)
-    published = family.names.get(module) or LLAMA_NAMES[module]
-    return f"{published}.{kind}" if layer is None else f"{family.layers}.{layer}.{published}.{kind}"
+    return renamed(name, LLAMA_NAMES | family.names, family.layers)
 
 
-def split_name(name):
-    """Return the layer, the module and the kind of a weight of ours; the layer is None outside the blocks.
+def renamed(name, module_names, layers):
+    """Return the name of a weight of ours in another layout.
 
-    blocks.3.attention.q.weight gives ("3", "attention.q", "weight"), norm.weight (None, "norm", "weight").
+    module_names: {our name of a module: its name there}. layers: what stands there before a layer's number.
     """
     module, _, kind = name.rpartition(".")
     if not module.startswith("blocks."):
-        return None, module, kind
+        return f"{module_names[module]}.{kind}"
     _, layer, module = module.split(".", 2)
-    return layer, module, kind
+    return f"{layers}.{layer}.{module_names[module]}.{kind}"
 
 
 def is_recomputed(published):
