@@ -155,7 +155,7 @@ META_SIZES = {"hidden_dim": "dim", "n_layers": "n_layers", "n_heads": "n_heads"}
 
 def convert_meta(source, dest, window):
     """Write a folder in Meta's layout as a safetensors folder. window: its window in tokens."""
-    if window is None or window < 1:
+    if window is None:
         reason = "Meta's params.json does not say the window"
         raise InputError(f"{source}: {reason}; give 2048 for LLaMA 1, 4096 for LLaMA 2")
     vocabulary = find_vocabulary(source)

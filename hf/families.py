@@ -429,10 +429,10 @@ def _check_frequencies(config):
             inv_freq, attention_factor = rope.rope_frequencies(
                 config.rotary_dim, config.rope_theta, config.rope_scaling, seq_len
             )
+            are_usable = ((0 < inv_freq) & (inv_freq < math.inf)).all() and 0 < attention_factor < math.inf
         except ArithmeticError:
-            inv_freq, attention_factor = torch.zeros(1), 0.0
-        usable = bool((inv_freq > 0).all() and inv_freq.isfinite().all())
-        if not usable or not 0 < attention_factor < math.inf:
+            are_usable = False
+        if not are_usable:
             raise ValueError(f"rope_scaling {config.rope_scaling} gives no frequencies")
 
 
@@ -569,7 +569,7 @@ def _rope_keys(config):
     partial = {}
     if family.partial_rotary is not None:
         partial = {"partial_rotary_factor": config.rotary_dim / config.head_dim}
-    window = int(config.max_position_embeddings)  # vLLM and llama.cpp refuse 512.0
+    window = config.max_position_embeddings
     keys = {"max_position_embeddings": window, "rope_theta": theta, **partial}
     keys |= {key: keys[usual] for key, usual in family.rope_keys.items()}
     if scaling is None:
@@ -588,7 +588,7 @@ def _rope_keys(config):
     elif mode in ("linear", "dynamic"):  # stock loaders do not know it inside these two
         del scaling["original_max_position_embeddings"]
     if mode == "dynamic":  # where stock dynamic scaling begins
-        keys["max_position_embeddings"] = int(config.original_window)
+        keys["max_position_embeddings"] = config.original_window
     return keys | {
         "rope_scaling": scaling | {"type": mode},  # older readers want `type`
         "rope_parameters": scaling | {"rope_theta": theta} | partial,

@@ -30,11 +30,7 @@ def extend(config, mode, target_len, llama_4_scaling_beta=None, **settings):
         is_scaled = earlier.get("rope_type", "default") != "default"
         scaling = earlier if beta or is_scaled else None
     else:
-        scaling = {
-            "rope_type": mode,
-            "factor": factor,
-            "original_max_position_embeddings": window,
-        }
+        scaling = {"rope_type": mode, "factor": factor, "original_max_position_embeddings": window}
         if mode == "llama3":
             scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | scaling  # Llama 3.1's own
         scaling |= settings
@@ -82,7 +78,7 @@ def _without_sizes(scaling):
 # ---------------------------------------------------------------- written for stock loaders
 
 
-def stock_terms(config, known=rope.MODES):
+def stock_terms(config, known):
     """Return (theta, rope_scaling or None) that give the same angles in terms that stock loaders have.
 
     known: the modes that they have for this family. Static NTK becomes another base, NTK-by-parts YaRN
@@ -169,7 +165,7 @@ POSITIVE = (
 DEFAULT_IF_ZERO = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "llama_4_scaling_beta")
 
 
-def read_rope(c, window, default_partial=1, default_theta=10000.0):
+def read_rope(c, window, default_partial, default_theta):
     """Return what a config.json says of RoPE: rope_theta, rope_scaling, and the share of a head that turns.
 
     c: its content. window: its max_position_embeddings. default_partial, default_theta: where it says none.
