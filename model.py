@@ -628,29 +628,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-def loss_chunk_tokens(vocab_size, max_logits=MAX_LOGITS):
-    """Return how many tokens the loss takes at once.
+def loss_chunk_tokens(vocab_size):
+    """Return how many tokens the loss takes at once: those of at most MAX_LOGITS logits.
 
     It is a power of two, so that all chunks are equal for the usual number of tokens.
     """
-    fitting_tokens = max(1, max_logits // vocab_size)
+    fitting_tokens = max(1, MAX_LOGITS // vocab_size)
     return 2 ** (fitting_tokens.bit_length() - 1)
 
 
-def chunked_cross_entropy(
-    hidden,
-    weight,
-    bias,
-    targets,
-    token_weights=None,
-    cross_entropy=cross_entropy_and_gradient,
-    max_logits=MAX_LOGITS,
-):
+def chunked_cross_entropy(hidden, weight, bias, targets, token_weights, cross_entropy):
     """Return the weighted sum of the cross-entropy in nats, a float32 scalar.
 
-    At most max_logits logits are in memory. Shapes as in ChunkedCrossEntropy. token_weights: by default 1.
+    Shapes as in ChunkedCrossEntropy. token_weights: None where each is 1. cross_entropy: computes what
+    cross_entropy_and_gradient does.
     """
-    chunk_size = loss_chunk_tokens(len(weight), max_logits)
+    chunk_size = loss_chunk_tokens(len(weight))
     if token_weights is None:
         token_weights = torch.ones(len(targets), device=hidden.device)
     if torch.is_grad_enabled():

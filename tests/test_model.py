@@ -229,7 +229,7 @@ def test_cached_attention_lines_up_with_the_last_key():
 @pytest.mark.parametrize("weights", [None, (0, 1, 6, 0.3), (0,)])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("max_logits", [900, 10**6])
-def test_chunked_loss_equals_plain_and_never_holds_all_logits(with_bias, weights, max_logits):
+def test_chunked_loss_equals_plain_and_never_holds_all_logits(with_bias, weights, max_logits, monkeypatch):
     """Loss and gradients are PyTorch's own in float64, with and without weights of the tokens."""
     torch.manual_seed(0)
     hidden = torch.randn(100, 16, requires_grad=True)
@@ -243,7 +243,8 @@ def test_chunked_loss_equals_plain_and_never_holds_all_logits(with_bias, weights
         logits_held.append(logits.numel())
         return decoder.cross_entropy_and_gradient(logits, t, w)
 
-    arguments = (hidden, weight, bias, targets, token_weights, spy, max_logits)
+    monkeypatch.setattr(decoder, "MAX_LOGITS", max_logits)
+    arguments = (hidden, weight, bias, targets, token_weights, spy)
     loss = decoder.chunked_cross_entropy(*arguments)
     inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
     grads = torch.autograd.grad(loss, inputs)
