@@ -251,7 +251,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if query_scale is None:
             q = rope.apply_rope(q, cos, sin)
-        else:
+        else:  # Models with such a scale turn all dimensions of a head.
             q = rope.apply_rope(q, cos * query_scale, sin * query_scale)
         return q, rope.apply_rope(k, cos, sin), v
 
@@ -282,7 +282,8 @@ def causal_attention(q, k, v, scale=None, place=None):
 def behind_earlier(k, v, cache, start):
     """Put the keys and values (B, T, K, D) of some tokens into a cache, and return all up to there.
 
-    cache, start: see Block.forward. Without a cache there are none before.
+    cache, start: see Block.forward. Without a cache there are none before. Where start is a tensor, the whole
+    cache is returned, of which causal_attention takes what is up to there.
     """
     if cache is None:
         return k, v

@@ -69,8 +69,7 @@ def convert_bin(source, dest):
     """
     # An architecture or a tokenizer that is not known is refused before a weight is read.
     config = read_config(source)
-    loaded = tokenizer.load(source)
-    tokenizer.check_size(loaded, config.vocab_size, source)
+    loaded = tokenizer.load_for(config, source)
     index = source / "pytorch_model.bin.index.json"
     paths = list(read_index(index)) if index.is_file() else [source / "pytorch_model.bin"]
     for path in paths:

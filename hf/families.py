@@ -103,7 +103,7 @@ class Family:
     rope_theta: float = 10000.0  # what it is where it is absent
     # Its own names for what the stock class reads of RoPE outside rope_parameters -> the usual names:
     rope_keys: dict = field(default_factory=dict)
-    rope_types: tuple = rope.MODES  # those that the stock class computes
+    rope_types: tuple = rope.MODES  # those that the stock class computes in the forms of scaling.stock_terms
     slides_unless_null: bool = False  # sliding_window is in use wherever it is a number
     written: dict = field(default_factory=dict)  # further keys to write
     # Weights and tokenizer:

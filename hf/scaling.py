@@ -83,8 +83,8 @@ def stock_terms(config, known):
 
     known: the modes that they have for this family. Static NTK becomes another base, NTK-by-parts YaRN
     without its factor on cos and sin, and revised YaRN and whatever is not known LongRoPE's factors. Where
-    the queries are scaled, llama.cpp reads YaRN alone, so what has another base at most becomes a YaRN that
-    slows nothing. `_own_mode` reads these forms back.
+    the queries are scaled, llama.cpp reads YaRN alone. So there the plain frequencies, of whatever base,
+    become a YaRN that slows nothing. `_own_mode` reads these forms back.
     """
     dim, theta, original = config.rotary_dim, config.rope_theta, config.original_window
     scaling = config.rope_scaling or {"rope_type": "default"}
@@ -185,13 +185,14 @@ def read_rope(c, window, default_partial, default_theta):
     partial = _agreed("partial_rotary_factor", places)
     partial = positive(partial, "partial_rotary_factor", most=1, default=default_partial)
 
-    # Each is completed before they are compared: transformers 5 spells defaults out that the other one leaves
-    # out.
-    terms = [some for some in map(_scaling_terms, spellings.values()) if some]
-    scalings = [_completed(some, theta, c, window) for some in terms or [{}]]
-    if any(scaling != scalings[0] for scaling in scalings):
+    scalings = []
+    for spelling in spellings.values():
+        if terms := _scaling_terms(spelling):
+            scalings.append(_completed(terms, theta, c, window))
+    # They are compared when they are complete: one may spell defaults out that the other leaves out.
+    if scalings and scalings[0] != scalings[-1]:
         raise ValueError("rope_scaling and rope_parameters disagree")
-    return theta, scalings[0], partial
+    return theta, scalings[0] if scalings else None, partial
 
 
 def _completed(terms, theta, c, window):
