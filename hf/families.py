@@ -113,7 +113,8 @@ class Family:
     stacked_by_head: bool = False  # the tensor of q, k and v has these three of the first head, then the next
     tokenizer_class: str | None = None  # to write instead of a class of the family's own code
     # The rope_types that other loaders compute, see hf/loaders.py:
-    llama_cpp: tuple | None = (*IN_LLAMA_CPP, "llama3")  # (): not even another base; None: it reads none
+    # (): it ignores rope_theta too. None: it does not read the family.
+    llama_cpp: tuple | None = (*IN_LLAMA_CPP, "llama3")
     mlx_lm: tuple = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -282,13 +283,13 @@ FAMILIES = {  # by the model_type of config.json
 }
 
 # What is refused, and why.
-ALIBI = ("bloom", "mpt")
-LEARNED_POSITIONS = ("gpt2", "opt", "gpt_bigcode", "gpt_neo", "bert")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 MIXTURE = "its MLP is a mixture of experts"
 LOCAL = "some of its layers have a sliding window"
 RECURRENT = "it has layers without attention"
 OTHERS = {
+    **dict.fromkeys(("bloom", "mpt"), "it uses ALiBi, not RoPE"),
+    **dict.fromkeys(("gpt2", "opt", "gpt_bigcode", "gpt_neo", "bert"), "it uses learned positions, not RoPE"),
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "olmoe", "granitemoe"), MIXTURE),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), MIXTURE),
     **dict.fromkeys(("llama4", "llama4_text", "gpt_oss"), f"{LOCAL}, and {MIXTURE}"),
@@ -439,17 +440,14 @@ def _check_frequencies(config):
 def _refuse_other_architectures(c):
     """Raise ValueError for what is not a RoPE model of one of FAMILIES."""
     model_type = c.get("model_type")
-    if c.get("position_embedding_type") == "alibi" or c.get("alibi") or model_type in ALIBI:
+    if c.get("position_embedding_type") == "alibi" or c.get("alibi"):
         raise ValueError(f"{model_type!r} uses ALiBi, not RoPE")
     if model_type == "baichuan":
         if "max_position_embeddings" not in c or c.get("hidden_size") == BAICHUAN_13B_HIDDEN:
             raise ValueError("Baichuan 13B uses ALiBi, not RoPE; the 7B models do")
-    if model_type in LEARNED_POSITIONS:
-        raise ValueError(f"{model_type!r} uses learned positions, not RoPE")
-    if isinstance(model_type, str) and model_type in OTHERS:
-        raise ValueError(f"model_type {model_type!r} is not known: {OTHERS[model_type]}")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is not known")
+    if str(model_type) not in FAMILIES:  # as text, since a list, which a broken file may have, has no hash
+        reason = OTHERS.get(str(model_type))
+        raise ValueError(f"model_type {model_type!r} is not known" + (f": {reason}" if reason else ""))
     for key in EXPERTS:
         if c.get(key):
             raise ValueError(f"a mixture of experts ({key} {c[key]}) is not known")
