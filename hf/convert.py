@@ -157,7 +157,7 @@ def convert_meta(source, dest, window):
     if window is None:
         reason = "Meta's params.json does not say the window"
         raise InputError(f"{source}: {reason}; give 2048 for LLaMA 1, 4096 for LLaMA 2")
-    vocabulary = find_vocabulary(source)
+    vocabulary = read_vocabulary(source)
     checkpoint = MetaCheckpoint(source, window)
     settings = {
         "tokenizer_class": "LlamaTokenizer",
@@ -168,18 +168,25 @@ def convert_meta(source, dest, window):
         "legacy": False,
     }
     others = {
-        "tokenizer.model": vocabulary.read_bytes(),
+        "tokenizer.model": vocabulary,
         "tokenizer_config.json": json.dumps(settings).encode(),
     }
     write_converted(source, dest, checkpoint.config, checkpoint.read, others)
 
 
-def find_vocabulary(folder):
-    """Return the path of Meta's tokenizer.model. Raise InputError if there is none, or a broken one."""
+def read_vocabulary(folder):
+    """Return the bytes of Meta's tokenizer.model. Raise InputError if there is none, or one of no use.
+
+    So it is refused before a weight is read.
+    """
     for path in (folder / "tokenizer.model", folder.parent / "tokenizer.model"):
         if path.is_file():
-            tokenizer.load(path.parent)  # A broken one is refused before a weight is read.
-            return path
+            vocabulary = path.read_bytes()
+            if tokenizer.TIKTOKEN.match(vocabulary):
+                reason = "is tiktoken's, not LLaMA 1's or 2's"
+                raise InputError(f"{path} {reason}; take this model's Hugging Face folder instead")
+            tokenizer.load(path.parent)
+            return vocabulary
     raise InputError(f"{folder}: no tokenizer.model here or one folder up; copy it there")
 
 
