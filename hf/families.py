@@ -76,6 +76,7 @@ LARGEST_SIZES = {
 LLAMA_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 NO_PADDING = {"pad_token_id": None}  # else stock classes take one of their own, which may be out of range
 IN_LLAMA_CPP = ("default", "linear", "yarn")  # the rope_types that llama.cpp computes for most families
+# What GPT-J's and Phi's blocks and heads compute.
 PARALLEL = {"norm": "layer", "mlp": "gelu", "parallel": True, "mlp_bias": True, "head_bias": True}
 
 

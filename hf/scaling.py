@@ -217,7 +217,7 @@ def _own_mode(theta, yarn):
     slows nothing.
     """
     rope.required(yarn, "factor")
-    original = rope.required(yarn, "original_max_position_embeddings")
+    original = yarn["original_max_position_embeddings"]
     if rope.yarn_attention_factor(yarn) == 1:
         left_out, mode = ("attention_factor", "mscale", "mscale_all_dim"), "ntk_by_parts"
         if (yarn.get("beta_fast") or 32) <= original / (2 * math.pi * theta):
