@@ -419,18 +419,18 @@ class Transformer(nn.Module):
         h = self.hidden(tokens, positions)
         if targets is None:
             return self.head(h)
-        scored = h[:, -targets.shape[1] :].flatten(0, 1)
-        if token_weights is not None:
-            token_weights = token_weights.flatten()
-        return self.loss(scored, targets.flatten(), token_weights)
+        return self.loss(h[:, -targets.shape[1] :], targets, token_weights)
 
     def loss(self, hidden, targets, token_weights=None):
-        """Return the summed cross-entropy in nats of normed hidden states (N, C), targets int64 (N,).
+        """Return the summed cross-entropy in nats of normed hidden states (..., C), targets int64 (...).
 
-        token_weights: float32 (N,), what each target counts in that sum, by default 1.
+        token_weights: float32 (...), what each target counts in that sum, by default 1.
         """
+        if token_weights is None:
+            token_weights = torch.ones(targets.shape, device=hidden.device)
         weight, bias = self.head.weight_and_bias(hidden.dtype)
-        return chunked_cross_entropy(hidden, weight, bias, targets, token_weights, self.cross_entropy)
+        tensors = hidden.flatten(0, -2), weight, bias, targets.flatten(), token_weights.flatten()
+        return chunked_cross_entropy(*tensors, self.cross_entropy)
 
     def hidden(self, tokens, positions=None, cache=None, start=0, seq_lens=None):
         """Return the normed last hidden states (B, T, C); `head` turns those that are needed into logits.
@@ -641,12 +641,9 @@ def loss_chunk_tokens(vocab_size):
 def chunked_cross_entropy(hidden, weight, bias, targets, token_weights, cross_entropy):
     """Return the weighted sum of the cross-entropy in nats, a float32 scalar.
 
-    Shapes as in ChunkedCrossEntropy. token_weights: None where each is 1. cross_entropy: computes what
-    cross_entropy_and_gradient does.
+    Shapes as in ChunkedCrossEntropy. cross_entropy: computes what cross_entropy_and_gradient does.
     """
     chunk_size = loss_chunk_tokens(len(weight))
-    if token_weights is None:
-        token_weights = torch.ones(len(targets), device=hidden.device)
     if torch.is_grad_enabled():
         tensors = (hidden, weight, bias, targets, token_weights)
         return ChunkedCrossEntropy.apply(*tensors, chunk_size, cross_entropy)
