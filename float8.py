@@ -108,9 +108,9 @@ def check(config, tokens, kind):
         )
     # Each process tries its own GPU, since a tensor on another one would take half a GiB there.
     place = torch.device(kind, local_rank()) if kind == "cuda" else kind
-    number, scale = (torch.ones(MULTIPLE, n, device=place) for n in (MULTIPLE, 1))
-    number = number.to(torch.float8_e4m3fn)
+    ones = torch.ones(MULTIPLE, MULTIPLE, device=place).to(torch.float8_e4m3fn)
+    scales = torch.ones(MULTIPLE, device=place)
     try:
-        product(number, number, scale, scale)
+        product(ones, ones, scales, scales)
     except (RuntimeError, ValueError):
         raise InputError(f"float8 takes an H100 or a later GPU, which this device is not; {REMEDY}") from None

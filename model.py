@@ -251,7 +251,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if query_scale is None:
             q = rope.apply_rope(q, cos, sin)
-        else:
+        else:  # Models with such a scale turn all dimensions of a head.
             q = rope.apply_rope(q, cos * query_scale, sin * query_scale)
         return q, rope.apply_rope(k, cos, sin), v
 
@@ -282,7 +282,8 @@ def causal_attention(q, k, v, scale=None, place=None):
 def behind_earlier(k, v, cache, start):
     """Put the keys and values (B, T, K, D) of some tokens into a cache, and return all up to there.
 
-    cache, start: see Block.forward. Without a cache there are none before.
+    cache, start: see Block.forward. Without a cache there are none before. Where start is a tensor, the whole
+    cache is returned, of which causal_attention takes what is up to there.
     """
     if cache is None:
         return k, v
@@ -418,18 +419,18 @@ class Transformer(nn.Module):
         h = self.hidden(tokens, positions)
         if targets is None:
             return self.head(h)
-        scored = h[:, -targets.shape[1] :].flatten(0, 1)
-        if token_weights is not None:
-            token_weights = token_weights.flatten()
-        return self.loss(scored, targets.flatten(), token_weights)
+        return self.loss(h[:, -targets.shape[1] :], targets, token_weights)
 
     def loss(self, hidden, targets, token_weights=None):
-        """Return the summed cross-entropy in nats of normed hidden states (N, C), targets int64 (N,).
+        """Return the summed cross-entropy in nats of normed hidden states (..., C), targets int64 (...).
 
-        token_weights: float32 (N,), what each target counts in that sum, by default 1.
+        token_weights: float32 (...), what each target counts in that sum, by default 1.
         """
+        if token_weights is None:
+            token_weights = torch.ones(targets.shape, device=hidden.device)
         weight, bias = self.head.weight_and_bias(hidden.dtype)
-        return chunked_cross_entropy(hidden, weight, bias, targets, token_weights, self.cross_entropy)
+        tensors = hidden.flatten(0, -2), weight, bias, targets.flatten(), token_weights.flatten()
+        return chunked_cross_entropy(*tensors, self.cross_entropy)
 
     def hidden(self, tokens, positions=None, cache=None, start=0, seq_lens=None):
         """Return the normed last hidden states (B, T, C); `head` turns those that are needed into logits.
@@ -628,31 +629,21 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-def loss_chunk_tokens(vocab_size, max_logits=MAX_LOGITS):
-    """Return how many tokens the loss takes at once.
+def loss_chunk_tokens(vocab_size):
+    """Return how many tokens the loss takes at once: those of at most MAX_LOGITS logits.
 
     It is a power of two, so that all chunks are equal for the usual number of tokens.
     """
-    fitting_tokens = max(1, max_logits // vocab_size)
+    fitting_tokens = max(1, MAX_LOGITS // vocab_size)
     return 2 ** (fitting_tokens.bit_length() - 1)
 
 
-def chunked_cross_entropy(
-    hidden,
-    weight,
-    bias,
-    targets,
-    token_weights=None,
-    cross_entropy=cross_entropy_and_gradient,
-    max_logits=MAX_LOGITS,
-):
+def chunked_cross_entropy(hidden, weight, bias, targets, token_weights, cross_entropy):
     """Return the weighted sum of the cross-entropy in nats, a float32 scalar.
 
-    At most max_logits logits are in memory. Shapes as in ChunkedCrossEntropy. token_weights: by default 1.
+    Shapes as in ChunkedCrossEntropy. cross_entropy: computes what cross_entropy_and_gradient does.
     """
-    chunk_size = loss_chunk_tokens(len(weight), max_logits)
-    if token_weights is None:
-        token_weights = torch.ones(len(targets), device=hidden.device)
+    chunk_size = loss_chunk_tokens(len(weight))
     if torch.is_grad_enabled():
         tensors = (hidden, weight, bias, targets, token_weights)
         return ChunkedCrossEntropy.apply(*tensors, chunk_size, cross_entropy)

@@ -67,7 +67,7 @@ def conversation_text(tokenizer, messages):
 
 def render(tokenizer, messages, add_generation_prompt=False):
     """Return the text of a conversation with the marks of {% generation %} blocks."""
-    return chat.render_with_marks(tokenizer, messages, add_generation_prompt, RENDER_DAY)
+    return chat.render(tokenizer, messages, add_generation_prompt, RENDER_DAY)
 
 
 def marked_spans(marked):

@@ -61,7 +61,7 @@ def encode(tokenizer, messages):
     messages: see `render`, which raises InputError.
     """
     text = render(tokenizer, without_control_tokens(tokenizer, messages))
-    return tokenizer.encode_with_control_tokens(text)
+    return tokenizer.encode_with_control_tokens(MARKS.sub("", text))
 
 
 def without_control_tokens(tokenizer, messages):
@@ -75,30 +75,24 @@ def without_control_tokens(tokenizer, messages):
         parts = {}
         for key, part in message.items():
             if isinstance(part, str):
-                part = control_token.sub(lambda found: _broken(found[0]), MARKS.sub("", part))
+                part = control_token.sub(_broken, MARKS.sub("", part))
             parts[key] = part
         harmless.append(parts)
     return harmless
 
 
-def _broken(control_token):
-    """Return a control token's text with an invisible character behind its first one."""
-    return control_token[0] + ZERO_WIDTH_SPACE + control_token[1:]
+def _broken(found):
+    """Return the text of a control token that was found, with an invisible character behind its first one."""
+    return found[0][0] + ZERO_WIDTH_SPACE + found[0][1:]
 
 
-def render(tokenizer, messages, add_generation_prompt=True):
+def render(tokenizer, messages, add_generation_prompt=True, day=None):
     """Return the text of a conversation as the model's chat template writes it.
 
     messages: dicts with role and content. add_generation_prompt: end with what the assistant's answer begins
-    with. Raise InputError if the model has no template, or it fails or refuses these messages.
-    """
-    return MARKS.sub("", render_with_marks(tokenizer, messages, add_generation_prompt))
-
-
-def render_with_marks(tokenizer, messages, add_generation_prompt=True, day=None):
-    """Return what `render` does, but with GENERATION and END_OF_GENERATION where the template has blocks.
-
-    day: the datetime that the template takes for now, None for the present.
+    with. day: the datetime that the template takes for now, None for the present.
+    Where the template has {% generation %} blocks, the text has MARKS. Raise InputError if the model has no
+    template, or it fails or refuses these messages.
     """
     template = find_template(tokenizer)
     if template is None:

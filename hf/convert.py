@@ -20,7 +20,7 @@ from hf.families import (
     is_query_or_key,
     is_recomputed,
     read_config,
-    split_name,
+    renamed,
     stored_parameters,
 )
 from hf.folder import check_dtype, first_of, read_index
@@ -69,8 +69,7 @@ def convert_bin(source, dest):
     """
     # An architecture or a tokenizer that is not known is refused before a weight is read.
     config = read_config(source)
-    loaded = tokenizer.load(source)
-    tokenizer.check_size(loaded, config.vocab_size, source)
+    loaded = tokenizer.load_for(config, source)
     index = source / "pytorch_model.bin.index.json"
     paths = list(read_index(index)) if index.is_file() else [source / "pytorch_model.bin"]
     for path in paths:
@@ -155,10 +154,10 @@ META_SIZES = {"hidden_dim": "dim", "n_layers": "n_layers", "n_heads": "n_heads"}
 
 def convert_meta(source, dest, window):
     """Write a folder in Meta's layout as a safetensors folder. window: its window in tokens."""
-    if window is None or window < 1:
+    if window is None:
         reason = "Meta's params.json does not say the window"
         raise InputError(f"{source}: {reason}; give 2048 for LLaMA 1, 4096 for LLaMA 2")
-    vocabulary = find_vocabulary(source)
+    vocabulary = read_vocabulary(source)
     checkpoint = MetaCheckpoint(source, window)
     settings = {
         "tokenizer_class": "LlamaTokenizer",
@@ -169,18 +168,25 @@ def convert_meta(source, dest, window):
         "legacy": False,
     }
     others = {
-        "tokenizer.model": vocabulary.read_bytes(),
+        "tokenizer.model": vocabulary,
         "tokenizer_config.json": json.dumps(settings).encode(),
     }
     write_converted(source, dest, checkpoint.config, checkpoint.read, others)
 
 
-def find_vocabulary(folder):
-    """Return the path of Meta's tokenizer.model. Raise InputError if there is none, or a broken one."""
+def read_vocabulary(folder):
+    """Return the bytes of Meta's tokenizer.model. Raise InputError if there is none, or one of no use.
+
+    So it is refused before a weight is read.
+    """
     for path in (folder / "tokenizer.model", folder.parent / "tokenizer.model"):
         if path.is_file():
-            tokenizer.load(path.parent)  # A broken one is refused before a weight is read.
-            return path
+            vocabulary = path.read_bytes()
+            if tokenizer.TIKTOKEN.match(vocabulary):
+                reason = "is tiktoken's, not LLaMA 1's or 2's"
+                raise InputError(f"{path} {reason}; take this model's Hugging Face folder instead")
+            tokenizer.load(path.parent)
+            return vocabulary
     raise InputError(f"{folder}: no tokenizer.model here or one folder up; copy it there")
 
 
@@ -315,8 +321,7 @@ def join(parts, shape):
 
 def meta_name(name):
     """Return Meta's name of a weight of ours: blocks.3.mlp.up.weight is layers.3.feed_forward.w3.weight."""
-    layer, module, kind = split_name(name)
-    return f"{META_NAMES[module]}.{kind}" if layer is None else f"layers.{layer}.{META_NAMES[module]}.{kind}"
+    return renamed(name, META_NAMES, "layers")
 
 
 def _is_rotary_table(name):

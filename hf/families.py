@@ -76,6 +76,7 @@ LARGEST_SIZES = {
 LLAMA_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 NO_PADDING = {"pad_token_id": None}  # else stock classes take one of their own, which may be out of range
 IN_LLAMA_CPP = ("default", "linear", "yarn")  # the rope_types that llama.cpp computes for most families
+# What GPT-J's and Phi's blocks and heads compute.
 PARALLEL = {"norm": "layer", "mlp": "gelu", "parallel": True, "mlp_bias": True, "head_bias": True}
 
 
@@ -103,7 +104,7 @@ class Family:
     rope_theta: float = 10000.0  # what it is where it is absent
     # Its own names for what the stock class reads of RoPE outside rope_parameters -> the usual names:
     rope_keys: dict = field(default_factory=dict)
-    rope_types: tuple = rope.MODES  # those that the stock class computes
+    rope_types: tuple = rope.MODES  # those that the stock class computes in the forms of scaling.stock_terms
     slides_unless_null: bool = False  # sliding_window is in use wherever it is a number
     written: dict = field(default_factory=dict)  # further keys to write
     # Weights and tokenizer:
@@ -113,7 +114,8 @@ class Family:
     stacked_by_head: bool = False  # the tensor of q, k and v has these three of the first head, then the next
     tokenizer_class: str | None = None  # to write instead of a class of the family's own code
     # The rope_types that other loaders compute, see hf/loaders.py:
-    llama_cpp: tuple | None = (*IN_LLAMA_CPP, "llama3")  # (): not even another base; None: it reads none
+    # (): it ignores rope_theta too. None: it does not read the family.
+    llama_cpp: tuple | None = (*IN_LLAMA_CPP, "llama3")
     mlx_lm: tuple = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -282,13 +284,13 @@ FAMILIES = {  # by the model_type of config.json
 }
 
 # What is refused, and why.
-ALIBI = ("bloom", "mpt")
-LEARNED_POSITIONS = ("gpt2", "opt", "gpt_bigcode", "gpt_neo", "bert")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 MIXTURE = "its MLP is a mixture of experts"
 LOCAL = "some of its layers have a sliding window"
 RECURRENT = "it has layers without attention"
 OTHERS = {
+    **dict.fromkeys(("bloom", "mpt"), "it uses ALiBi, not RoPE"),
+    **dict.fromkeys(("gpt2", "opt", "gpt_bigcode", "gpt_neo", "bert"), "it uses learned positions, not RoPE"),
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "olmoe", "granitemoe"), MIXTURE),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), MIXTURE),
     **dict.fromkeys(("llama4", "llama4_text", "gpt_oss"), f"{LOCAL}, and {MIXTURE}"),
@@ -429,27 +431,24 @@ def _check_frequencies(config):
             inv_freq, attention_factor = rope.rope_frequencies(
                 config.rotary_dim, config.rope_theta, config.rope_scaling, seq_len
             )
+            are_usable = ((0 < inv_freq) & (inv_freq < math.inf)).all() and 0 < attention_factor < math.inf
         except ArithmeticError:
-            inv_freq, attention_factor = torch.zeros(1), 0.0
-        usable = bool((inv_freq > 0).all() and inv_freq.isfinite().all())
-        if not usable or not 0 < attention_factor < math.inf:
+            are_usable = False
+        if not are_usable:
             raise ValueError(f"rope_scaling {config.rope_scaling} gives no frequencies")
 
 
 def _refuse_other_architectures(c):
     """Raise ValueError for what is not a RoPE model of one of FAMILIES."""
     model_type = c.get("model_type")
-    if c.get("position_embedding_type") == "alibi" or c.get("alibi") or model_type in ALIBI:
+    if c.get("position_embedding_type") == "alibi" or c.get("alibi"):
         raise ValueError(f"{model_type!r} uses ALiBi, not RoPE")
     if model_type == "baichuan":
         if "max_position_embeddings" not in c or c.get("hidden_size") == BAICHUAN_13B_HIDDEN:
             raise ValueError("Baichuan 13B uses ALiBi, not RoPE; the 7B models do")
-    if model_type in LEARNED_POSITIONS:
-        raise ValueError(f"{model_type!r} uses learned positions, not RoPE")
-    if isinstance(model_type, str) and model_type in OTHERS:
-        raise ValueError(f"model_type {model_type!r} is not known: {OTHERS[model_type]}")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is not known")
+    if str(model_type) not in FAMILIES:  # as text, since a list, which a broken file may have, has no hash
+        reason = OTHERS.get(str(model_type))
+        raise ValueError(f"model_type {model_type!r} is not known" + (f": {reason}" if reason else ""))
     for key in EXPERTS:
         if c.get(key):
             raise ValueError(f"a mixture of experts ({key} {c[key]}) is not known")
@@ -569,7 +568,7 @@ def _rope_keys(config):
     partial = {}
     if family.partial_rotary is not None:
         partial = {"partial_rotary_factor": config.rotary_dim / config.head_dim}
-    window = int(config.max_position_embeddings)  # vLLM and llama.cpp refuse 512.0
+    window = config.max_position_embeddings
     keys = {"max_position_embeddings": window, "rope_theta": theta, **partial}
     keys |= {key: keys[usual] for key, usual in family.rope_keys.items()}
     if scaling is None:
@@ -588,7 +587,7 @@ def _rope_keys(config):
     elif mode in ("linear", "dynamic"):  # stock loaders do not know it inside these two
         del scaling["original_max_position_embeddings"]
     if mode == "dynamic":  # where stock dynamic scaling begins
-        keys["max_position_embeddings"] = int(config.original_window)
+        keys["max_position_embeddings"] = config.original_window
     return keys | {
         "rope_scaling": scaling | {"type": mode},  # older readers want `type`
         "rope_parameters": scaling | {"rope_theta": theta} | partial,
@@ -644,21 +643,19 @@ def published_name(name, model_type):
     blocks.3.attention.q.weight is LLaMA's model.layers.3.self_attn.q_proj.weight.
     """
     family = FAMILIES[model_type]
-    layer, module, kind = split_name(name)
-    published = family.names.get(module) or LLAMA_NAMES[module]
-    return f"{published}.{kind}" if layer is None else f"{family.layers}.{layer}.{published}.{kind}"
+    return renamed(name, LLAMA_NAMES | family.names, family.layers)
 
 
-def split_name(name):
-    """Return the layer, the module and the kind of a weight of ours; the layer is None outside the blocks.
+def renamed(name, module_names, layers):
+    """Return the name of a weight of ours in another layout.
 
-    blocks.3.attention.q.weight gives ("3", "attention.q", "weight"), norm.weight (None, "norm", "weight").
+    module_names: {our name of a module: its name there}. layers: what stands there before a layer's number.
     """
     module, _, kind = name.rpartition(".")
     if not module.startswith("blocks."):
-        return None, module, kind
+        return f"{module_names[module]}.{kind}"
     _, layer, module = module.split(".", 2)
-    return layer, module, kind
+    return f"{layers}.{layer}.{module_names[module]}.{kind}"
 
 
 def is_recomputed(published):

@@ -15,7 +15,8 @@ from storage.errors import InputError, LocalError
 from storage.values import read_json
 
 INDEX = "model.safetensors.index.json"
-WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")  # integers and float8 are quantised weights
+# The dtypes of weights, by their names in safetensors files. Integers and float8 are quantised weights.
+WEIGHT_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 class CheckpointFolder:
@@ -211,7 +212,7 @@ def read_shapes(path):
         with safe_open(path, "pt") as f:
             for name in f.keys():
                 stored = f.get_slice(name)
-                check_dtype(path, name, DTYPE_OF_SAFETENSORS.get(stored.get_dtype(), stored.get_dtype()))
+                check_dtype(path, name, WEIGHT_DTYPES.get(stored.get_dtype(), stored.get_dtype()))
                 shapes[name] = tuple(stored.get_shape())
     except FileNotFoundError:  # the library says this of a file that may not be read
         open(path).close()  # raises the system's own error
@@ -223,16 +224,14 @@ def read_shapes(path):
 
 # ---------------------------------------------------------------- what a weight may be
 
-DTYPE_OF_SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-
 
 def check_dtype(path, name, dtype):
     """Raise InputError unless a published tensor of a file has a dtype of WEIGHT_DTYPES.
 
     dtype: its name. Tables and masks that models compute themselves may have any.
     """
-    if dtype not in WEIGHT_DTYPES and not families.is_recomputed(name):
-        known = f"weights are {', '.join(WEIGHT_DTYPES)}"
+    if dtype not in WEIGHT_DTYPES.values() and not families.is_recomputed(name):
+        known = f"weights are {', '.join(WEIGHT_DTYPES.values())}"
         raise InputError(f"{path}: weight {name} is of dtype {dtype} ({known}); take the unquantised model")
 
 

@@ -15,7 +15,7 @@ from hf.families import (
     check_config,
     half_split,
     is_query_or_key,
-    split_name,
+    renamed,
     stored_parameters,
 )
 from hf.gguf_tokenizer import rebuild_tokenizer
@@ -215,7 +215,7 @@ class GGUFFile:
         """Return {our name of a weight: its tensor}. Raise InputError unless all and no others are there."""
         matched = {}
         for name, parameter in stored_parameters(self.config).items():
-            tensor = self._tensor(gguf_name(name))
+            tensor = self._tensor(renamed(name, GGUF_NAMES, "blk"))
             found, expected = _shape(tensor), tuple(parameter.shape)
             if found != expected:
                 reason = f"tensor {tensor.name} has shape {found}, the metadata say {expected}"
@@ -255,12 +255,6 @@ class GGUFFile:
         if self.architecture in INTERLEAVED and is_query_or_key(name):
             weight = half_split(weight, self.config.head_dim, self.config.head_dim)
         return weight
-
-
-def gguf_name(name):
-    """Return GGUF's name of a weight of ours: blocks.3.attention.q.weight is blk.3.attn_q.weight."""
-    layer, module, kind = split_name(name)
-    return f"{GGUF_NAMES[module]}.{kind}" if layer is None else f"blk.{layer}.{GGUF_NAMES[module]}.{kind}"
 
 
 def _shape(tensor):

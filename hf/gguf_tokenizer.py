@@ -32,14 +32,10 @@ def _words_and_digits(digits):
     return Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def _single_digits():
-    """Return the cut of SmolLM: each digit alone, the rest as in GPT-2."""
-    return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-
-
 PRE_TOKENIZERS = {  # by the name that GGUF files have for it
     "gpt-2": ByteLevel(add_prefix_space=False),
-    "smollm": _single_digits(),
+    # Each digit alone, the rest as in GPT-2.
+    "smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
     "llama-bpe": _words_and_digits(r"\p{N}{1,3}"),
     "qwen2": _words_and_digits(r"\p{N}"),
 }

@@ -30,11 +30,7 @@ def extend(config, mode, target_len, llama_4_scaling_beta=None, **settings):
         is_scaled = earlier.get("rope_type", "default") != "default"
         scaling = earlier if beta or is_scaled else None
     else:
-        scaling = {
-            "rope_type": mode,
-            "factor": factor,
-            "original_max_position_embeddings": window,
-        }
+        scaling = {"rope_type": mode, "factor": factor, "original_max_position_embeddings": window}
         if mode == "llama3":
             scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | scaling  # Llama 3.1's own
         scaling |= settings
@@ -82,13 +78,13 @@ def _without_sizes(scaling):
 # ---------------------------------------------------------------- written for stock loaders
 
 
-def stock_terms(config, known=rope.MODES):
+def stock_terms(config, known):
     """Return (theta, rope_scaling or None) that give the same angles in terms that stock loaders have.
 
     known: the modes that they have for this family. Static NTK becomes another base, NTK-by-parts YaRN
     without its factor on cos and sin, and revised YaRN and whatever is not known LongRoPE's factors. Where
-    the queries are scaled, llama.cpp reads YaRN alone, so what has another base at most becomes a YaRN that
-    slows nothing. `_own_mode` reads these forms back.
+    the queries are scaled, llama.cpp reads YaRN alone. So there the plain frequencies, of whatever base,
+    become a YaRN that slows nothing. `_own_mode` reads these forms back.
     """
     dim, theta, original = config.rotary_dim, config.rope_theta, config.original_window
     scaling = config.rope_scaling or {"rope_type": "default"}
@@ -169,7 +165,7 @@ POSITIVE = (
 DEFAULT_IF_ZERO = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "llama_4_scaling_beta")
 
 
-def read_rope(c, window, default_partial=1, default_theta=10000.0):
+def read_rope(c, window, default_partial, default_theta):
     """Return what a config.json says of RoPE: rope_theta, rope_scaling, and the share of a head that turns.
 
     c: its content. window: its max_position_embeddings. default_partial, default_theta: where it says none.
@@ -189,13 +185,14 @@ def read_rope(c, window, default_partial=1, default_theta=10000.0):
     partial = _agreed("partial_rotary_factor", places)
     partial = positive(partial, "partial_rotary_factor", most=1, default=default_partial)
 
-    # Each is completed before they are compared: transformers 5 spells defaults out that the other one leaves
-    # out.
-    terms = [some for some in map(_scaling_terms, spellings.values()) if some]
-    scalings = [_completed(some, theta, c, window) for some in terms or [{}]]
-    if any(scaling != scalings[0] for scaling in scalings):
+    scalings = []
+    for spelling in spellings.values():
+        if terms := _scaling_terms(spelling):
+            scalings.append(_completed(terms, theta, c, window))
+    # They are compared when they are complete: one may spell defaults out that the other leaves out.
+    if scalings and scalings[0] != scalings[-1]:
         raise ValueError("rope_scaling and rope_parameters disagree")
-    return theta, scalings[0], partial
+    return theta, scalings[0] if scalings else None, partial
 
 
 def _completed(terms, theta, c, window):
@@ -220,7 +217,7 @@ def _own_mode(theta, yarn):
     slows nothing.
     """
     rope.required(yarn, "factor")
-    original = rope.required(yarn, "original_max_position_embeddings")
+    original = yarn["original_max_position_embeddings"]
     if rope.yarn_attention_factor(yarn) == 1:
         left_out, mode = ("attention_factor", "mscale", "mscale_all_dim"), "ntk_by_parts"
         if (yarn.get("beta_fast") or 32) <= original / (2 * math.pi * theta):

@@ -353,7 +353,7 @@ def added_tokens(files):
     by_id = json_object(files, "tokenizer_config.json").get("added_tokens_decoder") or {}
     try:
         added |= {token["content"]: int(i) for i, token in by_id.items()}
-        return {text: i for text, i in added.items() if len(text) > 0 <= i}
+        return {text: i for text, i in added.items() if len(text) > 0 and i >= 0}
     except (AttributeError, KeyError, TypeError, ValueError):
         reason = "the added tokens of added_tokens.json or tokenizer_config.json are not texts and ids"
         raise InputError(f"{reason}; copy these files again") from None

@@ -118,7 +118,8 @@ def test_text_and_ids_are_those_of_transformers(folder):
                 continue
             for more in (True, False):
                 expected = stock.apply_chat_template(messages, tokenize=False, add_generation_prompt=more)
-                assert chat.render(ours, messages, add_generation_prompt=more) == expected
+                text = chat.render(ours, messages, add_generation_prompt=more)
+                assert chat.MARKS.sub("", text) == expected
             ids = stock.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
             assert chat.encode(ours, messages) == ids
             checked += len(set(ours.control_tokens.values()) & set(ids))

@@ -285,7 +285,7 @@ META_SPOILT = {
     "an extra weight": "layers.0.attention.gate",
     "other heads": "n_heads",
     "window": "sliding_window 64",
-    "a tokenizer of Llama 3": "tokenizer.model of tiktoken's",
+    "a tokenizer of Llama 3": "tokenizer.model is tiktoken's, not LLaMA 1's or 2's; take this model's",
     "a vector": "a matrix has shape",
     "a number for a matrix": "a matrix has shape",
     "a key that is a number": "tensors by their names",
@@ -330,6 +330,7 @@ def test_metas_layout_spoilt(make_meta, tmp_path, how):
         (tmp_path / "tokenizer.model").unlink()
     elif how == "a tokenizer of Llama 3":
         (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+        (tmp_path / "tokenizer.json").write_text("{}")  # it is another model's all the same
     elif how in META_TENSORS:
         torch.save(torch.load(first) | META_TENSORS[how], first)
     elif how in META_SAYS:
