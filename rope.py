@@ -51,6 +51,8 @@ def rope_frequencies(dim, theta, scaling=None, seq_len=None, f=None):
         return longrope(f, scaling, seq_len), longrope_attention_factor(scaling)
 
     factor = required(scaling, "factor")
+    if factor <= 0:
+        raise ValueError(f"the factor of rope_type {mode!r} must be positive, got {factor}")
     if mode == "linear":
         return linear(f, factor), 1.0
     if mode == "ntk":

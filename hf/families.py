@@ -587,7 +587,7 @@ def _rope_keys(config):
     elif mode in ("linear", "dynamic"):  # stock loaders do not know it inside these two
         del scaling["original_max_position_embeddings"]
     if mode == "dynamic":  # where stock dynamic scaling begins
-        keys["max_position_embeddings"] = config.original_window
+        keys["max_position_embeddings"] = int(config.original_window)  # a file may say 4096.0, no loader may
     return keys | {
         "rope_scaling": scaling | {"type": mode},  # older readers want `type`
         "rope_parameters": scaling | {"rope_theta": theta} | partial,
