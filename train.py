@@ -277,7 +277,7 @@ def write_model(args, model, folder, tokenizer, done):
 
 def go_on_from(checkpoints, model, optimizer, out):
     """Restore the newest of the Checkpoints of the run in `out`, and return its step, 0 if there are none."""
-    first_step = checkpoints.load(model, optimizer, say)
+    first_step = checkpoints.load(model, optimizer)
     if dist.get_rank() == 0:
         unmark_finished(out)
     say(f"going on after step {first_step}" if first_step else f"--resume: {out} holds no checkpoint yet")

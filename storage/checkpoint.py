@@ -173,11 +173,11 @@ class Checkpoints:
 
     # ------------------------------------------------------------ resuming
 
-    def load(self, model, optimizer, say):
+    def load(self, model, optimizer):
         """Restore the newest checkpoint that is whole, and return its step. Return 0 if there are none.
 
-        say(line) is called for each damaged one, which is passed over. Raise InputError if all are damaged or
-        if it is of another run.
+        Warn of each damaged one, which is passed over. Raise InputError if all are damaged or if it is of
+        another run.
         """
         if dist.get_rank() == 0:
             remove_left_overs(self.folder, "step-*")
@@ -186,10 +186,8 @@ class Checkpoints:
             folder = self.folder / f"step-{step}"
             damaged = MANIFEST if manifest is None else self._damaged_file(folder, manifest["crc32"])
             if damaged:
-                say(
-                    f"{folder} is damaged ({damaged} is missing or not what was written); going on from "
-                    "the one before"
-                )
+                reason = f"{damaged} is missing or not what was written"
+                warn(f"{folder} is damaged ({reason}); it is passed over", shared=True)
                 continue
             # A checkpoint of an earlier version lacks newer settings. They were compared with args.json.
             comparable = {key: value for key, value in self.record.items() if key in manifest["run"]}
