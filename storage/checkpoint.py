@@ -306,6 +306,8 @@ class MetadataUnpickler(pickle.Unpickler):
     """An unpickler that finds METADATA_CLASSES alone. What a pickle runs, it has to find first."""
 
     def find_class(self, module, name):
+        if module == "pathlib._local":  # where Python 3.13, and no other, has its paths
+            module = "pathlib"
         if name not in METADATA_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)

@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import pathlib
 import pickle
 import shutil
+import sys
 import threading
 import zlib
 from pathlib import Path
@@ -200,6 +202,18 @@ def test_the_newest_checkpoint_stays_when_a_later_one_cannot_be_written(tmp_path
 
 
 # ---------------------------------------------------------------- a checkpoint is data
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_a_checkpoint_of_any_python_is_read(tmp_path, monkeypatch, module):
+    """A .metadata holds a path, and Python 3.13 alone has the classes of paths in pathlib._local."""
+    checkpoints = Checkpoints(tmp_path, {}, 2)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module, pathlib)
+        patch.setattr(pathlib.PosixPath, "__module__", module)
+        save(checkpoints, 3)
+    assert module.encode() in (tmp_path / "step-3" / ".metadata").read_bytes()
+    assert load(checkpoints) == (3, [])
 
 
 class Trap:
