@@ -308,6 +308,8 @@ class MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if module == "pathlib._local":  # where Python 3.13, and no other, has its paths
             module = "pathlib"
+        if (module, name) == ("builtins", "getattr"):  # with which Python 3.11.2 pickles a member of an enum
+            return lambda enum, member: enum.__members__[member]
         if name not in METADATA_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)

@@ -1,5 +1,6 @@
 """What a checkpoint is on disk: when it gets its name, what is checked, what is passed over."""
 
+import enum
 import errno
 import json
 import os
@@ -205,14 +206,26 @@ def test_the_newest_checkpoint_stays_when_a_later_one_cannot_be_written(tmp_path
 
 
 @pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
-def test_a_checkpoint_of_any_python_is_read(tmp_path, monkeypatch, module):
-    """A .metadata holds a path, and Python 3.13 alone has the classes of paths in pathlib._local."""
+@pytest.mark.parametrize("is_by_name", [False, True])
+def test_a_checkpoint_of_any_python_is_read(tmp_path, monkeypatch, module, is_by_name):
+    """A .metadata holds a path and a member of an enum.
+
+    Python 3.13 alone has the classes of paths in pathlib._local. The first releases of 3.11 pickle members
+    of enums by name.
+    """
+
+    def reduce(member, protocol):
+        kind = type(member)
+        return (getattr, (kind, member.name)) if is_by_name else (kind, (member.value,))
+
     checkpoints = Checkpoints(tmp_path, {}, 2)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, module, pathlib)
         patch.setattr(pathlib.PosixPath, "__module__", module)
+        patch.setattr(enum.Enum, "__reduce_ex__", reduce)
         save(checkpoints, 3)
-    assert module.encode() in (tmp_path / "step-3" / ".metadata").read_bytes()
+    written = (tmp_path / "step-3" / ".metadata").read_bytes()
+    assert module.encode() in written and (b"getattr" in written) == is_by_name
     assert load(checkpoints) == (3, [])
 
 
