@@ -134,8 +134,7 @@ def random_batches(config, args, sampling, device):
     """
     document = RandomDocument(config.vocab_size, max(4 * sampling["train_len"], 2**20))
     batches = data.Batches(document, seed=0, **sampling)
-    first = dist.get_rank() * args.share
-    own_examples = range(first, first + args.share)
+    own_examples = fsdp.own_examples(args.batch_size)
     return data.prefetched(batches, 0, own_examples, args.micro_batch_size, device)
 
 

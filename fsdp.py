@@ -237,6 +237,13 @@ def adamw(model, lr, share_beside_adapters=1.0):
     return optimizer
 
 
+def own_examples(batch_size):
+    """Return the indices of this process's examples in every global batch."""
+    share = batch_size // dist.get_world_size()
+    first = dist.get_rank() * share
+    return range(first, first + share)
+
+
 def average_vector_gradients(model):
     """Average the gradients of the vectors over processes, in float32. FSDP averages the others."""
     gradients = [p.grad for p in vectors(model)]
