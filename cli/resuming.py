@@ -51,9 +51,8 @@ def options_of_run(args):
     names = ("args.json", "checkpoints", "model")
     holds_a_run = (args.out / "metrics.jsonl").is_file() or any((args.out / name).exists() for name in names)
     if holds_a_run and not args.dry_run:
-        raise InputError(
-            f"--out {args.out} already holds a run; name another folder, remove it, or add --resume"
-        )
+        or_resume = ", or add --resume" if (args.out / "args.json").exists() else ""
+        raise InputError(f"--out {args.out} already holds a run; name another folder or remove it{or_resume}")
     if holds_a_run and not args.resume:
         warn(f"--out {args.out} holds a run, so that this one needs another folder, or --resume", shared=True)
     if args.resume and args.model is None and not holds_a_run:

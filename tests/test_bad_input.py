@@ -592,7 +592,7 @@ def test_resume_without_a_run_begins_one(call, refused, model):
         assert f"--resume: {out} holds no run yet; beginning one" in done.stderr
         assert Path(out, "model", "config.json").exists() and Path(out, "args.json").exists()
     Path("bare/args.json").unlink()
-    refused("train", *resume, "--out", "bare", says=["bare already holds a run"])
+    refused("train", *resume, "--out", "bare", says=["bare already holds a run", "or remove it\n"])
 
 
 def test_resume_without_a_run_and_a_model(refused, finished):
