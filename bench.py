@@ -134,8 +134,7 @@ def random_batches(config, args, sampling, device):
     """
     document = RandomDocument(config.vocab_size, max(4 * sampling["train_len"], 2**20))
     batches = data.Batches(document, seed=0, **sampling)
-    first = dist.get_rank() * args.share
-    own_examples = range(first, first + args.share)
+    own_examples = fsdp.own_examples(args.batch_size)
     return data.prefetched(batches, 0, own_examples, args.micro_batch_size, device)
 
 
@@ -536,13 +535,16 @@ def complete(args, config, device_type):
     args.lora_rank = args.lora_rank or 0
     window = config.max_position_embeddings
     args.train_len = args.train_len or window
+    world = world_size()
     if args.micro_batch_size is None and args.task == "efficiency":
         args.micro_batch_size = 1
     if args.batch_size is None:
         examples = args.micro_batch_size or max(1, completion.MICRO_BATCH_TOKENS // args.train_len)
-        args.batch_size = examples * world_size()
-    split = completion.split_batch(args.batch_size, args.micro_batch_size, args.train_len)
-    args.share, args.micro_batch_size = split
+        args.batch_size = examples * world
+    args.micro_batch_size = completion.split_batch(
+        args.batch_size, args.micro_batch_size, args.train_len, world
+    )
+    args.share = args.batch_size // world
     if args.lengths is None and args.task != "train":
         args.lengths = doubling(2 * args.train_len if args.task == "efficiency" else window)
     if args.task == "efficiency" and args.lengths[0] < args.train_len:

@@ -143,11 +143,10 @@ def whole_documents(folder):
 def content_hash(folder):
     """Return 16 hexadecimal digits of the SHA-256 of tokens, starts and, where there is one, the mask."""
     digest = hashlib.sha256()
-    for name in ("tokens.bin", "starts.bin", "masked.bin"):
-        if name == "masked.bin" and not (folder / name).exists():
-            continue
-        with open(folder / name, "rb") as f:
-            hashlib.file_digest(f, lambda: digest)
+    for path in (folder / "tokens.bin", folder / "starts.bin", folder / "masked.bin"):
+        if path.exists():
+            with open(path, "rb") as f:
+                hashlib.file_digest(f, lambda: digest)
     return digest.hexdigest()[:16]
 
 

@@ -39,6 +39,7 @@ PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -191,14 +192,17 @@ def vectors(model):
     return [p for p in model.parameters() if p.requires_grad and p.dim() == 1]
 
 
-def own_rows(parameter):
-    """Return the slice of rows that this process holds of a DTensor sharded by fully_shard.
+def own_part(parameter):
+    """Return what this process holds of a parameter, a plain tensor, and the slice of rows that it is.
 
-    The processes hold equal runs of rows, of which the last ones are shorter or empty.
+    Of a DTensor sharded by fully_shard the processes hold equal runs of rows, of which the last ones are
+    shorter or empty.
     """
+    if not isinstance(parameter, DTensor):
+        return parameter, slice(0, len(parameter))
     run = math.ceil(len(parameter) / parameter.device_mesh.size())
     first = min(parameter.device_mesh.get_local_rank() * run, len(parameter))
-    return slice(first, min(first + run, len(parameter)))
+    return parameter.to_local(), slice(first, min(first + run, len(parameter)))
 
 
 def whole(tensor):
@@ -208,10 +212,8 @@ def whole(tensor):
 
 def set_whole(parameter, values):
     """Copy a tensor into a parameter of its shape, of which this process may hold only some rows."""
-    if isinstance(parameter, DTensor):
-        parameter.to_local().copy_(values[own_rows(parameter)])
-    else:
-        parameter.copy_(values)
+    local, rows = own_part(parameter)
+    local.copy_(values[rows])
 
 
 # ---------------------------------------------------------------- the step
@@ -233,6 +235,13 @@ def adamw(model, lr, share_beside_adapters=1.0):
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
     optimizer.lr_shares = [1.0 if of_adapters else share_beside_adapters for _, of_adapters in kinds]
     return optimizer
+
+
+def own_examples(batch_size):
+    """Return the indices of this process's examples in every global batch."""
+    share = batch_size // dist.get_world_size()
+    first = dist.get_rank() * share
+    return range(first, first + share)
 
 
 def average_vector_gradients(model):

@@ -60,7 +60,8 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
     disable = None if rank == 0 else True  # None: tqdm draws a bar only where there is a terminal
     progress = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=disable)
     began = time.perf_counter()
-    prefetched = data.prefetched(batches, first_step, own_examples(args), args.micro_batch_size, device)
+    own_examples = fsdp.own_examples(args.batch_size)
+    prefetched = data.prefetched(batches, first_step, own_examples, args.micro_batch_size, device)
     # zip asks progress first: after the last step no batch is asked for.
     for step, batch in zip(progress, prefetched):
         lr = learning_rate(step, args)
@@ -107,13 +108,6 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
             break
         began = time.perf_counter()  # the wait for the next batch counts, validation and checkpoints do not
     return done
-
-
-def own_examples(args):
-    """Return the indices of this process's examples in every global batch."""
-    share = args.batch_size // dist.get_world_size()
-    first = dist.get_rank() * share
-    return range(first, first + share)
 
 
 def learning_rate(step, args):
@@ -277,7 +271,7 @@ def write_model(args, model, folder, tokenizer, done):
 
 def go_on_from(checkpoints, model, optimizer, out):
     """Restore the newest of the Checkpoints of the run in `out`, and return its step, 0 if there are none."""
-    first_step = checkpoints.load(model, optimizer, say)
+    first_step = checkpoints.load(model, optimizer)
     if dist.get_rank() == 0:
         unmark_finished(out)
     say(f"going on after step {first_step}" if first_step else f"--resume: {out} holds no checkpoint yet")

@@ -199,7 +199,7 @@ def main():
         help="optimizer steps (default: 3000)")
     p.add_argument("--batch_size", type=arguments.whole_number(2), default=512,
         help="windows in a step (default: 512)")
-    p.add_argument("--lr", type=arguments.number(0), default=3e-3,
+    p.add_argument("--lr", type=arguments.number(0, arguments.LARGEST_LR), default=3e-3,
         help="peak learning rate (default: 3e-3)")
     p.add_argument("--records", type=arguments.whole_number(1), default=200_000,
         help="synthetic windows to draw from (default: 200,000)")

@@ -5,7 +5,6 @@ checked where train.py's options are completed, in completion.py.
 """
 
 import argparse
-import math
 import os
 import shlex
 from pathlib import Path
@@ -59,16 +58,16 @@ def whole_number(least, most=LARGEST):
     return parse
 
 
-def number(least, most=math.inf):
-    """Return the type of an option that takes finite numbers from `least` to `most`."""
-    allowed = f"a number that is at least {least}" if most == math.inf else f"a number from {least} to {most}"
+def number(least, most):
+    """Return the type of an option that takes numbers from `least` to `most`."""
+    allowed = f"a number from {least} to {most}"
 
     def parse(text):
         try:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be {allowed}, not {text[:40]!r}") from None
-        if not (math.isfinite(value) and least <= value <= most):
+        if not least <= value <= most:  # NaN is in no range
             raise argparse.ArgumentTypeError(f"must be {allowed}, not {text[:40]}")
         return value
 

@@ -132,12 +132,12 @@ def complete_episodes(args, window, recipe):
 
 def complete_batch(args, window, recipe):
     """Fill in batch_size and micro_batch_size. window: the model's, in tokens."""
+    world = world_size()
     if args.batch_size is None:
         # A step has as many tokens whatever the length of an example, as near as the number of processes
         # divides them, and at least an example of each. (With full it has as many examples as there would be
         # windows.)
         length = window if args.method == "full" else args.train_len
-        world = world_size()
         args.batch_size = world * max(1, round(recipe.tokens_per_step / length / world))
     if takes_single_examples(args):
         if args.micro_batch_size not in (None, 1):
@@ -146,7 +146,7 @@ def complete_batch(args, window, recipe):
                 f"shorter than plain windows; leave it out, or give --episode_len {args.train_len}"
             )
         args.micro_batch_size = 1
-    _, args.micro_batch_size = split_batch(args.batch_size, args.micro_batch_size, args.train_len)
+    args.micro_batch_size = split_batch(args.batch_size, args.micro_batch_size, args.train_len, world)
 
 
 def takes_single_examples(args):
@@ -158,14 +158,12 @@ def takes_single_examples(args):
     return 0 < args.retrieval < 1 and args.episode_len < args.train_len
 
 
-def split_batch(batch_size, micro_batch_size, tokens, world=None):
-    """Return (examples of each process in a step, examples in one forward pass).
+def split_batch(batch_size, micro_batch_size, tokens, world):
+    """Return how many examples each of `world` processes takes in one forward pass.
 
-    tokens: in an example. micro_batch_size: None for as many examples as make about MICRO_BATCH_TOKENS.
-    world: the number of processes, by default world_size(). Raise InputError for a batch that cannot be
-    split evenly or that is too large.
+    micro_batch_size: that number, if it is given; None for as many examples as make about MICRO_BATCH_TOKENS.
+    tokens: in an example. Raise InputError for a batch that cannot be split evenly or that is too large.
     """
-    world = world or world_size()
     if batch_size * tokens > LARGEST_BATCH_TOKENS:
         raise InputError(
             f"--batch_size {batch_size} with {tokens} tokens in an example: a step takes at most "
@@ -185,7 +183,7 @@ def split_batch(batch_size, micro_batch_size, tokens, world=None):
             f"--micro_batch_size {micro_batch_size} does not divide the {share} examples of each process; "
             "choose a divisor"
         )
-    return share, micro_batch_size
+    return micro_batch_size
 
 
 def complete_interpolation(args, config, recipe):
@@ -269,6 +267,6 @@ def ways_on_gpus(args, as_given):
     ways = {}
     for n in (1, 2, 4, 8, 16, 32, 64):
         with contextlib.suppress(InputError):
-            _, on_gpu.micro_batch_size = split_batch(args.batch_size, micro_batch_size, args.train_len, n)
+            on_gpu.micro_batch_size = split_batch(args.batch_size, micro_batch_size, args.train_len, n)
             ways[n] = way_of(on_gpu, n)
     return ways

@@ -51,9 +51,8 @@ def options_of_run(args):
     names = ("args.json", "checkpoints", "model")
     holds_a_run = (args.out / "metrics.jsonl").is_file() or any((args.out / name).exists() for name in names)
     if holds_a_run and not args.dry_run:
-        raise InputError(
-            f"--out {args.out} already holds a run; name another folder, remove it, or add --resume"
-        )
+        or_resume = ", or add --resume" if (args.out / "args.json").exists() else ""
+        raise InputError(f"--out {args.out} already holds a run; name another folder or remove it{or_resume}")
     if holds_a_run and not args.resume:
         warn(f"--out {args.out} holds a run, so that this one needs another folder, or --resume", shared=True)
     if args.resume and args.model is None and not holds_a_run:
@@ -69,8 +68,8 @@ def options_of_run(args):
 def options_of_earlier_run(given):
     """Return the options of the run in --out, replaced by those that are given.
 
-    given: the options as given. Raise InputError if the run is finished and more steps are asked for, or
-    if an option differs that must not change.
+    given: the options as given. Raise InputError if the run is finished and another number of steps is asked
+    for, or if an option differs that must not change.
     """
     parser = training.parser()
     out, record = given.out, given.out / "args.json"
@@ -88,15 +87,13 @@ def options_of_earlier_run(given):
     if not args.eval_every:  # validation is switched off: the run's own texts and lengths go too
         args.eval_data, args.eval_lengths = given.eval_data, given.eval_lengths
     is_done = is_finished(out)
-    if is_done and describe_changes(earlier, {"steps": args.steps}):
+    if is_done and args.steps != earlier.get("steps"):
         raise InputError(
             f"--resume: the run in {out} is finished, and its learning rate has fallen to 0. Train its "
             f"model in a run of its own: {command_for_more_steps(args, earlier)}"
         )
-    not_compared = NOT_RECORDED + MAY_CHANGE
-    options = {option: value for option, value in vars(args).items() if option not in not_compared}
-    if describe_changes(earlier, what_stays(options)):
-        changed = describe_changes(earlier, options)
+    options = {option: value for option, value in vars(args).items() if option not in NOT_RECORDED}
+    if changed := describe_changes(earlier, what_stays(options)):
         remedy = "leave them out, or start with another --out"
         raise InputError(f"--resume: the run in {out} had other arguments: {changed}; {remedy}")
     has_checkpoint = any((out / "checkpoints").glob("step-*"))

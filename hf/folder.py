@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.tensor import DTensor
 
-from fsdp import own_rows
+from fsdp import own_part
 from hf import families, tokenizer
 from storage.errors import InputError, LocalError
 from storage.values import read_json
@@ -70,13 +69,10 @@ class CheckpointFolder:
             stored = families.our_rows(stored[:], names, self.config)
         first_row = 0
         for name in names:
-            parameter = parameters[name]
-            local, rows = parameter, slice(0, len(parameter))
-            if isinstance(parameter, DTensor):
-                local, rows = parameter.to_local(), own_rows(parameter)
+            local, rows = own_part(parameters[name])
             local.copy_(stored[first_row + rows.start : first_row + rows.stop])
             check_finite(path, published, local)
-            first_row += len(parameter)
+            first_row += len(parameters[name])
 
     def fingerprint(self):
         """Return 16 hexadecimal digits of the SHA-256 of the config and of each tensor's first row.

@@ -173,11 +173,11 @@ class Checkpoints:
 
     # ------------------------------------------------------------ resuming
 
-    def load(self, model, optimizer, say):
+    def load(self, model, optimizer):
         """Restore the newest checkpoint that is whole, and return its step. Return 0 if there are none.
 
-        say(line) is called for each damaged one, which is passed over. Raise InputError if all are damaged or
-        if it is of another run.
+        Warn of each damaged one, which is passed over. Raise InputError if all are damaged or if it is of
+        another run.
         """
         if dist.get_rank() == 0:
             remove_left_overs(self.folder, "step-*")
@@ -186,10 +186,8 @@ class Checkpoints:
             folder = self.folder / f"step-{step}"
             damaged = MANIFEST if manifest is None else self._damaged_file(folder, manifest["crc32"])
             if damaged:
-                say(
-                    f"{folder} is damaged ({damaged} is missing or not what was written); going on from "
-                    "the one before"
-                )
+                reason = f"{damaged} is missing or not what was written"
+                warn(f"{folder} is damaged ({reason}); it is passed over", shared=True)
                 continue
             # A checkpoint of an earlier version lacks newer settings. They were compared with args.json.
             comparable = {key: value for key, value in self.record.items() if key in manifest["run"]}
@@ -308,6 +306,10 @@ class MetadataUnpickler(pickle.Unpickler):
     """An unpickler that finds METADATA_CLASSES alone. What a pickle runs, it has to find first."""
 
     def find_class(self, module, name):
+        if module == "pathlib._local":  # where Python 3.13, and no other, has its paths
+            module = "pathlib"
+        if (module, name) == ("builtins", "getattr"):  # with which Python 3.11.2 pickles a member of an enum
+            return lambda enum, member: enum.__members__[member]
         if name not in METADATA_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)

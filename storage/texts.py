@@ -33,9 +33,8 @@ from storage.files import cache_dir, write_file
 from storage.processes import world_size
 from storage.values import check_characters, parse_json
 
-JSON_LINES = (".jsonl", ".ndjson")
 PACKED = {".gz": "gzip", ".zst": "zstd"}
-FORMATS = (*JSON_LINES, ".json", ".parquet", ".txt", ".md")  # of the files that are read in a folder
+FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".md")  # of the files that are read in a folder
 STANDARD_INPUT = "-"
 PARQUET_ROWS = 64  # that are in memory at once: a row may be a book
 

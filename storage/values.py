@@ -19,15 +19,16 @@ def read_json(path):
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
-        return parse_object(path.read_bytes())
+        # A record of ours may hold the name of a file that is no UTF-8.
+        return parse_object(path.read_bytes(), "surrogateescape")
     except OSError as error:
         raise InputError(f"{path}: not readable ({error.strerror}); check its permissions") from None
     except ValueError as error:
         raise InputError(f"{path}: not readable ({error}); copy it again") from None
 
 
-def parse_object(content):
-    """Return the JSON object in bytes as a dict.
+def parse_object(content, errors="strict"):
+    """Return the JSON object in bytes as a dict. errors: see check_characters.
 
     Raise ValueError if they hold something else, or values that this code refuses: numbers that are NaN,
     infinite or thousands of digits long, lone surrogates, lists and objects nested deeper than MAX_DEPTH.
@@ -46,7 +47,7 @@ def parse_object(content):
             elif isinstance(value, float) and not math.isfinite(value):
                 raise ValueError("a number that is NaN or infinite")
             elif isinstance(value, str):
-                check_characters(value)
+                check_characters(value, errors)
         if not inside:
             return parsed
         level = inside
@@ -65,10 +66,13 @@ def parse_json(content):
         raise ValueError("nested too deeply") from None
 
 
-def check_characters(text):
-    """Raise ValueError for a lone surrogate: half a character, which JSON can spell and UTF-8 cannot."""
+def check_characters(text, errors="strict"):
+    """Raise ValueError for a lone surrogate: half a character, which JSON can spell and UTF-8 cannot.
+
+    errors: "surrogateescape" lets those pass that stand for bytes in a name of a file (os.fsdecode).
+    """
     try:
-        text.encode()
+        text.encode(errors=errors)
     except UnicodeEncodeError:
         raise ValueError("half a character, which is no text") from None
 

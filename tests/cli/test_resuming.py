@@ -1,6 +1,7 @@
 """Options of train.py that are not given are, with --resume, those that the earlier run recorded."""
 
 import json
+import os
 
 import pytest
 
@@ -40,3 +41,10 @@ def test_windows_of_validation_are_recorded_as_a_list_or_a_text(parse, record, t
     record(args)
     assert parse("--out", tmp_path, "--resume").eval_lengths == [32, 64]
     assert parse("--out", tmp_path, "--resume", "--eval_lengths", 16).eval_lengths == [16]
+
+
+def test_texts_in_a_file_whose_name_is_not_utf_8(parse, record, tmp_path):
+    texts = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    texts.touch()
+    record(parse("--out", tmp_path, "--data", texts))
+    assert parse("--out", tmp_path, "--resume").data == [str(texts)]
