@@ -638,7 +638,7 @@ def default_lengths(configs, least):
 
     None is shorter than `least` tokens.
     """
-    shortest = max(least, min(config.original_window for config in configs))
+    shortest = max(least, int(min(config.original_window for config in configs)))  # a file may say 4096.0
     longest = max(shortest, *(config.max_position_embeddings for config in configs))
     if shortest == longest:  # no window was made longer: show where it ends
         return [length for length in (shortest // 2, shortest, 2 * shortest) if length >= least]
