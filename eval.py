@@ -283,9 +283,9 @@ def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, 
     in_tokens = {"unit": " tokens", "unit_scale": True}
     with tqdm(total=total, desc=f"ppl {length:,}", leave=False, disable=None, **in_tokens) as bar:
         for batch in batched(windows, lambda window: len(window.ids), tokens_a_pass(model)):
-            for window, losses in zip(batch, losses_by_position(model, batch, edges)):
+            for window, (losses, scored) in zip(batch, losses_by_position(model, batch, edges)):
                 nats[window.document] += losses
-                count[window.document] += scored_by_position(window, edges)
+                count[window.document] += scored
                 bar.update(len(window.ids) - window.first)
             bar.set_postfix(ppl=f"{math.exp(min(nats.sum() / count.sum(), 700)):.2f}")
     if not np.isfinite(nats).all():
@@ -344,24 +344,19 @@ def position_edges(length):
 
 
 def losses_by_position(model, windows, edges):
-    """Return summed losses in nats, float64 (len(windows), len(edges) - 1), in one forward pass.
+    """Yield for each window its summed losses in nats and its numbers of scored tokens, two 1-d arrays.
 
-    They are of the scored tokens of each window, apart for each range of positions between two edges.
+    Each has an entry for each range of positions between two edges. All windows take one forward pass.
     """
-    sums = np.zeros((len(windows), len(edges) - 1))
     all_hidden = last_hidden(model, [window.ids for window in windows])
-    for i, (hidden, window) in enumerate(zip(all_hidden, windows)):
+    for hidden, window in zip(all_hidden, windows):
         targets = torch.tensor(window.ids, device=hidden.device)
-        scored_edges = np.clip(edges, window.first, len(window.ids)).tolist()
-        for j, (low, high) in enumerate(pairwise(scored_edges)):
+        scored_edges = np.clip(edges, window.first, len(window.ids))
+        sums = np.zeros(len(edges) - 1)
+        for i, (low, high) in enumerate(pairwise(scored_edges.tolist())):
             if low < high:  # the token at position p is predicted from the hidden state at p - 1
-                sums[i, j] = model.loss(hidden[low - 1 : high - 1], targets[low:high]).item()
-    return sums
-
-
-def scored_by_position(window, edges):
-    """Return how many scored tokens of a window are in each range of positions, int64 (len(edges) - 1,)."""
-    return np.diff(np.clip(edges, window.first, len(window.ids)))
+                sums[i] = model.loss(hidden[low - 1 : high - 1], targets[low:high]).item()
+        yield sums, np.diff(scored_edges)
 
 
 def summary_by_document(nats, count):
@@ -462,7 +457,7 @@ def prepare_perplexity(args, model, tokenizer, lengths):
 
 def longest_documents(documents, count, needed):
     """Return the longest `count` documents, all for None. Raise InputError if none has `needed` tokens."""
-    by_length = sorted((documents[i] for i in range(len(documents))), key=len, reverse=True)
+    by_length = sorted(documents, key=len, reverse=True)
     has = len(by_length[0])
     if has < needed:
         wanted = f"no document has {needed} tokens, the longest has {has}"
