@@ -548,8 +548,9 @@ def complete(args, config, device_type):
     if args.task == "efficiency" and args.lengths[0] < args.train_len:
         at_least = f"a target is at least the window of {args.train_len}"
         raise InputError(f"--lengths {args.lengths[0]}: {at_least}; raise it or lower --train_len")
-    for length in (args.train_len, *(args.lengths or ())) if args.float8 else ():
-        float8.check(config, args.micro_batch_size * length, device_type)
+    if args.float8:
+        for length in (args.train_len, *(args.lengths or ())):
+            float8.check(config, args.micro_batch_size * length, device_type)
     return args
 
 
