@@ -46,12 +46,16 @@ def boolq(line):
 def hellaswag(line):
     """Return an item of HellaSwag, processed as the harness's own `process_docs` does."""
     activity, context = checked_texts([line["activity_label"], line["ctx"]])
+    endings = checked_texts(line["endings"])
     # The harness capitalises the second half of the context, an unfinished sentence. These files have the
     # halves joined.
     context = re.sub(r"(?<=[.!?] )[a-z][^.!?]*$", lambda half: half[0].capitalize(), context)
-    endings = checked_texts(line["endings"])
-    label = index_of(range(len(endings)), line["label"])
-    return {"query": f"{activity}: {context}", "choices": endings, "label": label}
+    query = f"{activity}: {context}"
+    if "[header]" in context:  # The data set's own file still has the tags of WikiHow.
+        from lm_eval.tasks.hellaswag.utils import preprocess
+
+        query, *endings = checked_texts(map(preprocess, [query, *endings]))
+    return {"query": query, "choices": endings, "label": index_of(range(len(endings)), line["label"])}
 
 
 def truthfulqa(line):

@@ -5,11 +5,13 @@ import gzip
 import json
 import random
 
+import datasets
 import lm_eval.evaluator
 import pytest
 import torch
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks.hellaswag.utils import process_docs
 
 import eval as evaluation
 from hf import builtin, weights
@@ -180,6 +182,20 @@ def test_prompts_hold_the_items(folder, name):
             assert len(few) == shots or name == "truthfulqa_mc"  # whose six examples are part of its task
             assert name != "hellaswag" or context not in "".join(few)  # an item is no example for itself
     assert next(asked, None) is None
+
+
+def test_hellaswag_is_processed_as_the_harness_does():
+    """The data set's own file has tags in half of its items, which come from WikiHow."""
+    halves = [
+        ("[header] How to sit [title] Take a chair. [step] Stand before it.", "", "Bend. [title] Sit."),
+        ("A man stands in Rome.", "he", "sits down."),
+    ]
+    for first, second, ending in halves:
+        line = {"activity_label": "Sitting", "ctx_a": first, "ctx_b": second, "endings": [ending, "Run."]}
+        line |= {"ctx": f"{first} {second}".strip(), "label": 1}
+        (expected,) = process_docs(datasets.Dataset.from_list([line]))
+        ours = {"query": expected["query"], "choices": expected["choices"], "label": 1}
+        assert harness.hellaswag(line) == ours
 
 
 def test_the_right_answer_is_what_the_file_says(tmp_path):
