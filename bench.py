@@ -531,6 +531,7 @@ def complete(args, config, device_type):
     arguments.refuse_options_of_other_tasks(args, BELONGS)
     arguments.refuse_one_file_for_two(args)
     check_peers(args)
+    args.compare = list(dict.fromkeys(args.compare))  # each once
     args.activation_checkpointing = args.activation_checkpointing or "none"
     args.param_dtype = args.param_dtype or "float32"
     args.lora_rank = args.lora_rank or 0
@@ -568,7 +569,6 @@ def check_peers(args):
                 raise InputError(f"--compare {peer}: not installed here; pip install {package}")
         if peer == "liger" and not torch.cuda.is_available():
             raise InputError("--compare liger: its kernels need a GPU; leave it out")
-    args.compare = list(dict.fromkeys(args.compare))  # each once
 
 
 def doubling(first):

@@ -78,7 +78,7 @@ def tokens_a_pass(model):
 
 
 def tokens_a_cache(model):
-    """Return for how many tokens, at least one pass of them, half of the GPU's free memory holds a cache."""
+    """Return how many tokens' keys and values fill half of the GPU's free memory, at least tokens_a_pass."""
     if not model.embed.weight.is_cuda:
         return tokens_a_pass(model)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

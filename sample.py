@@ -292,7 +292,7 @@ def converse(session, tokenizer, text, args):
 def parse_arguments():
     p = arguments.ArgumentParser(description="Ask a model something, or let it go on with a text.")
     # fmt: off
-    p.add_argument("--model",
+    p.add_argument("--model", type=arguments.path_name,
         help="a Hugging Face folder or a built-in name (default: out/model, which train.py writes, else the "
         "built-in one)")
     p.add_argument("--file", type=arguments.path_name,

@@ -105,6 +105,7 @@ PASSKEY = ("--task", "passkey", "--lengths", 128, *CPU)
         ("train", ["--llama_4_scaling_beta", "1e300"], ["--llama_4_scaling_beta", "from 0 to 100"]),
         ("eval", ["--task", "ppl", "--data", ""], ["--data", "must name a file or a folder"]),
         ("eval", ["--task", "ppl", "--model", ""], ["--model", "must name a file or a folder"]),
+        ("sample", ["--model", ""], ["--model", "must name a file or a folder"]),
         ("tasks.coverage", ["--chunks", "two"], ["--chunks", "two"]),
         ("tasks.coverage", ["--examples", 0], ["--examples", "at least 1, not 0"]),
         ("tasks.coverage", ["--plot", "noext"], ["--plot", "noext", ".png"]),
