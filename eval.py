@@ -276,7 +276,7 @@ def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, 
         cut = [document[:end] for document in long_enough]
         windows = sliding_windows_of_documents(cut, bos, length, stride)
         total = sum(map(len, cut))
-    edges = position_edges(length) if by_position else [0, length]
+    edges = [0, *doubling(16, length), length] if by_position else [0, length]  # of ranges of positions
 
     nats = np.zeros((len(long_enough), len(edges) - 1))  # by document and range of positions
     count = np.zeros_like(nats)  # of scored tokens
@@ -333,14 +333,13 @@ def sliding_windows(n, window, stride):
             return
 
 
-def position_edges(length):
-    """Return the edges of the ranges of positions in a window: 0, 16, 32, 64, … length."""
-    edges = [0]
-    edge = 16
-    while edge < length:
-        edges.append(edge)
-        edge *= 2
-    return [*edges, length]
+def doubling(first, end):
+    """Return first, 2 * first, 4 * first and so on, as far as they are below `end`, a list."""
+    numbers = []
+    while first < end:
+        numbers.append(first)
+        first *= 2
+    return numbers
 
 
 def losses_by_position(model, windows, edges):
@@ -637,12 +636,7 @@ def default_lengths(configs, least):
     longest = max(shortest, *(config.max_position_embeddings for config in configs))
     if shortest == longest:  # no window was made longer: show where it ends
         return [length for length in (shortest // 2, shortest, 2 * shortest) if length >= least]
-    lengths = [longest]
-    length = shortest
-    while length < longest:
-        lengths.append(length)
-        length *= 2
-    return sorted(lengths)
+    return [*doubling(shortest, longest), longest]
 
 
 def result_settings(args, names, folders, units):
