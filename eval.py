@@ -588,7 +588,9 @@ def complete(args):
             tasks_of_option.setdefault(option, []).append(name)
     arguments.refuse_options_of_other_tasks(args, tasks_of_option)
     arguments.refuse_one_file_for_two(args)
-    defaults = DEFAULTS | ({"documents": None} if args.all else {})
+    defaults = dict(DEFAULTS)
+    if args.all:
+        del defaults["documents"]  # None takes all of them
     for option, default in defaults.items():
         if getattr(args, option) is None:
             setattr(args, option, default)

@@ -495,7 +495,8 @@ def frequent_words(draft):
 
     room = draft.room - len(draft.encode([before, "\n", after]))
     least = 30  # with fewer, the first words are not apart
-    total = bisect_right(range(2 * draft.length), room, key=lambda total: repeats(total) @ sizes) - 1
+    # The largest total that fits, found by halving: its tokens grow with it.
+    total = bisect_right(range(2 * draft.length), room, key=lambda n: repeats(n) @ sizes) - 1
     if total < least:
         raise TooShort(repeats(least) @ sizes - room)
     pieces = draft.rng.permutation(np.repeat(words, repeats(total))).tolist()
