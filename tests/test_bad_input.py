@@ -106,7 +106,7 @@ PASSKEY = ("--task", "passkey", "--lengths", 128, *CPU)
         ("eval", ["--task", "ppl", "--data", ""], ["--data", "must name a file or a folder"]),
         ("eval", ["--task", "ppl", "--model", ""], ["--model", "must name a file or a folder"]),
         ("sample", ["--model", ""], ["--model", "must name a file or a folder"]),
-        ("tasks.coverage", ["--chunks", "two"], ["--chunks", "two"]),
+        ("tasks.coverage", ["--chunks", "1,two"], ["--chunks", "1,two"]),
         ("tasks.coverage", ["--examples", 0], ["--examples", "at least 1, not 0"]),
         ("tasks.coverage", ["--plot", "noext"], ["--plot", "noext", ".png"]),
     ],
