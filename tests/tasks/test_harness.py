@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import random
+import shutil
 
 import datasets
 import lm_eval.evaluator
@@ -236,6 +237,23 @@ def test_the_command(call, folder, tmp_path, monkeypatch):
     assert [(r["benchmark"], r["items"]) for r in results] == [("boolq", 2), ("piqa", 2)]
     assert "piqa" in done.stdout and "on average of 2 benchmarks" in done.stdout
     assert (tmp_path / "p.png").stat().st_size > 10000
+
+
+@pytest.mark.parametrize(
+    "name, file, needed", [("arc_challenge", "arc_challenge_train", 25), ("hellaswag", "hellaswag", 11)]
+)
+def test_too_few_items_for_the_examples_are_refused(folder, tmp_path, name, file, needed):
+    for path in folder.glob(f"{name}*"):
+        shutil.copy(path, tmp_path)
+    lines = gzip.decompress((folder / f"{file}.jsonl.gz").read_bytes()).splitlines(keepends=True)
+    for n in (needed - 1, needed):
+        (tmp_path / f"{file}.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:n])))
+        files = harness.find_files(tmp_path)[name]
+        if n < needed:
+            with pytest.raises(InputError, match=f"{file}.jsonl.gz: has {n} items, and {needed} are needed"):
+                harness.evaluate(name, files, Recorder())
+        else:
+            assert harness.evaluate(name, files, Recorder(), limit=3)["items"] == 3
 
 
 @pytest.mark.parametrize(
