@@ -530,6 +530,7 @@ def complete(args, config, device_type):
     arguments.refuse_options_of_other_tasks(args, BELONGS)
     arguments.refuse_one_file_for_two(args)
     check_peers(args)
+    args.compare = list(dict.fromkeys(args.compare))  # each once
     args.activation_checkpointing = args.activation_checkpointing or "none"
     args.param_dtype = args.param_dtype or "float32"
     args.lora_rank = args.lora_rank or 0
@@ -550,8 +551,9 @@ def complete(args, config, device_type):
     if args.task == "efficiency" and args.lengths[0] < args.train_len:
         at_least = f"a target is at least the window of {args.train_len}"
         raise InputError(f"--lengths {args.lengths[0]}: {at_least}; raise it or lower --train_len")
-    for length in (args.train_len, *(args.lengths or ())) if args.float8 else ():
-        float8.check(config, args.micro_batch_size * length, device_type)
+    if args.float8:
+        for length in (args.train_len, *(args.lengths or ())):
+            float8.check(config, args.micro_batch_size * length, device_type)
     return args
 
 
@@ -569,7 +571,6 @@ def check_peers(args):
                 raise InputError(f"--compare {peer}: not installed here; pip install {package}")
         if peer == "liger" and not torch.cuda.is_available():
             raise InputError("--compare liger: its kernels need a GPU; leave it out")
-    args.compare = list(dict.fromkeys(args.compare))  # each once
 
 
 def doubling(first):

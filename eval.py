@@ -78,7 +78,7 @@ def tokens_a_pass(model):
 
 
 def tokens_a_cache(model):
-    """Return for how many tokens, at least one pass of them, half of the GPU's free memory holds a cache."""
+    """Return how many tokens' keys and values fill half of the GPU's free memory, at least tokens_a_pass."""
     if not model.embed.weight.is_cuda:
         return tokens_a_pass(model)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -276,16 +276,16 @@ def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, 
         cut = [document[:end] for document in long_enough]
         windows = sliding_windows_of_documents(cut, bos, length, stride)
         total = sum(map(len, cut))
-    edges = position_edges(length) if by_position else [0, length]
+    edges = [0, *doubling(16, length), length] if by_position else [0, length]  # of ranges of positions
 
     nats = np.zeros((len(long_enough), len(edges) - 1))  # by document and range of positions
     count = np.zeros_like(nats)  # of scored tokens
     in_tokens = {"unit": " tokens", "unit_scale": True}
     with tqdm(total=total, desc=f"ppl {length:,}", leave=False, disable=None, **in_tokens) as bar:
         for batch in batched(windows, lambda window: len(window.ids), tokens_a_pass(model)):
-            for window, losses in zip(batch, losses_by_position(model, batch, edges)):
+            for window, (losses, scored) in zip(batch, losses_by_position(model, batch, edges)):
                 nats[window.document] += losses
-                count[window.document] += scored_by_position(window, edges)
+                count[window.document] += scored
                 bar.update(len(window.ids) - window.first)
             bar.set_postfix(ppl=f"{math.exp(min(nats.sum() / count.sum(), 700)):.2f}")
     if not np.isfinite(nats).all():
@@ -333,35 +333,29 @@ def sliding_windows(n, window, stride):
             return
 
 
-def position_edges(length):
-    """Return the edges of the ranges of positions in a window: 0, 16, 32, 64, … length."""
-    edges = [0]
-    edge = 16
-    while edge < length:
-        edges.append(edge)
-        edge *= 2
-    return [*edges, length]
+def doubling(first, end):
+    """Return first, 2 * first, 4 * first and so on, as far as they are below `end`, a list."""
+    numbers = []
+    while first < end:
+        numbers.append(first)
+        first *= 2
+    return numbers
 
 
 def losses_by_position(model, windows, edges):
-    """Return summed losses in nats, float64 (len(windows), len(edges) - 1), in one forward pass.
+    """Yield for each window its summed losses in nats and its numbers of scored tokens, two 1-d arrays.
 
-    They are of the scored tokens of each window, apart for each range of positions between two edges.
+    Each has an entry for each range of positions between two edges. All windows take one forward pass.
     """
-    sums = np.zeros((len(windows), len(edges) - 1))
     all_hidden = last_hidden(model, [window.ids for window in windows])
-    for i, (hidden, window) in enumerate(zip(all_hidden, windows)):
+    for hidden, window in zip(all_hidden, windows):
         targets = torch.tensor(window.ids, device=hidden.device)
-        scored_edges = np.clip(edges, window.first, len(window.ids)).tolist()
-        for j, (low, high) in enumerate(pairwise(scored_edges)):
+        scored_edges = np.clip(edges, window.first, len(window.ids))
+        sums = np.zeros(len(edges) - 1)
+        for i, (low, high) in enumerate(pairwise(scored_edges.tolist())):
             if low < high:  # the token at position p is predicted from the hidden state at p - 1
-                sums[i, j] = model.loss(hidden[low - 1 : high - 1], targets[low:high]).item()
-    return sums
-
-
-def scored_by_position(window, edges):
-    """Return how many scored tokens of a window are in each range of positions, int64 (len(edges) - 1,)."""
-    return np.diff(np.clip(edges, window.first, len(window.ids)))
+                sums[i] = model.loss(hidden[low - 1 : high - 1], targets[low:high]).item()
+        yield sums, np.diff(scored_edges)
 
 
 def summary_by_document(nats, count):
@@ -462,7 +456,7 @@ def prepare_perplexity(args, model, tokenizer, lengths):
 
 def longest_documents(documents, count, needed):
     """Return the longest `count` documents, all for None. Raise InputError if none has `needed` tokens."""
-    by_length = sorted((documents[i] for i in range(len(documents))), key=len, reverse=True)
+    by_length = sorted(documents, key=len, reverse=True)
     has = len(by_length[0])
     if has < needed:
         wanted = f"no document has {needed} tokens, the longest has {has}"
@@ -594,7 +588,9 @@ def complete(args):
             tasks_of_option.setdefault(option, []).append(name)
     arguments.refuse_options_of_other_tasks(args, tasks_of_option)
     arguments.refuse_one_file_for_two(args)
-    defaults = DEFAULTS | ({"documents": None} if args.all else {})
+    defaults = dict(DEFAULTS)
+    if args.all:
+        del defaults["documents"]  # None takes all of them
     for option, default in defaults.items():
         if getattr(args, option) is None:
             setattr(args, option, default)
@@ -638,16 +634,11 @@ def default_lengths(configs, least):
 
     None is shorter than `least` tokens.
     """
-    shortest = max(least, min(config.original_window for config in configs))
+    shortest = max(least, int(min(config.original_window for config in configs)))  # a file may say 4096.0
     longest = max(shortest, *(config.max_position_embeddings for config in configs))
     if shortest == longest:  # no window was made longer: show where it ends
         return [length for length in (shortest // 2, shortest, 2 * shortest) if length >= least]
-    lengths = [longest]
-    length = shortest
-    while length < longest:
-        lengths.append(length)
-        length *= 2
-    return sorted(lengths)
+    return [*doubling(shortest, longest), longest]
 
 
 def result_settings(args, names, folders, units):

@@ -154,7 +154,7 @@ def chooser(temperature, top_p, seed):
     temperature: 0 takes the likeliest. top_p: draw from the fewest tokens, likeliest first, that have so much
     of the probability (nucleus sampling, Holtzman et al. 2020). Logits that are not finite raise InputError.
     """
-    generator = torch.Generator().manual_seed(seed % 2**63)
+    generator = torch.Generator().manual_seed(seed)
 
     def choose(logits):
         largest, likeliest = logits.max(-1)
@@ -292,7 +292,7 @@ def converse(session, tokenizer, text, args):
 def parse_arguments():
     p = arguments.ArgumentParser(description="Ask a model something, or let it go on with a text.")
     # fmt: off
-    p.add_argument("--model",
+    p.add_argument("--model", type=arguments.path_name,
         help="a Hugging Face folder or a built-in name (default: out/model, which train.py writes, else the "
         "built-in one)")
     p.add_argument("--file", type=arguments.path_name,
@@ -312,7 +312,8 @@ def parse_arguments():
         help="0 takes the likeliest token, 1 draws from the model's probabilities (default: 0)")
     p.add_argument("--top_p", type=arguments.number(0, 1), default=1.0,
         help="draw from the likeliest tokens that have so much of the probability (default: 1)")
-    p.add_argument("--seed", type=arguments.whole_number(0), default=0, help="of the draws (default: 0)")
+    p.add_argument("--seed", type=arguments.whole_number(0, arguments.LARGEST_SEED), default=0,
+        help="of the draws (default: 0)")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     # fmt: on
     return p.parse_args()

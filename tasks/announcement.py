@@ -239,7 +239,7 @@ def duration(seconds):
     units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
     for (name, unit), (smaller, part) in zip(units, units[1:]):
         if seconds >= unit:
-            whole = f"{_count(int(seconds // unit), name)}"
+            whole = _count(int(seconds // unit), name)
             rest = int(seconds % unit // part)
             return f"{whole} and {_count(rest, smaller)}" if rest and seconds < 10 * unit else whole
     return _count(max(1, round(seconds)), "second")

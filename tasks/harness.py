@@ -46,12 +46,16 @@ def boolq(line):
 def hellaswag(line):
     """Return an item of HellaSwag, processed as the harness's own `process_docs` does."""
     activity, context = checked_texts([line["activity_label"], line["ctx"]])
+    endings = checked_texts(line["endings"])
     # The harness capitalises the second half of the context, an unfinished sentence. These files have the
     # halves joined.
     context = re.sub(r"(?<=[.!?] )[a-z][^.!?]*$", lambda half: half[0].capitalize(), context)
-    endings = checked_texts(line["endings"])
-    label = index_of(range(len(endings)), line["label"])
-    return {"query": f"{activity}: {context}", "choices": endings, "label": label}
+    query = f"{activity}: {context}"
+    if "[header]" in context:  # The data set's own file still has the tags of WikiHow.
+        from lm_eval.tasks.hellaswag.utils import preprocess
+
+        query, *endings = checked_texts(map(preprocess, [query, *endings]))
+    return {"query": query, "choices": endings, "label": index_of(range(len(endings)), line["label"])}
 
 
 def truthfulqa(line):
@@ -251,9 +255,18 @@ def evaluate(name, files, lm, limit=None):
 
 
 def task_config(name, files):
-    """Return the settings of the harness's own task, with the local items in place of its download."""
+    """Return the settings of the harness's own task, with the local items in place of its download.
+
+    Raise InputError if there are too few items for the few-shot examples.
+    """
     benchmark = BENCHMARKS[name]
     splits = {split: read(path, benchmark.convert) for split, path in files.items()}
+    of_examples = "train" if "train" in files else "test"
+    needed = benchmark.shots + (of_examples == "test")  # an item is no example for itself
+    has = len(splits[of_examples])
+    if has < needed:
+        too_few = f"has {has} items, and {needed} are needed for {benchmark.shots} examples"
+        raise InputError(f"{files[of_examples]}: {too_few}; add some")
     config = {
         "task": benchmark.task,
         "num_fewshot": benchmark.shots,
@@ -262,7 +275,7 @@ def task_config(name, files):
         "training_split": None,
         "validation_split": None,
         "test_split": "test",
-        "fewshot_split": "train" if "train" in files else "test",
+        "fewshot_split": of_examples,
     }
     if name == "hellaswag":
         config["process_docs"] = None  # the function `hellaswag` has done the same already

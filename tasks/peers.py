@@ -27,28 +27,27 @@ def version(package):
         return None
 
 
-def hf_config(config, **more):
-    """Return the config of transformers for a model of ours in float32. more: further settings of it."""
+def hf_config(config):
+    """Return the config of transformers for a model of ours in float32."""
     import transformers
 
     in_float32 = dataclasses.replace(config, dtype="float32")
-    settings = families.hf_config(families.as_written(in_float32)) | more
-    return transformers.AutoConfig.for_model(**settings)
+    return transformers.AutoConfig.for_model(**families.hf_config(families.as_written(in_float32)))
 
 
-def hf_model(config, **more):
-    """Return their own model of this architecture, float32. more: further settings of its config."""
+def hf_model(config):
+    """Return their own model of this architecture, float32."""
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_config(hf_config(config, **more))
+    return transformers.AutoModelForCausalLM.from_config(hf_config(config))
 
 
-def liger_model(config, **more):
+def liger_model(config):
     """Return hf_model with Liger's kernels. Raise InputError if there are none for its architecture."""
     from liger_kernel.transformers import AutoLigerKernelForCausalLM
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    theirs = hf_config(config, **more)
+    theirs = hf_config(config)
     if theirs.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # it would leave everything as it is
         raise InputError(f"Liger has no kernels for {theirs.model_type}")
     return AutoLigerKernelForCausalLM.from_config(theirs)
@@ -66,7 +65,7 @@ def make_step(peer, config, batches, activation_checkpointing, device):
     torch.set_float32_matmul_precision("high")
     make_model = liger_model if peer == "liger" else hf_model
     with device:
-        model = make_model(config, use_cache=False).train()
+        model = make_model(config).train()
     if activation_checkpointing != "none":
         model.gradient_checkpointing_enable()
     forward = torch.compile(model) if on_gpu and peer == "transformers" else model
@@ -77,7 +76,8 @@ def make_step(peer, config, batches, activation_checkpointing, device):
         total = torch.zeros((), device=device)
         for tokens, *_ in micro_batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-                loss = forward(input_ids=tokens, labels=tokens).loss / len(micro_batches)
+                outputs = forward(input_ids=tokens, labels=tokens, use_cache=False)
+                loss = outputs.loss / len(micro_batches)
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

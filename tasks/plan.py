@@ -101,7 +101,8 @@ class Shape:
         trained = [parameter for parameter in every if parameter.requires_grad]
         of_block = list(model.blocks[0].parameters())
         self.parameters, self.trained = count(every), count(trained)
-        self.vectors, self.trained_vectors = (count(p for p in ps if p.dim() == 1) for ps in (every, trained))
+        self.vectors = count(p for p in every if p.dim() == 1)
+        self.trained_vectors = count(p for p in trained if p.dim() == 1)
         self.matrices = self.parameters - self.vectors
         self.trained_matrices = self.trained - self.trained_vectors
         self.trained_in_block = count(p for p in of_block if p.requires_grad)

@@ -174,7 +174,8 @@ def needle_prompt(tokenizer, corpus, length, depth, rng, keys):
     ends = line_ends(tokenizer, text)
     nearest_to_depth = ends[np.abs(ends - depth * room).argmin()]
     places = [nearest_to_depth, *rng.choice(ends, keys - 1)]
-    tokens = opening + _insert_at(text, places, needles) + question_and_answer
+    text = np.insert(text, np.repeat(places, [len(needle) for needle in needles]), np.concatenate(needles))
+    tokens = opening + text.tolist() + question_and_answer
     answer_len = len(question_and_answer) - len(ids_of_line(tokenizer, question))
     return tokens[:-answer_len], tokens[-answer_len:]
 
@@ -193,16 +194,6 @@ def room_for_text(length, fixed, available, keys):
         too_few = f"the texts have {available:,} tokens in all, too few for a needle prompt of {length}"
         raise InputError(f"{too_few}; add texts or take a shorter prompt")
     return room
-
-
-def _insert_at(text, places, pieces):
-    """Return the ids of `text`, a 1-d array, as a list, with each piece (a list) inserted at its place."""
-    tokens = []
-    done = 0
-    for i in np.argsort(places, kind="stable"):
-        tokens += text[done : places[i]].tolist() + pieces[i]
-        done = places[i]
-    return tokens + text[done:].tolist()
 
 
 # ---------------------------------------------------------------- answers

@@ -124,9 +124,9 @@ def read(path, settings, table, unit):
 
 
 def check_results(report, table, unit):
-    """Raise an error of some kind if a report from a file cannot be shown, by showing it.
+    """Raise an error of some kind if the results of a report from a file are not what its table shows.
 
-    Every reader of results would stumble over what a table does.
+    The table is made and dropped: it looks at nearly all that is in an entry.
     """
     expected = int if unit == "length" else str
     for result in report["results"]:

@@ -75,7 +75,7 @@ class Prompt(NamedTuple):
     tokens_to_generate: int
 
 
-def make_prompt(task, tokenizer, length, number, seed, corpus=None):
+def make_prompt(task, tokenizer, length, number, seed, corpus):
     """Return a Prompt of one of TASKS: number `number` of those of a length.
 
     It has as many whole lines or words of its haystack as fit, when the tokens to generate and a BOS count as
@@ -485,8 +485,7 @@ def frequent_words(draft):
     """
     before, after = around_context(FREQUENT_WORDS)
     before = before.removesuffix(" ")  # it belongs to the first coded word
-    tokens_to_generate = TASKS["fwe"].tokens_to_generate
-    n_words = max(4, (draft.length - tokens_to_generate) // 50)
+    n_words = max(4, draft.room // 50)
     words = [" ..."] + [" " + word for word in random_names(draft.rng, n_words - 1, ascii_lowercase, 6)]
     sizes = draft.sizes(words)
     ranks = np.arange(1, n_words + 1)
@@ -496,7 +495,8 @@ def frequent_words(draft):
 
     room = draft.room - len(draft.encode([before, "\n", after]))
     least = 30  # with fewer, the first words are not apart
-    total = bisect_right(range(2 * draft.length), room, key=lambda total: repeats(total) @ sizes) - 1
+    # The largest total that fits, found by halving: its tokens grow with it.
+    total = bisect_right(range(2 * draft.length), room, key=lambda n: repeats(n) @ sizes) - 1
     if total < least:
         raise TooShort(repeats(least) @ sizes - room)
     pieces = draft.rng.permutation(np.repeat(words, repeats(total))).tolist()

@@ -32,7 +32,7 @@ def take_turns(serve, names, steps, *arguments):
 
 
 def failed(reason):
-    """Return what the entry of a side says that could not be measured."""
+    """Return what stands in the entry of a side that could not be measured."""
     return {"error": reason, "tokens_per_second": None, "step_seconds": None, "peak_memory_gib": None}
 
 

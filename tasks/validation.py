@@ -37,9 +37,11 @@ class Validation:
         chosen, weights = [], []
         for i in np.flatnonzero(lengths_of_documents >= needed):
             token_weights = documents.token_weights(i, needed - self.scored, needed)
-            if token_weights.any() and len(chosen) < MOST_DOCUMENTS:
+            if token_weights.any():
                 chosen.append(documents[i])
                 weights.append(token_weights)
+            if len(chosen) == MOST_DOCUMENTS:
+                break
         if not chosen:
             where = f"tokens {needed - self.scored} to {needed} of any validation document"
             raise InputError(f"no answers among {where}, and only answers count; add texts or count all")

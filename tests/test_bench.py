@@ -129,7 +129,7 @@ def test_transformers_has_the_same_weights(make_llama, family):
     folder, _ = make_llama(family=family, tie_word_embeddings=True)
     config = bench_module.shape(f"{folder}:1")
     ours = Transformer(config)
-    theirs = peers.hf_model(config, use_cache=False)
+    theirs = peers.hf_model(config)
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     assert {p.dtype for p in theirs.parameters()} == {torch.float32}
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -390,6 +391,16 @@ def test_whole_documents_are_scored(evaluate, tmp_path):
     assert introduction.format(count, sum(sizes), "3 documents") in out
     out = evaluate("ppl", *arguments, "--stride", 200, "--documents", 1)
     assert introduction.format(sizes[2], sum(sizes), "1 document") in out
+
+
+def test_default_lengths_double_from_the_original_window(tiny):
+    """Also where a config.json spells that as 512.0."""
+    scaling = {"rope_type": "linear", "factor": 4.0, "original_max_position_embeddings": 512.0}
+    extended = replace(tiny[0].config, max_position_embeddings=2048, rope_scaling=scaling)
+    lengths = evaluation.default_lengths([extended], 256)
+    assert lengths == [512, 1024, 2048] and {type(length) for length in lengths} == {int}
+    assert evaluation.default_lengths([extended, tiny[0].config], 256) == [256, 512, 1024, 2048]
+    assert evaluation.default_lengths([tiny[0].config], 256) == [256, 512]
 
 
 def test_without_a_run_the_built_in_model_is_measured_and_named(call, tmp_path, monkeypatch):

@@ -308,10 +308,9 @@ def test_a_prompt_is_gone_on_with(ask, folder, tiny):
     assert status[3] == " (the most that --max_new_tokens allows)"
     (folder / "chat_template.jinja").unlink()  # without a template, a question is no other thing
     assert ask(folder, "--ask", text).stdout == done.stdout
-    drawn = [
-        ask(folder, "--prompt", text, "--temperature", 1, "--seed", seed).stdout for seed in (1, 1, 10**30)
-    ]
-    assert drawn[0] == drawn[1] != drawn[2]
+    drawn = [ask(folder, "--prompt", text, "--temperature", 1, "--seed", n) for n in (1, 1, 2**63 - 1)]
+    assert [done.returncode for done in drawn] == [0, 0, 0]
+    assert drawn[0].stdout == drawn[1].stdout != drawn[2].stdout
 
 
 def test_a_question_goes_through_the_template(ask, folder, tiny, monkeypatch):

@@ -4,12 +4,15 @@ import functools
 import gzip
 import json
 import random
+import shutil
 
+import datasets
 import lm_eval.evaluator
 import pytest
 import torch
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks.hellaswag.utils import process_docs
 
 import eval as evaluation
 from hf import builtin, weights
@@ -182,6 +185,20 @@ def test_prompts_hold_the_items(folder, name):
     assert next(asked, None) is None
 
 
+def test_hellaswag_is_processed_as_the_harness_does():
+    """The data set's own file has tags in half of its items, which come from WikiHow."""
+    halves = [
+        ("[header] How to sit [title] Take a chair. [step] Stand before it.", "", "Bend. [title] Sit."),
+        ("A man stands in Rome.", "he", "sits down."),
+    ]
+    for first, second, ending in halves:
+        line = {"activity_label": "Sitting", "ctx_a": first, "ctx_b": second, "endings": [ending, "Run."]}
+        line |= {"ctx": f"{first} {second}".strip(), "label": 1}
+        (expected,) = process_docs(datasets.Dataset.from_list([line]))
+        ours = {"query": expected["query"], "choices": expected["choices"], "label": 1}
+        assert harness.hellaswag(line) == ours
+
+
 def test_the_right_answer_is_what_the_file_says(tmp_path):
     """A model that prefers one answer by its text alone gets exactly the items where that is right."""
     rng = random.Random(3)
@@ -220,6 +237,23 @@ def test_the_command(call, folder, tmp_path, monkeypatch):
     assert [(r["benchmark"], r["items"]) for r in results] == [("boolq", 2), ("piqa", 2)]
     assert "piqa" in done.stdout and "on average of 2 benchmarks" in done.stdout
     assert (tmp_path / "p.png").stat().st_size > 10000
+
+
+@pytest.mark.parametrize(
+    "name, file, needed", [("arc_challenge", "arc_challenge_train", 25), ("hellaswag", "hellaswag", 11)]
+)
+def test_too_few_items_for_the_examples_are_refused(folder, tmp_path, name, file, needed):
+    for path in folder.glob(f"{name}*"):
+        shutil.copy(path, tmp_path)
+    lines = gzip.decompress((folder / f"{file}.jsonl.gz").read_bytes()).splitlines(keepends=True)
+    for n in (needed - 1, needed):
+        (tmp_path / f"{file}.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:n])))
+        files = harness.find_files(tmp_path)[name]
+        if n < needed:
+            with pytest.raises(InputError, match=f"{file}.jsonl.gz: has {n} items, and {needed} are needed"):
+                harness.evaluate(name, files, Recorder())
+        else:
+            assert harness.evaluate(name, files, Recorder(), limit=3)["items"] == 3
 
 
 @pytest.mark.parametrize(
