@@ -30,7 +30,7 @@ from hf.scaling import read_rope, stock_terms, stretched_window
 from hf.tokenizer import json_object
 from model import Config, empty_transformer
 from storage.errors import InputError
-from storage.values import positive, read_json
+from storage.values import LARGEST_ID, positive, read_json
 
 LLAMA_NAMES = {  # our name of a module -> LLaMA's; those of a block come after the number of its layer
     "attention_norm": "input_layernorm",
@@ -410,7 +410,7 @@ def check_config(config):
     _check_frequencies(config)
     eos = config.eos_token_id
     for i in (config.bos_token_id, *(eos if isinstance(eos, list) else [eos])):
-        if i is not None and (type(i) is not int or i < 0):
+        if i is not None and not (type(i) is int and 0 <= i <= LARGEST_ID):
             raise ValueError(f"{i!r} is no id of a token, which bos_token_id and eos_token_id are")
 
 

@@ -33,7 +33,7 @@ import sentencepiece
 import tokenizers
 
 from storage.errors import InputError, naming
-from storage.values import parse_object
+from storage.values import LARGEST_ID, parse_object
 
 # The files that travel with a model, where it has them.
 FILES = (
@@ -380,7 +380,7 @@ def stop_ids(tokenizer, config):
     if eos is None:
         return []
     ids = eos if isinstance(eos, list) else [eos]  # Llama 3 has several
-    if not all(type(i) is int for i in ids):
+    if not all(type(i) is int and abs(i) <= LARGEST_ID for i in ids):
         raise InputError(f"generation_config.json: eos_token_id is {eos!r}, not an id or a list; mend it")
     return ids
 

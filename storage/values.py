@@ -9,6 +9,7 @@ from storage.errors import InputError
 MAX_JSON_BYTES = 2**28
 MAX_DEPTH = 100  # lists and objects inside each other
 MAX_DIGITS = 400  # digits of a whole number
+LARGEST_ID = 2**63 - 1  # of a token: ids are int64
 
 
 def read_json(path):

@@ -525,6 +525,7 @@ NUMBERS_THAT_NO_MODEL_HAS = [
     ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
     ("llama", {"bos_token_id": "1"}, "'1' is no id of a token"),
     ("llama", {"eos_token_id": [2, None, -1]}, "-1 is no id of a token"),
+    ("llama", {"eos_token_id": 2**63}, "9223372036854775808 is no id of a token"),
     ("llama", {"dtype": ["float32"]}, "float32"),
     ("llama", {"layer_types": 7, "model_type": "qwen2", "use_sliding_window": True}, "layer_types is 7"),
 ]

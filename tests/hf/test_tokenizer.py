@@ -266,7 +266,7 @@ def test_stop_ids_are_those_of_generation_config(sp, content, expected):
     assert none == ([] if expected == [7] else expected)
 
 
-@pytest.mark.parametrize("eos", ["2", True, [2, "5"], 2.0, {}, [[2]]], ids=repr)
+@pytest.mark.parametrize("eos", ["2", True, [2, "5"], 2.0, {}, [[2]], 2**63, [2, -(2**64)]], ids=repr)
 def test_stop_ids_that_are_none(sp, eos):
     tok = tokenizer.SentencePiece(
         sp.files | {"generation_config.json": json.dumps({"eos_token_id": eos}).encode()}
