@@ -10,6 +10,7 @@ Notable choices:
 """
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -294,7 +295,8 @@ class DataReader(dcp.FileSystemReader):
         except Exception as error:  # a pickle that was made by hand can raise anything
             raise InputError(f"{path}: not of a checkpoint ({error!r}); do not use it") from None
         if strange:
-            raise InputError(f"{path}: leads to {min(strange)!r}, not one of its files; do not use it")
+            other = min(map(repr, strange))  # as text, since not all values can be compared
+            raise InputError(f"{path}: leads to {other}, not one of its files; do not use it")
 
     def read_metadata(self, *args, **kwargs):
         """Return the Metadata that was read, with the number by which dcp knows this load."""
@@ -302,8 +304,25 @@ class DataReader(dcp.FileSystemReader):
         return self.metadata
 
 
-class MetadataUnpickler(pickle.Unpickler):
-    """An unpickler that finds METADATA_CLASSES alone. What a pickle runs, it has to find first."""
+class MetadataUnpickler(pickle._Unpickler):
+    """An unpickler that finds METADATA_CLASSES alone, and that changes none of them.
+
+    What a pickle runs, it has to find first. This is Python's unpickler that is written in Python, because
+    the one in C would not call load_build.
+    """
+
+    dispatch = pickle._Unpickler.dispatch.copy()
+
+    def load_build(self):
+        """Set attributes of the newest object, which must be an instance of a dataclass.
+
+        Those of a class itself would hold in the whole process: its paths could lead elsewhere from there on.
+        """
+        if isinstance(self.stack[-2], type) or not dataclasses.is_dataclass(self.stack[-2]):
+            raise pickle.UnpicklingError(f"it changes {self.stack[-2]!r}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module, name):
         if module == "pathlib._local":  # where Python 3.13, and no other, has its paths

@@ -201,7 +201,8 @@ def loss_work(shape, way):
     """Return the bytes that the loss takes besides what it leaves (ChunkedCrossEntropy)."""
     config, c = shape.config, way.compute_bytes
     logits = config.vocab_size * min(way.tokens, loss_chunk_tokens(config.vocab_size))
-    # Logits and their gradient; without the compiler that is of float32, and so are the targets after bools.
+    # Logits and their gradient. Without the compiler that is float32, and one-hot targets stand beside it, as
+    # bools and as float32.
     of_logit = 2 * c if way.compiled else c + 4 + 1 + 4
     # Its gradient is summed in float32.
     head = 4 * shape.trained_head + rounded_weights(shape.trained_head, way)

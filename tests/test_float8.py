@@ -162,7 +162,7 @@ def test_each_layer_multiplies_in_float8(lora_rank, mode, products):
 def test_compiled_it_computes_the_same_and_keeps_what_is_planned(mode):
     """One graph for the block. Without checkpointing the compiler decides what is kept: no float8 weight.
 
-    PyTorch 2.11 kept more with checkpointing, but for the decorator of float8.Products; 2.13 does not.
+    PyTorch 2.11 would keep more with checkpointing, but for what multiply_in_float8 allows; 2.13 would not.
     """
     torch._dynamo.reset()
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import enum
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -270,6 +271,20 @@ def test_a_metadata_file_cannot_run_code(tmp_path):
     assert not sprung.exists() and set((tmp_path / "c" / "step-3").iterdir()) == before
 
 
+@pytest.mark.parametrize("name", ["pathlib\nPosixPath", "torch.serialization\n_get_layout"])
+def test_a_metadata_file_cannot_change_classes_and_functions(tmp_path, name):
+    """With other methods, paths of this process could lead where a stranger likes."""
+    checkpoints = Checkpoints(tmp_path, {}, 2)
+    save(checkpoints, 3)
+    content = f"c{name}\n(N}}S'changed'\nNstb."  # setattr(name, "changed", None)
+    (tmp_path / "step-3" / ".metadata").write_text(content)
+    note_checksum(tmp_path / "step-3" / ".metadata")
+    with pytest.raises(InputError, match=r"step-3/.metadata: .*it changes .*; do not use it"):
+        load(checkpoints)
+    for found in (pathlib.PosixPath, torch.serialization._get_layout):
+        assert not hasattr(found, "changed")
+
+
 def test_a_value_in_a_checkpoint_cannot_run_code(tmp_path):
     """What is no tensor, such as the learning rate, is a pickle too."""
     checkpoints = Checkpoints(tmp_path / "c", {}, 2)
@@ -292,13 +307,13 @@ def test_a_value_in_a_checkpoint_cannot_run_code(tmp_path):
     assert not sprung.exists()
 
 
-@pytest.mark.parametrize("name", ["../secret.distcp", "/etc/passwd", "__9_9.distcp"])
-def test_a_metadata_file_leads_to_files_of_its_checkpoint_alone(tmp_path, name):
+@pytest.mark.parametrize("names", [["../secret.distcp"], ["/etc/passwd"], ["__9_9.distcp"], [1, "x"]])
+def test_a_metadata_file_leads_to_files_of_its_checkpoint_alone(tmp_path, names):
     checkpoints = Checkpoints(tmp_path / "c", {}, 2)
     save(checkpoints, 3)
 
     def lead_away(metadata):
-        for part in metadata.storage_data.values():
+        for part, name in zip(metadata.storage_data.values(), itertools.cycle(names)):
             part.relative_path = name
 
     plant(tmp_path / "c" / "step-3", lead_away)
