@@ -390,7 +390,6 @@ SPEEDS = [
     ("README.md", "window 2,048", "8 of LLaMA-7B's 32 layers, 8 windows", "train_7b_peers"),
     ("README.md", "window 2,048", "the same, --float8", "train_7b_float8"),
     ("RESULTS.md", "one H200", "SmolLM2, micro-batch 16", "train_smollm2_peers"),
-    ("RESULTS.md", "one H200", "the same, --float8", "train_smollm2_float8"),
     ("RESULTS.md", "one H200", "LLaMA-7B, 8 of 32 layers, micro-batch 8", "train_7b_peers"),
     ("RESULTS.md", "one H200", "its 8 layers, --float8", "train_7b_float8"),
     ("RESULTS.md", "one H200", "LLaMA-7B, bfloat16 weights, full, micro-batch 8", "train_7b_whole"),

@@ -508,7 +508,7 @@ def test_what_speaks_against_a_run_is_said(planned, texts, tmp_path, arguments, 
 
 def test_the_memory_of_a_cpu_is_planned(run, texts, tmp_path):
     """As metrics.jsonl has it, of the whole process."""
-    arguments = ("--model", "tiny", "--device", "cpu", "--data", texts, "--steps", 2, "--batch_size", 12)
+    arguments = ("--model", "tiny", "--device", "cpu", "--data", texts, "--steps", 2, "--batch_size", 24)
     done = run("train.py", *arguments, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     planned_gib = float(re.search(r"memory of a process: (\S+) GiB of", done.stderr)[1])
