@@ -251,7 +251,8 @@ class Batches:
         if not fits.any():
             raise InputError(
                 f"no document is longer than the training window of {train_len} tokens: the longest of "
-                f"{len(documents)} has {lengths.max()}; train on shorter windows or add longer texts"
+                f"{len(documents)} has {lengths.max()}; train on shorter windows (train_len) or add longer "
+                "texts"
             )
         # Windows of document i begin at one of first_places[i] ... last_places[i] - 1.
         self.first_places, last_places = np.zeros_like(lengths), lengths - train_len

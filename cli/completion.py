@@ -6,6 +6,7 @@ Options that cannot work together, or not with this model, are refused here.
 import contextlib
 import copy
 import importlib.util
+from pathlib import Path
 
 import torch
 
@@ -100,6 +101,9 @@ def complete_lengths(args, window, recipe):
         # Episodes of a window each fill an example of whole windows.
         longest = min(args.target_len, recipe.tokens_per_step) // 4
         args.train_len = window * max(1, min(windows, longest // window))
+        if window > MICRO_BATCH_TOKENS and args.steps:
+            shorter = "--train_len 8192 takes far less memory and time, and the skips reach as far"
+            warn(f"an example has {window:,} tokens, the model's whole window: {shorter}", shared=True)
     if args.target_len < args.train_len:
         raise InputError(
             f"--target_len {args.target_len} is smaller than the train window of {args.train_len}; raise "
@@ -205,6 +209,11 @@ def complete_interpolation(args, config, recipe):
 
 def refuse_contradictions(args):
     """Raise InputError for options that do not go together."""
+    for option in ("data", "eval_data"):
+        for path in getattr(args, option) or ():
+            if Path(path).is_dir() and args.out.resolve().is_relative_to(Path(path).resolve()):
+                reason = f"is inside --{option} {path}, where its files would be read as texts"
+                raise InputError(f"--out {args.out} {reason}; name a folder elsewhere")
     if args.eval_lengths and not args.eval_every:
         raise InputError("--eval_lengths belongs to --eval_every and --eval_data; leave it out or add them")
     if bool(args.eval_every) != bool(args.eval_data):

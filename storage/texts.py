@@ -151,6 +151,8 @@ def saved_stdin():
     if sys.stdin is None or sys.stdin.isatty():
         raise InputError("-: standard input is no pipe; pipe texts into this command or name a file")
     content = sys.stdin.buffer.read()
+    if not content.strip():
+        raise InputError("-: standard input is empty; pipe texts into this command or name a file")
     first_line = content.lstrip().split(b"\n", 1)[0]
     try:
         is_json_lines = isinstance(parse_json(first_line), dict)
@@ -341,8 +343,11 @@ def as_document(value, place, text_key):
         return Conversation(checked_messages(present["messages"]), place)
     if "prompt" in present and "completion" in present:
         return Completion(string_in(present, "prompt"), string_in(present, "completion"), place)
+    if text_key in value:
+        raise ValueError(f'"{text_key}" is null')
     keys = ", ".join(present) if present else "nothing"
-    raise ValueError(f'no "{text_key}" in it, but {keys}: set text_key to the one with the text')
+    expected = 'text_key names the one with a text; chats are "messages", or "prompt" and "completion"'
+    raise ValueError(f'no "{text_key}" in it, but {keys}: {expected}')
 
 
 def string_in(values, key):

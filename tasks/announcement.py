@@ -200,7 +200,7 @@ class Needs:
         fitting = plan.way_that_fits(self.shape, self.way, self.room)
         if fitting is None:
             if self.is_part:
-                return f"no option mends that: {other_machine}"
+                return other_machine
             adapters = as_options({"lora_rank": 16})
             return f"no option that trains all weights mends that: try {adapters}, or {other_machine}"
         before, changed = options_of(self.way), {}

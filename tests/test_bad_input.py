@@ -583,6 +583,15 @@ def test_out_that_holds_a_run(really_refused, refused, model, finished):
     refused("train", *into_done, says=["done"])
 
 
+def test_out_inside_the_texts(refused, model):
+    """Its metrics and tokenizer would be read as texts by the next run, and by --resume."""
+    Path("texts").mkdir()
+    shutil.copy("text.txt", "texts")
+    for out in ("texts", "texts/out", "texts/../texts/a/b"):
+        arguments = ("--model", model, *TRAIN, "--data", "texts", "--out", out)
+        refused("train", *arguments, says=[f"--out {Path(out)} is inside --data texts"])
+
+
 def test_resume_without_a_run_begins_one(call, refused, model):
     """So that a job script has one command. But what may be a run's or a user's is left alone."""
     resume = ("--model", model, *TRAIN, "--resume")

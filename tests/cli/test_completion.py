@@ -8,6 +8,7 @@ import pytest
 from bench import SHAPES
 from cli import completion
 from hf import scaling
+from storage import errors
 from storage.errors import InputError
 
 SMOLLM2 = SHAPES["smollm2-135m"]
@@ -199,3 +200,14 @@ def test_adapters_are_for_all_layers_and_learn_faster(parse_and_complete):
     assert args.lora_targets == "q,k,v,o,up,down"
     with pytest.raises(InputError, match="--lora_targets: this model has no gate; choose of q,k,v,o,up,down"):
         parse_and_complete("--lora_rank", 8, "--lora_targets", "gate", config=without_gate)
+
+
+def test_examples_of_a_very_long_window_are_warned_of(parse_and_complete, capfd, monkeypatch):
+    """A Llama 3.1 with its window of 131,072 tokens, and the same with shorter examples."""
+    monkeypatch.setattr(errors, "_warnings", set())  # no warning is said twice
+    llama = dataclasses.replace(SMOLLM2, max_position_embeddings=131072)
+    assert parse_and_complete("--recipe", "paper", config=llama).train_len == 131072
+    assert "warning: an example has 131,072 tokens" in capfd.readouterr().err
+    assert parse_and_complete("--recipe", "paper", "--train_len", 8192, config=llama).train_len == 8192
+    assert parse_and_complete("--recipe", "paper").train_len == 8192
+    assert not capfd.readouterr().err

@@ -129,7 +129,10 @@ def test_the_key_of_the_text(tmp_path):
     assert texts_of(lines, text_key="content") == ["one"]
     with pytest.raises(InputError) as error:
         texts_of(lines)
-    said = 'not a document (no "text" in it, but content, id: set text_key to the one with the text)'
+    said = (
+        'not a document (no "text" in it, but content, id: text_key names the one with a text; chats are '
+        '"messages", or "prompt" and "completion")'
+    )
     assert str(error.value) == f"{lines}, line 1: {said}; mend or remove the line"
 
 
@@ -335,7 +338,7 @@ GOOD = '{"text": "good"}\n\n'  # a bad line after it is number 3
         ("a.jsonl", GOOD + '{"text": "cut sho', ["line 3"]),
         ("a.jsonl", GOOD + '{"txt": "no text"}', ["line 3", '"text"']),
         ("a.jsonl", GOOD + '{"text": 5}', ["line 3", '"text"']),
-        ("a.jsonl", GOOD + '{"text": null}', ["line 3", '"text"']),
+        ("a.jsonl", GOOD + '{"text": null}', ["line 3", '"text" is null']),
         ("a.jsonl", GOOD + '{"text": ["a"]}', ["line 3", '"text"']),
         ("a.jsonl", GOOD + '["text"]', ["line 3"]),
         ("a.jsonl", GOOD + "17", ["line 3"]),
@@ -439,6 +442,9 @@ def test_standard_input(pipe_in, content, expected):
 def test_standard_input_that_cannot_be_read(pipe_in, monkeypatch, as_first_of):
     pipe_in(b'["an", "array"]')
     with pytest.raises(InputError, match="holds JSON"):
+        texts_of("-")
+    pipe_in(b" \n")
+    with pytest.raises(InputError, match="-: standard input is empty"):
         texts_of("-")
     pipe_in(b"text")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
