@@ -547,7 +547,8 @@ def complete(args, config, device_type):
     )
     args.share = args.batch_size // world
     if args.lengths is None and args.task != "train":
-        args.lengths = doubling(2 * args.train_len if args.task == "efficiency" else window)
+        first = 2 * args.train_len if args.task == "efficiency" else window
+        args.lengths = [first, *arguments.doubling(2 * first, LONGEST + 1)]
     if args.task == "efficiency" and args.lengths[0] < args.train_len:
         at_least = f"a target is at least the window of {args.train_len}"
         raise InputError(f"--lengths {args.lengths[0]}: {at_least}; raise it or lower --train_len")
@@ -571,14 +572,6 @@ def check_peers(args):
                 raise InputError(f"--compare {peer}: not installed here; pip install {package}")
         if peer == "liger" and not torch.cuda.is_available():
             raise InputError("--compare liger: its kernels need a GPU; leave it out")
-
-
-def doubling(first):
-    """Return lengths that double from `first` to LONGEST, at least the first."""
-    lengths = [first]
-    while 2 * lengths[-1] <= LONGEST:
-        lengths.append(2 * lengths[-1])
-    return lengths
 
 
 def say(line):

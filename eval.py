@@ -276,7 +276,8 @@ def perplexity(model, tokenizer, length, documents, longest, stride, tail=None, 
         cut = [document[:end] for document in long_enough]
         windows = sliding_windows_of_documents(cut, bos, length, stride)
         total = sum(map(len, cut))
-    edges = [0, *doubling(16, length), length] if by_position else [0, length]  # of ranges of positions
+    # The edges of the ranges of positions whose losses are summed apart.
+    edges = [0, *arguments.doubling(16, length), length] if by_position else [0, length]
 
     nats = np.zeros((len(long_enough), len(edges) - 1))  # by document and range of positions
     count = np.zeros_like(nats)  # of scored tokens
@@ -331,15 +332,6 @@ def sliding_windows(n, window, stride):
         scored = end
         if end == n:
             return
-
-
-def doubling(first, end):
-    """Return first, 2 * first, 4 * first and so on, as far as they are below `end`, a list."""
-    numbers = []
-    while first < end:
-        numbers.append(first)
-        first *= 2
-    return numbers
 
 
 def losses_by_position(model, windows, edges):
@@ -638,7 +630,7 @@ def default_lengths(configs, least):
     longest = max(shortest, *(config.max_position_embeddings for config in configs))
     if shortest == longest:  # no window was made longer: show where it ends
         return [length for length in (shortest // 2, shortest, 2 * shortest) if length >= least]
-    return [*doubling(shortest, longest), longest]
+    return [*arguments.doubling(shortest, longest), longest]
 
 
 def result_settings(args, names, folders, units):

@@ -90,6 +90,15 @@ def token_counts(least=1):
     return parse
 
 
+def doubling(first, end):
+    """Return first, 2 * first, 4 * first and so on, as far as they are below `end`, a list."""
+    numbers = []
+    while first < end:
+        numbers.append(first)
+        first *= 2
+    return numbers
+
+
 def names_of(*known):
     """Return the type of an option such as q,v: some of the known names, comma-separated.
 
