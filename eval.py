@@ -48,7 +48,7 @@ from hf.tokenizer import bos_ids, stop_ids
 from storage import texts
 from storage.errors import InputError
 from storage.files import cache_dir, is_stream
-from storage.values import read_json
+from storage.values import read_record
 from tasks import harness, plots, report, ruler
 from tasks.prompts import CITIES, digit_tokens, needle_prompt, passkey_prompt
 
@@ -603,7 +603,7 @@ def default_models(device):
         name = default_model(device)
         print(f"no run in out/, so this measures the built-in {name}; --model names another", file=sys.stderr)
         return [name]
-    base = read_json(out / "args.json").get("model")
+    base = read_record(out / "args.json").get("model")
     if not isinstance(base, str):
         raise InputError(f"{out / 'args.json'}: names no model; name the models with --model")
     return [base, str(out / "model")]

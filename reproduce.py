@@ -22,7 +22,7 @@ from hf.builtin import open_model
 from storage.errors import InputError
 from storage.files import cache_dir, write_file, write_json
 from storage.log import is_finished
-from storage.values import describe_changes, read_json
+from storage.values import describe_changes, read_record
 from tasks import harness
 
 TOKENS = 2**22  # that each arm is trained on
@@ -206,7 +206,7 @@ def markdown(title, path, arm_of_model, figure, digits):
 
     figure(result): the number to show, or None. A cell holds the mean over seeds.
     """
-    written = read_json(path)
+    written = read_record(path)
     figures = {}  # {(arm, length or benchmark): [one number for each seed]}
     units = []  # lengths or benchmarks
     for report in (*written.get("compared", []), written):
@@ -312,7 +312,7 @@ def begin_or_check(path, record):
         write_json(path, record)
         return
     try:
-        changes = describe_changes(read_json(path), record)
+        changes = describe_changes(read_record(path), record)
     except InputError:
         changes = f"{path.name} is not readable"
     if changes:

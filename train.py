@@ -33,7 +33,7 @@ from storage import texts
 from storage.checkpoint import Checkpoints
 from storage.errors import InputError, warn
 from storage.files import cache_dir
-from storage.log import Log, is_finished, mark_finished, show_progress, unmark_finished
+from storage.log import Log, is_finished, mark_finished, progress_bar, show_progress, unmark_finished
 from storage.processes import is_process_0, world_size
 from tasks import announcement, plan
 from tasks.validation import Validation
@@ -57,8 +57,7 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
     rank, world = dist.get_rank(), dist.get_world_size()
     log = Log(args.out, first_step, args.tensorboard) if rank == 0 else None
     done, skipped_in_a_row, step_seconds = first_step, 0, []
-    disable = None if rank == 0 else True  # None: tqdm draws a bar only where there is a terminal
-    progress = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=disable)
+    progress = progress_bar(first_step, args.steps)
     began = time.perf_counter()
     own_examples = fsdp.own_examples(args.batch_size)
     prefetched = data.prefetched(batches, first_step, own_examples, args.micro_batch_size, device)

@@ -19,7 +19,7 @@ from storage.errors import InputError, warn
 from storage.files import write_json
 from storage.log import is_finished
 from storage.processes import restarts
-from storage.values import describe_changes, read_json
+from storage.values import describe_changes, read_record
 
 # Options that records of earlier versions lack, and their value when such a run goes on. (All that a recipe
 # says is recorded as well. Those runs wrote no timed checkpoints, but nobody minds some.)
@@ -74,7 +74,7 @@ def options_of_earlier_run(given):
     parser = training.parser()
     out, record = given.out, given.out / "args.json"
     try:
-        earlier = NEWER | read_json(record)
+        earlier = NEWER | read_record(record)
     except InputError:
         raise InputError(f"--resume: {record} is not readable; start again with another --out") from None
     recorded = [word for option, value in earlier.items() for word in words_of(option, value, given)]
@@ -177,7 +177,7 @@ def write_record(out, record):
     only another version of this code knows stay.
     """
     path = out / "args.json"
-    earlier = read_json(path) if path.exists() else {}
+    earlier = read_record(path) if path.exists() else {}
     stays = {option: earlier[option] for option in SPEED if option in earlier}
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, earlier | record | stays)
@@ -190,7 +190,7 @@ def what_stays(record):
 
 def check_same_model_and_texts(out, record):
     """Raise InputError if the run in `out` began with other weights or texts, whatever their paths."""
-    earlier = read_json(out / "args.json")
+    earlier = read_record(out / "args.json")
     hashes = {key: value for key, value in record.items() if key.endswith("_sha256")}
     if changed := describe_changes(earlier, hashes):
         paths = describe_changes(earlier, {key: record[key] for key in BY_CONTENT})

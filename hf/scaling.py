@@ -185,14 +185,12 @@ def read_rope(c, window, default_partial, default_theta):
     partial = _agreed("partial_rotary_factor", places)
     partial = positive(partial, "partial_rotary_factor", most=1, default=default_partial)
 
-    scalings = []
-    for spelling in spellings.values():
-        if terms := _scaling_terms(spelling):
-            scalings.append(_completed(terms, theta, c, window))
+    terms = [some for some in map(_scaling_terms, spellings.values()) if some] or [{}]
     # They are compared when they are complete: one may spell defaults out that the other leaves out.
-    if scalings and scalings[0] != scalings[-1]:
+    scalings = [_completed(some, theta, c, window) for some in terms]
+    if scalings[0] != scalings[-1]:
         raise ValueError("rope_scaling and rope_parameters disagree")
-    return theta, scalings[0] if scalings else None, partial
+    return theta, scalings[0], partial
 
 
 def _completed(terms, theta, c, window):

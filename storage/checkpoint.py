@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from storage.errors import InputError, naming, warn
 from storage.files import MARK, remove_folder, remove_left_overs, replace_folder, temporary_folder
-from storage.values import describe_changes, read_json
+from storage.values import describe_changes, read_record
 
 MANIFEST = "checkpoint.json"
 
@@ -224,7 +224,7 @@ class Checkpoints:
     def _manifest(self, step):
         """Return the content of a checkpoint's checkpoint.json, None if it is not what _give_name writes."""
         try:
-            manifest = read_json(self.folder / f"step-{step}" / MANIFEST)
+            manifest = read_record(self.folder / f"step-{step}" / MANIFEST)
             names = set(manifest["crc32"])
             is_whole = ".metadata" in names and all(Path(name).name == name for name in names)
             return {"run": dict(manifest["run"]), "crc32": dict(manifest["crc32"])} if is_whole else None

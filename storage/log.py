@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from storage.errors import naming
 from storage.files import write_json
+from storage.processes import is_process_0
 
 FINISHED = "finished.json"  # what a run writes last, once it has made all its steps
 
@@ -55,6 +56,12 @@ def without_nan(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def progress_bar(first_step, steps):
+    """Return tqdm's bar over the steps from first_step on. Process 0 draws it, where there is a terminal."""
+    disable = None if is_process_0() else True  # None: unless there is a terminal
+    return tqdm(range(first_step, steps), initial=first_step, total=steps, disable=disable)
 
 
 def show_progress(bar, line):

@@ -151,9 +151,9 @@ def saved_stdin():
     if sys.stdin is None or sys.stdin.isatty():
         raise InputError("-: standard input is no pipe; pipe texts into this command or name a file")
     content = sys.stdin.buffer.read()
-    if not content.strip():
-        raise InputError("-: standard input is empty; pipe texts into this command or name a file")
     first_line = content.lstrip().split(b"\n", 1)[0]
+    if not first_line:
+        raise InputError("-: standard input is empty; pipe texts into this command or name a file")
     try:
         is_json_lines = isinstance(parse_json(first_line), dict)
     except ValueError:

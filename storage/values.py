@@ -12,16 +12,26 @@ MAX_DIGITS = 400  # digits of a whole number
 LARGEST_ID = 2**63 - 1  # of a token: ids are int64
 
 
-def read_json(path):
-    """Return the JSON object in a file as a dict. Raise InputError if there is none, see parse_object."""
+def read_record(path):
+    """Return what read_json does of a file that this program wrote.
+
+    It may hold the name of another file that is no UTF-8.
+    """
+    return read_json(path, "surrogateescape")
+
+
+def read_json(path, errors="strict"):
+    """Return the JSON object in a file as a dict. Raise InputError if there is none, see parse_object.
+
+    errors: see check_characters.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: {'not a regular file' if path.exists() else 'missing'}; copy it again")
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
-        # A record of ours may hold the name of a file that is no UTF-8.
-        return parse_object(path.read_bytes(), "surrogateescape")
+        return parse_object(path.read_bytes(), errors)
     except OSError as error:
         raise InputError(f"{path}: not readable ({error.strerror}); check its permissions") from None
     except ValueError as error:

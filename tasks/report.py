@@ -14,7 +14,7 @@ import numpy as np
 
 from storage.errors import InputError
 from storage.files import write_json
-from storage.values import describe_changes, read_json
+from storage.values import describe_changes, read_record
 from tasks import ruler
 
 NEWER = {"text_key": "text"}  # settings that files of earlier versions lack, and their value there
@@ -106,7 +106,7 @@ def read(path, settings, table, unit):
     file holds something else, or results of an evaluation with other settings.
     """
     try:
-        written = read_json(path)
+        written = read_record(path)
         last = {key: written[key] for key in ("task", "model", "results")}
         earlier = NEWER | written["settings"]
         reports = [*written.get("compared", []), last]

@@ -518,6 +518,11 @@ NUMBERS_THAT_NO_MODEL_HAS = [
     ("llama", scaled("longrope", short_factor=["1"] * 8, long_factor=[1] * 8), "short_factor is '1'"),
     ("llama", scaled("longrope", original_max_position_embeddings="64"), "embeddings is '64'"),
     ("llama", {"original_max_position_embeddings": [64]}, r"embeddings is \[64\]"),
+    (
+        "llama",
+        {"original_max_position_embeddings": -1, "rope_scaling": None, "rope_parameters": None},
+        "original_max_position_embeddings is -1",
+    ),
     ("llama", {"num_key_value_heads": 3}, "3 key/value heads do not divide 4 heads"),
     ("llama", {"vocab_size": 2**62}, "vocab_size is 4611686018427387904, more than"),
     ("llama", {"num_hidden_layers": 2**31}, "num_hidden_layers is 2147483648, more than"),
@@ -646,6 +651,7 @@ BAD_JSON = {
     '{"rms_norm_eps": NaN}': "NaN or infinite",
     '{"rms_norm_eps": 1e999}': "NaN or infinite",
     '{"model_type": "\\ud800"}': "half a character",
+    '{"model_type": "\\udce9"}': "half a character",  # as a byte in the name of a file, see read_record
     '{"model_type"': "not JSON at character 13",
 }
 
