@@ -6,6 +6,7 @@ interrupted; and a training run that a signal has stopped ends with 128 + its nu
 
 import contextlib
 import errno
+import json
 import os
 import signal
 import sys
@@ -72,8 +73,20 @@ def run(main):
             time.sleep(20)
             is_reported_here = True
         if is_reported_here:
-            print(f"error: {printable(message)}", file=sys.stderr)
+            line = f"error: {printable(message)}"
+            print(line, file=sys.stderr)
+            tell_torchrun(line)
         sys.exit(2)
+
+
+def tell_torchrun(line):
+    """Let torchrun's own report of a failure, 40 lines after this process's, end with a line as its cause.
+
+    torchrun names a file for that in the environment, see torch.distributed.elastic.multiprocessing.errors.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):  # the line itself is on stderr already
+            Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
 
 
 def open_closed_streams():

@@ -133,3 +133,28 @@ def test_commands_start_without_what_few_need():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+REFUSING = """
+from cli import process
+from storage.errors import InputError
+
+
+def refuse():
+    raise InputError("--model nope: no such folder")
+
+
+process.run(refuse)
+"""
+
+
+def test_the_report_of_torchrun_ends_with_the_error(tmp_path):
+    """torchrun prints a long trace of its own after a process's line, which nobody would look for above."""
+    script = tmp_path / "refusing.py"
+    script.write_text(REFUSING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    *_, cause, line = done.stderr.splitlines()
+    assert done.returncode == 1 and set(line) == {"="}
+    assert cause.endswith("error: --model nope: no such folder")
