@@ -626,7 +626,7 @@ def default_lengths(configs, least):
 
     None is shorter than `least` tokens.
     """
-    shortest = max(least, int(min(config.original_window for config in configs)))  # a file may say 4096.0
+    shortest = max(least, min(config.original_window for config in configs))
     longest = max(shortest, *(config.max_position_embeddings for config in configs))
     if shortest == longest:  # no window was made longer: show where it ends
         return [length for length in (shortest // 2, shortest, 2 * shortest) if length >= least]
@@ -688,7 +688,7 @@ def evaluate(args):
         reports = [{"task": args.task, "model": name, "results": []} for name in names]
     for folder, of_model in zip(folders, reports):
         of_model["window"] = folder.config.max_position_embeddings
-        of_model["original_window"] = int(folder.config.original_window)
+        of_model["original_window"] = folder.config.original_window
 
     for name, folder, of_model in zip(names, folders, reports):
         done = [result[task.unit] for result in of_model["results"]]

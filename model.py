@@ -49,7 +49,7 @@ class Config:
     tie_embeddings: bool = False  # the head's weight is the embedding
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None  # Llama 3 has several
-    dtype: str = "float32"  # of the weights on disk
+    dtype: str = "float32"  # of the weights as they are written, config.json's
     model_type: str = "llama"  # Hugging Face's name of the family, which only hf/ looks at
     rotary_dim: int | None = None  # RoPE turns so many dimensions of each head, the first ones; None: all
     # What a block computes:

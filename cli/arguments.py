@@ -11,7 +11,7 @@ from pathlib import Path
 
 from storage.errors import InputError, warn
 from storage.files import is_stream
-from storage.log import is_half_trained
+from storage.log import half_trained_run
 
 LARGEST = 2**31  # length in tokens, or factor
 LARGEST_SEED = 2**63 - 1
@@ -168,8 +168,7 @@ def refuse_options_of_other_tasks(args, belongs):
 
 def warn_if_half_trained(model):
     """Warn if a model, a path or a built-in name, is what an interrupted run wrote."""
-    if is_half_trained(model):
-        out = Path(model).parent
+    if out := half_trained_run(model):
         going_on = shlex.join(["python", "train.py", "--resume", "--out", str(out)])
         warn(f"{model} is half-trained, its run was interrupted; it goes on with: {going_on}")
 

@@ -27,10 +27,10 @@ CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "bas
 
 
 def check(config):
-    """Raise InputError if adapters would not fit the files of a model of this Config as they are.
+    """Raise InputError if adapters would not fit the published files of a model of this Config.
 
-    So it is with GPT-J and Baichuan, which are written under the names of another family, and with Phi-3 and
-    GPT-NeoX, where one layer is what are several here.
+    They do not fit GPT-J and Baichuan, which are written under another family's names, nor Phi-3 and
+    GPT-NeoX, which have q, k and v in a single layer.
     """
     written_as = families.as_written(config).model_type
     parameters = families.stored_parameters(config)

@@ -32,7 +32,7 @@ def encode(tokenizer, document):
 
     What counts is what the assistant says, or the completion with the token that ends a text behind it. A BOS
     in front is left out, since windows begin with one anyway. Raise InputError, which names the place, for a
-    conversation that the chat template refuses, or in which nothing counts.
+    conversation that the chat template refuses, or in which the assistant has no message.
     """
     try:
         if isinstance(document, Conversation):

@@ -48,7 +48,7 @@ def resolve(name):
     if folder.exists():
         advice = what_to_do(folder) or f"name a Hugging Face folder, or {names}"
         raise InputError(f"{name}: no model here (no config.json); {advice}")
-    advice = what_was_meant(name) or f"check the path, or take {names}"
+    advice = what_was_meant(str(name)) or f"check the path, or take {names}"
     raise InputError(f"{name}: no such folder; {advice}")
 
 

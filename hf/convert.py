@@ -179,7 +179,7 @@ def read_vocabulary(folder):
 
     So it is refused before a weight is read.
     """
-    for path in (folder / "tokenizer.model", folder.parent / "tokenizer.model"):
+    for path in (folder / "tokenizer.model", folder / ".." / "tokenizer.model"):
         if path.is_file():
             vocabulary = path.read_bytes()
             if tokenizer.TIKTOKEN.match(vocabulary):

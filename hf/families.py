@@ -568,7 +568,7 @@ def _rope_keys(config):
     partial = {}
     if family.partial_rotary is not None:
         partial = {"partial_rotary_factor": config.rotary_dim / config.head_dim}
-    window = int(config.max_position_embeddings)  # vLLM and llama.cpp refuse 512.0
+    window = config.max_position_embeddings
     keys = {"max_position_embeddings": window, "rope_theta": theta, **partial}
     keys |= {key: keys[usual] for key, usual in family.rope_keys.items()}
     if scaling is None:
@@ -587,7 +587,7 @@ def _rope_keys(config):
     elif mode in ("linear", "dynamic"):  # stock loaders do not know it inside these two
         del scaling["original_max_position_embeddings"]
     if mode == "dynamic":  # where stock dynamic scaling begins
-        keys["max_position_embeddings"] = int(config.original_window)
+        keys["max_position_embeddings"] = config.original_window
     return keys | {
         "rope_scaling": scaling | {"type": mode},  # older readers want `type`
         "rope_parameters": scaling | {"rope_theta": theta} | partial,

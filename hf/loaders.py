@@ -22,7 +22,8 @@ def differences(config, ratio):
     scaling = scaling or {"rope_type": "default"}
     mode = (config.rope_scaling or {}).get("rope_type", "default")
     where = "with scaled queries" if rope.has_query_scale(scaling) else f"in {family.architecture}"
-    # Longrope is one stretch on top of another, and with another mode it would still be.
+    # Two stretches of different kinds are composed into longrope (scaling.compose). With another mode for the
+    # second one they still would be, so none is proposed.
     another_mode = {} if mode == "longrope" else {"rope": "yarn"}
 
     found = []

@@ -279,6 +279,10 @@ def _add_original_window(scaling, c, window):
         scaling.setdefault(key, window)
     elif rope.has_query_scale(scaling):
         positive(scaling, key)
+    if key in scaling:
+        if scaling[key] % 1:
+            raise ValueError(f"{key} is {scaling[key]!r}, not a whole number")
+        scaling[key] = int(scaling[key])  # a file may say 4096.0, and loaders refuse that
     if mode == "longrope":
         scaling.setdefault("factor", window / scaling[key])
 

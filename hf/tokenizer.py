@@ -40,9 +40,10 @@ FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # its first line: a token in base64 and its id
-# Those of them that are read here.
+# Those of them that hold settings.
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+# The first line of a tokenizer.model in tiktoken's format: a token in base64 and its id.
+TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 
 def load(folder):
@@ -395,7 +396,7 @@ def ids_of_line(tokenizer, line):
 
 @functools.cache
 def ids_of_x(tokenizer):
-    """Return the token ids of the letter that ids_of_line and token_texts put before a text."""
+    """Return the token ids of "x", which stands before what is encoded or decoded as the inside of a text."""
     return tokenizer.encode("x")
 
 

@@ -29,8 +29,8 @@ from storage.files import new_folder
 def load(name, device="cpu", dtype=None):
     """Return the model of a folder or a built-in name, in eval mode.
 
-    dtype: of its weights, by default as on disk. Raise InputError if anything about the folder is wrong: a
-    file, the architecture, a name or a shape.
+    dtype: of its weights, by default the one that config.json names. Raise InputError if anything about the
+    folder is wrong: a file, the architecture, a name or a shape.
     """
     folder = open_model(name)
     model = empty_transformer(folder.config)
@@ -62,7 +62,7 @@ def save(model, tokenizer, path):
             for published, names in shard.items():
                 parts = [_gather(name, model, parameters, written[name].shape) for name in names]
                 if writes:
-                    tensors[published] = stacked(parts, names, config).to("cpu", dtype).contiguous()
+                    tensors[published] = stacked(parts, names, config).to("cpu", dtype)
             if writes:
                 save_tensors(tensors, aside / file)
                 weight_map |= dict.fromkeys(tensors, file)

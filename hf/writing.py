@@ -40,7 +40,7 @@ def split_by_size(config):
 def stacked(parts, names, config):
     """Return the published tensor of our weights `names`, whose values are `parts`."""
     together = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return families.published_rows(together, names, config)
+    return families.published_rows(together, names, config).contiguous()
 
 
 def shard_name(i, count):

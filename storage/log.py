@@ -99,8 +99,9 @@ def is_finished(out):
     return (out / FINISHED).exists() and (out / "model").exists()
 
 
-def is_half_trained(model):
-    """Return whether a folder is the model of a run that has not made all its steps."""
-    out = Path(model).parent
-    is_of_run = Path(model).name == "model" and (out / "args.json").is_file()
-    return is_of_run and not (out / FINISHED).exists()
+def half_trained_run(model):
+    """Return the folder of the run whose half-trained model this folder is, None if it is no such model."""
+    folder = Path(model) if Path(model).name else Path(model).absolute()  # "." has neither name nor parent
+    out = folder.parent
+    is_of_run = folder.name == "model" and (out / "args.json").is_file()
+    return out if is_of_run and not (out / FINISHED).exists() else None

@@ -149,6 +149,8 @@ def find_files(folder):
         name = path.name.removesuffix(".gz").removesuffix(".jsonl")
         if name not in known:
             raise InputError(f"{path}: not a known benchmark; they are {', '.join(BENCHMARKS)}")
+        if name in files:
+            raise InputError(f"{path}: {files[name].name} is the same benchmark; remove one of them")
         files[name] = path
 
     found = {}

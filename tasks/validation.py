@@ -15,8 +15,9 @@ MOST_DOCUMENTS = 16  # that are scored
 class Validation:
     """Measures the loss on whole stretches of text, as the model is used: without chunks and skips.
 
-    Windows of every length score the same tokens, with more and more of the text before them: the last ones
-    of the longest window, which begins each document, as many as the shortest window has.
+    The longest window begins with its document, and all windows of a document end at the same token. Each
+    scores its last tokens, as many as the shortest window has. So all lengths score the same tokens, and a
+    longer window only sees more of the text before them.
     """
 
     def __init__(self, lengths, documents, tokenizer):

@@ -31,6 +31,7 @@ LLAMA_2 = "meta-llama/Llama-2-7b-hf"
         ("./nope", "check the path"),
         ("folder/nope", "check the path"),
         ("some/where/nope", "check the path"),
+        (Path("some/where/nope"), "check the path"),
     ],
 )
 def test_a_name_that_is_no_model(tmp_path, monkeypatch, name, says):
@@ -41,7 +42,7 @@ def test_a_name_that_is_no_model(tmp_path, monkeypatch, name, says):
         builtin.resolve(name)
     said = str(error.value)
     assert said.startswith(f"{name}: no such folder; ") and says in said and "\n" not in said
-    assert ("Hub" in said) == (LLAMA_2 in name)
+    assert ("Hub" in said) == (LLAMA_2 in str(name))
 
 
 def test_a_folder_of_the_hubs_cache(tmp_path, monkeypatch):

@@ -273,6 +273,18 @@ def test_metas_layout(make_meta, tmp_path, monkeypatch, ranks, kv_heads):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
 
 
+def test_metas_layout_named_from_inside(make_meta, tmp_path, monkeypatch):
+    """The tokenizer is one folder up of `.`, too. And a matrix may lie column by column in its file."""
+    folder, theirs = make_meta(2)
+    path = folder / "consolidated.00.pth"
+    file = torch.load(path)
+    file["layers.0.feed_forward.w1.weight"] = file["layers.0.feed_forward.w1.weight"].T.contiguous().T
+    torch.save(file, path)
+    monkeypatch.chdir(folder)
+    convert.convert(Path("."), Path("../out"), window=64)
+    assert_same_logits(tmp_path / "out", theirs)
+
+
 META_SPOILT = {
     "no window": "does not say the window",
     "rank": "missing",

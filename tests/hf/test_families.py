@@ -463,6 +463,25 @@ def test_what_config_json_leaves_out_is_what_stock_loaders_take(config_of, famil
     assert config.logits_divisor == getattr(theirs, "logits_scaling", 1.0)
 
 
+@pytest.mark.parametrize("mode", ["linear", "yarn", "longrope", "dynamic"])
+def test_windows_are_whole_however_a_file_spells_them(config_of, mode):
+    """llama.cpp's converter and vLLM refuse 64.0."""
+    settings = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8} if mode == "longrope" else {}
+    folder = config_of("llama", **scaled(mode, original_max_position_embeddings=64.0, **settings))
+    config = families.read_config(folder)
+    found = [config.original_window]
+
+    def look(settings):
+        for key, value in settings.items():
+            if isinstance(value, dict):
+                look(value)
+            elif key.endswith("max_position_embeddings"):
+                found.append(value)
+
+    look(families.hf_config(config))
+    assert len(found) > 1 and {type(window) for window in found} == {int}
+
+
 def test_rope_of_gpt_neox_has_names_of_its_own(config_of):
     """Beside them its class reads rope_parameters, and nothing else that other families have."""
     changes = {"rope_parameters": None, "rotary_emb_base": 5e4, "rope_theta": 7e4}
@@ -518,6 +537,7 @@ NUMBERS_THAT_NO_MODEL_HAS = [
     ("llama", scaled("longrope", short_factor=["1"] * 8, long_factor=[1] * 8), "short_factor is '1'"),
     ("llama", scaled("longrope", original_max_position_embeddings="64"), "embeddings is '64'"),
     ("llama", {"original_max_position_embeddings": [64]}, r"embeddings is \[64\]"),
+    ("llama", scaled("yarn", original_max_position_embeddings=64.5), "embeddings is 64.5, not a whole"),
     (
         "llama",
         {"original_max_position_embeddings": -1, "rope_scaling": None, "rope_parameters": None},

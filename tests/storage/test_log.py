@@ -3,7 +3,7 @@
 import json
 import math
 
-from storage.log import Log
+from storage.log import Log, half_trained_run, mark_finished
 
 
 def test_a_figure_that_is_not_finite_is_null(tmp_path):
@@ -14,3 +14,17 @@ def test_a_figure_that_is_not_finite_is_null(tmp_path):
 
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
     assert line == {"step": 1, "loss": None, "mfu": None, "validation": {"8": None, "16": 1.5}}
+
+
+def test_the_model_of_a_run_that_has_not_ended(tmp_path, monkeypatch):
+    """However its folder is named."""
+    model = tmp_path / "model"
+    model.mkdir()
+    monkeypatch.chdir(model)
+    names = (model, str(model), ".", "../model", "./")
+    assert [half_trained_run(name) for name in names] == [None] * len(names)  # no run has left it
+    (tmp_path / "args.json").write_text("{}")
+    for name in names:
+        assert half_trained_run(name).samefile(tmp_path)
+    mark_finished(tmp_path, 6)
+    assert [half_trained_run(name) for name in names] == [None] * len(names)

@@ -262,6 +262,7 @@ def test_too_few_items_for_the_examples_are_refused(folder, tmp_path, name, file
         ({}, ["no boolq"]),
         ({"squad.jsonl": "{}\n"}, ["squad.jsonl", "boolq"]),
         ({"arc_challenge.jsonl": "{}\n"}, ["arc_challenge.jsonl", "arc_challenge_train"]),
+        ({"boolq.jsonl": "{}\n", "boolq.jsonl.gz": ""}, ["boolq.jsonl.gz", "same benchmark"]),
     ],
 )
 def test_folders_that_are_refused(tmp_path, files, says):
