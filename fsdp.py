@@ -1,4 +1,4 @@
-"""Spread training over processes and save memory: FSDP2, activation checkpointing, CPU offload; the step.
+"""Spread training over processes and save memory: FSDP2, activation checkpointing, CPU offload.
 
 Notable choices:
 - There is one code path for 1 and N processes, but a single process without offload is not sharded: it has
@@ -242,31 +242,6 @@ def own_examples(batch_size):
     share = batch_size // dist.get_world_size()
     first = dist.get_rank() * share
     return range(first, first + share)
-
-
-def training_step(model, optimizer, batch, max_grad_norm):
-    """Take a step of the optimizer on a global batch, of which each process has some micro-batches.
-
-    batch: this process's list of (tokens, positions, targets, token weights), the arguments of
-    Transformer.forward. Return, on the device, the loss, nats a token as the weighted mean over the global
-    batch, and the norm of its gradient before clipping. If one of them is not finite, the update is left out.
-    """
-    total_weight = sum(token_weights.sum() for *_, token_weights in batch)
-    dist.all_reduce(total_weight)
-    total_weight.clamp_(min=1)  # where no token counts, as may happen in conversations, the loss is 0
-    loss = torch.zeros_like(total_weight)
-    for micro_batch in batch:
-        part = model(*micro_batch) / total_weight
-        # FSDP averages gradients over processes, and the loss is a sum over them.
-        (part * dist.get_world_size()).backward()
-        loss += part.detach()
-    dist.all_reduce(loss)
-    average_vector_gradients(model)
-    grad_norm = clip_gradients(model, max_grad_norm)
-    skip_update_unless_finite(optimizer, loss, grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss, grad_norm
 
 
 def average_vector_gradients(model):

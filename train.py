@@ -54,7 +54,7 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
     token}. signals: the list of process.catch_signals: once a process has caught one, all save and stop
     together. Raise InputError after MAX_SKIPPED updates in a row that were not finite.
     """
-    rank = dist.get_rank()
+    rank, world = dist.get_rank(), dist.get_world_size()
     log = Log(args.out, first_step, args.tensorboard) if rank == 0 else None
     done, skipped_in_a_row, step_seconds = first_step, 0, []
     progress = progress_bar(first_step, args.steps)
@@ -65,7 +65,21 @@ def train(args, model, optimizer, batches, validation, checkpoints, first_step, 
     for step, batch in zip(progress, prefetched):
         lr = learning_rate(step, args)
         set_learning_rate(optimizer, lr)
-        loss, grad_norm = fsdp.training_step(model, optimizer, batch, MAX_GRAD_NORM)
+        loss = torch.zeros((), device=device)  # nats a token, the weighted mean over the global batch
+        total_weight = sum(token_weights.sum() for *_, token_weights in batch)
+        dist.all_reduce(total_weight)
+        total_weight.clamp_(min=1)  # where no token counts, as may happen in conversations, the loss is 0
+        for micro_batch in batch:  # tokens, positions, targets, token weights
+            part = model(*micro_batch) / total_weight
+            (part * world).backward()  # FSDP averages over processes, and the loss is a sum over them
+            loss += part.detach()
+        dist.all_reduce(loss)
+        fsdp.average_vector_gradients(model)
+        grad_norm = fsdp.clip_gradients(model, MAX_GRAD_NORM)
+        fsdp.skip_update_unless_finite(optimizer, loss, grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
         done = step + 1
         is_stopped, is_due = agreed(bool(signals), checkpoints.is_due(args.save_minutes), device=device)
         stop = is_stopped and done < args.steps
