@@ -64,7 +64,7 @@ def shape(name):
         raise InputError(f"--model {name}: neither a folder nor a shape; those are {known} and tiny")
     if not layers:
         return config
-    if not layers.isdigit() or not 1 <= int(layers) <= config.n_layers:
+    if layers not in map(str, range(1, config.n_layers + 1)):
         allowed = f"a number of layers after the colon, at most {config.n_layers}"
         raise InputError(f"--model {name}:{layers}: give {allowed}")
     return dataclasses.replace(config, n_layers=int(layers))
@@ -296,7 +296,7 @@ def train(config, args, device):
 
 
 def add_ratios(results):
-    """Add to each entry how fast it is in speeds of the fastest peer. results: ours, then the peers."""
+    """Add to each entry its speed divided by the fastest peer's. results: ours, then the peers."""
     measured = [result for result in results if "error" not in result]
     if len(measured) > 1:
         fastest = max(result["tokens_per_second"] for result in measured[1:])
@@ -504,7 +504,7 @@ def parse_arguments():
     p.add_argument("--batch_size", type=arguments.whole_number(1),
         help="train, efficiency: examples in a step, over all processes (default: one micro-batch each)")
     p.add_argument("--steps", type=arguments.whole_number(1), default=10,
-        help="timed steps, in two turns, or prompts (default: 10)")
+        help="timed steps, or readings of each prompt (default: 10)")
     p.add_argument("--activation_checkpointing", choices=("none", "selective", "full"),
         help="as train.py's (default: none)")
     p.add_argument("--cpu_offload", action="store_true",
@@ -515,7 +515,7 @@ def parse_arguments():
         help="as train.py's, on all linear layers (default: all weights are trained)")
     p.add_argument("--float8", action="store_true",
         help="as train.py's; MFU stays that of the bfloat16 peak")
-    p.add_argument("--compare", choices=peers.PACKAGES, nargs="+", default=[],
+    p.add_argument("--compare", choices=peers.PACKAGES, nargs="+", action="extend", default=[],
         help="train: beside their steps, each side in its own process; prefill: beside transformers")
     p.add_argument("--json", type=arguments.output_file(), metavar="FILE",
         help="write the results there")

@@ -272,9 +272,9 @@ class Batches:
 
     @property
     def mean_window(self):
-        """The tokens in the window of a token, on average over all tokens of the run.
+        """The length of the window that a token stands in, on average over all tokens of the run.
 
-        What a token costs grows linearly with its window (Config.flops_per_token), so this gives its mean.
+        A token's cost is linear in that length, so its mean is Config.flops_per_token of this one.
         """
         train_len = self.sampling["train_len"]
         if self.episodes is None:

@@ -88,9 +88,9 @@ def tokens_a_cache(model):
 
 
 def batched(items, size, most_tokens):
-    """Yield lists of consecutive items, as many in each as have most_tokens together, with padding.
+    """Yield lists of consecutive items, each as long as most_tokens allows, padding included.
 
-    size(item): the tokens of an item.
+    An item with more tokens than that comes alone. size(item): the tokens of an item.
     """
     batch, longest = [], 0
     for item in items:
@@ -475,7 +475,7 @@ class Task(NamedTuple):
     table: report.Table
     draw: Callable  # one of the functions in tasks/plots.py
     unit: str = "length"  # what an entry of `results` is of: a length, or a benchmark
-    may_add_lengths: bool = True  # to a file of results: not if the longest length says what is scored
+    may_add_lengths: bool = True  # to a file of results; False where the longest says what is scored
     shortest: int = 256  # of the default lengths, in tokens: its prompts need so many
 
 

@@ -279,11 +279,12 @@ def causal_attention(q, k, v, scale=None, place=None):
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
 
 
-def behind_earlier(k, v, cache, start):
-    """Put the keys and values (B, T, K, D) of some tokens into a cache, and return all up to there.
+def update_cache(cache, k, v, start):
+    """Write the keys and values (B, T, K, D) of tokens into a cache, from place `start` on.
 
-    cache, start: see Block.forward. Without a cache there are none before. Where start is a tensor, the whole
-    cache is returned, of which causal_attention takes what is up to there.
+    Return those of all tokens so far, (B, start + T, K, D) each. Where start is a tensor, return the whole
+    cache, of which causal_attention masks the places behind. Without a cache, return k and v.
+    cache, start: see Block.forward.
     """
     if cache is None:
         return k, v
@@ -329,7 +330,7 @@ class Block(nn.Module):
         if x.shape[1] > SLICE_TOKENS and may_overwrite_x:
             return self.forward_in_slices(x, cos, sin, query_scale, cache, start)
         q, k, v = self.attention.queries_keys_values(self.attention_norm(x), cos, sin, query_scale)
-        k, v = behind_earlier(k, v, cache, start)
+        k, v = update_cache(cache, k, v, start)
         place = start if isinstance(start, torch.Tensor) else None
         return self.after_attention(x, causal_attention(q, k, v, self.attention.scale, place))
 
@@ -364,7 +365,7 @@ class Block(nn.Module):
             scale = None if query_scale is None else query_scale[:, part]
             h = self.attention_norm(x[:, part])
             queries[:, part], k, v = attention.queries_keys_values(h, cos[:, part], sin[:, part], scale)
-            k, v = behind_earlier(k, v, cache, start + part.start)
+            k, v = update_cache(cache, k, v, start + part.start)
         attended = causal_attention(queries, k, v, attention.scale)
         del queries, k, v, cache
         for part in slices:

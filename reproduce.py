@@ -244,9 +244,11 @@ def parse_arguments():
     p.add_argument("table", choices=TABLES)
     p.add_argument("--model", type=arguments.path_name, default="smollm2-135m",
         help="a folder or built-in name (default: smollm2-135m)")
-    p.add_argument("--data", type=arguments.path_name, nargs="+", default=[], metavar="FILE",
+    p.add_argument("--data", type=arguments.path_name, nargs="+", action="extend", default=[],
+        metavar="FILE",
         help="texts to train on (default: Python's standard library)")
-    p.add_argument("--dev", type=arguments.path_name, nargs="+", required=True, metavar="FILE",
+    p.add_argument("--dev", type=arguments.path_name, nargs="+", action="extend", required=True,
+        metavar="FILE",
         help="texts to measure on, one file for each kind of text, with a document as long as the longest "
         "length; table3: the folder of benchmarks")
     p.add_argument("--seeds", type=arguments.whole_number(1), default=1,
@@ -271,6 +273,9 @@ def complete(args, model):
     model: the CheckpointFolder to begin with.
     """
     window = model.config.max_position_embeddings
+    of_other_tables = "trials" if TABLES[args.table].benchmarks else "limit"
+    if getattr(args, of_other_tables) is not None:
+        raise InputError(f"--{of_other_tables}: {args.table} does not look at it; leave it out")
     if args.trials is None:
         args.trials = TABLES[args.table].passkeys
     if steps(window, args.tokens) < 1:

@@ -42,8 +42,8 @@ def complete(args, config):
     complete_lengths(args, window, recipe)
     complete_episodes(args, window, recipe)
     complete_batch(args, window, recipe)
-    # The factor, the overshoot and the scale of the queries were found for one interpolation and need not
-    # suit another: with another one they are the paper's, and where the window stays as it is.
+    # The recipe's factor, overshoot and scale of the queries were found for one interpolation and need not
+    # suit another. With another one, or where the window stays as it is, the paper's are taken.
     suits = args.rope == recipe.rope and args.target_len > window
     complete_interpolation(args, config, recipe if suits else RECIPES["paper"])
     if args.beta_fast is None and args.rope in rope.RAMPED:
@@ -227,8 +227,9 @@ def refuse_contradictions(args):
     # An overshoot of 1 is what a run without skips records, and what --resume gives back.
     if args.method not in ("pose", "randpos") and args.overshoot != 1:
         raise InputError(f"--overshoot belongs to --method pose and randpos; leave it out with {args.method}")
-    if args.factor is not None and args.factor > LARGEST:
-        raise InputError(f"--factor {args.factor:g}: must be a number from 1 to {LARGEST}")
+    if args.factor is not None and args.factor > LARGEST:  # computed: one that is given is in that range
+        needed = f"--rope {args.rope} needs a factor of {args.factor:g} for it, more than {LARGEST}"
+        raise InputError(f"--target_len {args.target_len}: {needed}; lower it")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError("--tensorboard: not installed here; pip install tensorboard")
 

@@ -90,7 +90,7 @@ def tell_torchrun(line):
 
 
 def open_closed_streams():
-    """Let what is written into a standard stream that was closed when the program began go nowhere.
+    """Open /dev/null in the place of each standard stream that was closed when the program began.
 
     Python has None for it: what is printed to such a stderr would go to stdout. The next file to be opened
     would get the stream's descriptor, into which libraries write. sys.stdin stays None: nothing is piped in.
@@ -116,8 +116,8 @@ REMEDIES = {  # for errors of the system
 def one_line(error):
     """Return the line for an error that is no bug, None for a bug.
 
-    No bugs are a user's mistake, a file that cannot be used or written, full memory, and the end of another
-    process.
+    What is no bug: a mistake of the user, a file that cannot be used or written, full memory, and the end of
+    another process.
     """
     if isinstance(error, InputError):
         return str(error)

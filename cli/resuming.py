@@ -1,8 +1,8 @@
 """What a training run records of its options, and what --resume takes from there.
 
 Notable choices:
-- A resumed run gives back, as words of a command line, what the earlier run recorded: so it is checked like
-  what is given, which comes behind it and counts.
+- What the earlier run recorded is turned back into words of a command line and parsed again, so that it is
+  checked like any option. The words that are given now come behind them, and so take precedence.
 - What decides the result must stay. Where the model and the texts are may change, what they hold may not.
   What changes is recorded in turn, so that the next --resume, and eval.py, need not be told again.
 """

@@ -399,6 +399,7 @@ def test_no_tokenizer(refused, model):
         (["--target_len", 63, "--train_len", 16], ["--target_len 63", "window of 64"]),
         (["--target_len", -5, "--rope", "ntk"], ["--target_len", "at least 1, not -5"]),
         (["--target_len", 2**40], ["--target_len", "at most"]),
+        (["--target_len", 2**31, "--rope", "ntk"], ["--target_len 2147483648", "needs a factor of", "lower"]),
         (["--batch_size", 2**31], ["--batch_size 2147483648", "a step takes at most"]),
         (["--seed", 2**64], ["--seed", "at most"]),
         (["--train_len", 0], ["--train_len", "at least 1, not 0"]),

@@ -263,6 +263,8 @@ def test_efficiency_draws_both_methods_by_target(bench, tmp_path):
         (["prefill", "--param_dtype", "float32"], ["--param_dtype belongs to --task train or efficiency"]),
         (["efficiency", "--plot", "p.xyz"], ["--plot", "p.xyz"]),
         (["train", "--json", "absent/r.json"], ["absent/r.json"]),
+        (["train", "--model", "llama-7b:33"], ["llama-7b:33", "at most 32"]),
+        (["train", "--model", "llama-7b:²"], ["llama-7b:²", "at most 32"]),
     ],
     ids=lambda v: " ".join(map(str, v)),
 )
@@ -273,6 +275,12 @@ def test_mistakes_are_one_line(call, monkeypatch, tmp_path, arguments, says):
     assert done.returncode == 2 and line.startswith("error: ")
     assert all(word in line for word in says)
     assert not list(tmp_path.iterdir())
+
+
+def test_peers_may_be_named_one_by_one(monkeypatch):
+    words = ["bench.py", "--task", "train", "--compare", "transformers", "--compare", "liger"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert bench_module.parse_arguments().compare == ["transformers", "liger"]
 
 
 def test_float8_asks_of_a_training_step_its_own_length_alone(monkeypatch):

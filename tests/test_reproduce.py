@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -122,6 +123,21 @@ def test_a_call_that_failed_at_once_does_not_stand_in_the_way(tmp_path):
 def test_a_learning_rate_that_train_refuses_is_refused_at_once(call, novel, lr):
     done = call("reproduce", "table1", "--model", "tiny", "--dev", "novel.txt", "--lr", lr)
     assert done.returncode == 2 and "--lr" in done.stderr and not done.stdout and not Path("out").exists()
+
+
+@pytest.mark.parametrize("table, option", [("table3", "--trials"), ("table4", "--limit")])
+def test_an_option_of_other_tables_is_refused(call, novel, table, option):
+    done = call("reproduce", table, "--model", "tiny", "--dev", "novel.txt", option, 5)
+    assert done.returncode == 2 and f"{option}: {table} does not look at it" in done.stderr
+    assert not Path("out").exists()
+
+
+def test_texts_may_be_named_one_by_one(monkeypatch):
+    """Of several --data and --dev all count, as in train.py and eval.py."""
+    words = ["reproduce.py", "table1", "--data", "a", "--data", "b", "c", "--dev", "d", "--dev", "e"]
+    monkeypatch.setattr(sys, "argv", words)
+    args = reproduce.parse_arguments()
+    assert (args.data, args.dev) == (["a", "b", "c"], ["d", "e"])
 
 
 def test_dev_files_of_one_name_are_refused(call, novel):
