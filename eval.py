@@ -460,6 +460,8 @@ def prepare_benchmarks(args, model, tokenizer, names):
     lm = harness.as_model(model.config, tokenizer, functools.partial(log_likelihoods, model))
     (folder,) = args.data
     files = harness.find_files(folder)
+    for name in names:
+        harness.task_config(name, files[name])  # so that items that lack show before hours of work
 
     def measure(name):
         return harness.evaluate(name, files[name], lm, args.limit)

@@ -187,6 +187,7 @@ def say(line):
 
 def main():
     given = training.parser().parse_args()
+    process.check_out(given.out)
     # A plan leaves --out alone, and may be made while a run is there.
     with contextlib.nullcontext() if given.dry_run else process.own_out(given.out):
         run(resuming.options_of_run(given))
@@ -194,8 +195,10 @@ def main():
 
 def run(args):
     """Train as the options say. The folder args.out must belong to this run alone."""
-    if args.resume and is_finished(args.out):
-        return say(f"the run in {args.out} is finished, its model is {args.out / 'model'}")
+    finished = f"the run in {args.out} is finished, its model is {args.out / 'model'}"
+    is_done = args.resume and is_finished(args.out)
+    if is_done and not resuming.has_other_paths(args):
+        return say(finished)
     # --resume finds there what came through standard input.
     args.data, args.eval_data = map(texts.with_saved_stdin, (args.data, args.eval_data))
     as_given = copy.copy(args)
@@ -213,6 +216,8 @@ def run(args):
         record["data_sha256"] = batches.documents.sha256
     if args.resume:
         resuming.check_same_model_and_texts(args.out, record)
+    if is_done:
+        return say(finished)
 
     # All that a user can get wrong has been checked. What follows takes memory and writes into --out.
     device = fsdp.start(args.device)
@@ -244,12 +249,11 @@ def run(args):
 def open_base(args):
     """Return the CheckpointFolder of the model to train, its Config and its tokenizer.
 
-    A dry run needs no weights, so that they need not be there. The folder is None then.
+    A dry run needs no weights. Where none are there, the folder is None then.
     """
-    if args.dry_run:
-        path = builtin.resolve(args.model)
-        if not any(path.glob("*.safetensors")):
-            warn(f"{path} holds no safetensors: this plan needs none, the run itself does", shared=True)
+    path = builtin.resolve(args.model)
+    if args.dry_run and not any(path.glob("*.safetensors*")):
+        warn(f"{path} holds no safetensors: this plan needs none, the run itself does", shared=True)
         base = families.read_config(path)
         return None, base, load_tokenizer(base, path)
     folder = builtin.open_model(args.model)
@@ -291,10 +295,10 @@ def end_run(args, done, checkpoints, signals, device):
         checkpoints.remove_all()
     if number and (not is_done or number == signal.SIGINT):
         sys.exit(128 + number)
-    say(
-        f"wrote {args.out / 'model'}; next: python eval.py --task passkey --model "
-        f"{shlex.quote(str(args.out / 'model'))}"
-    )
+    measure = ["python", "eval.py", "--task", "passkey", "--model", str(args.out / "model")]
+    if args.rope == "dynamic":  # whose config.json has the old window alone
+        measure += ["--lengths", str(args.target_len)]
+    say(f"wrote {args.out / 'model'}; next: {shlex.join(measure)}")
 
 
 def read_texts(args, tokenizer):

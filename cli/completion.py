@@ -214,6 +214,10 @@ def refuse_contradictions(args):
             if Path(path).is_dir() and args.out.resolve().is_relative_to(Path(path).resolve()):
                 reason = f"is inside --{option} {path}, where its files would be read as texts"
                 raise InputError(f"--out {args.out} {reason}; name a folder elsewhere")
+    base = Path(args.model)
+    if base.is_dir() and args.out.resolve().is_relative_to(base.resolve()) and not args.resume:
+        reason = f"is inside --model {args.model}, whose folder stays as it is"
+        raise InputError(f"--out {args.out} {reason}; name a folder elsewhere")
     if args.eval_lengths and not args.eval_every:
         raise InputError("--eval_lengths belongs to --eval_every and --eval_data; leave it out or add them")
     if bool(args.eval_every) != bool(args.eval_data):

@@ -258,9 +258,8 @@ def own_results(path):
 def own_out(out):
     """Keep other runs from the folder of --out while the body runs. Process 0 holds a lock there.
 
-    Raise InputError if another run uses it, if it cannot be a folder, or if it is inside another run's.
+    Raise InputError if another run uses it.
     """
-    check_out(out)
     busy = f"--out {out}: another run is using it; wait for its end, or name another folder"
     with only_one_process(out / ".lock", busy) if is_process_0() else contextlib.nullcontext():
         yield
@@ -271,6 +270,9 @@ def check_out(out):
     for path in (out, *out.parents):
         if path.exists() and not path.is_dir():
             raise InputError(f"--out {out}: {path} is a file; name a folder")
+    inmost = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not os.access(inmost, os.W_OK):
+        raise InputError(f"--out {out}: {inmost} cannot be written to; name another folder")
     resolved = out.resolve()
     for path in (resolved, *resolved.parents):
         if path.name in ("checkpoints", "model", "adapter") and (path.parent / "args.json").exists():

@@ -52,7 +52,7 @@ def options_of_run(args):
     holds_a_run = (args.out / "metrics.jsonl").is_file() or any((args.out / name).exists() for name in names)
     if holds_a_run and not args.dry_run:
         or_resume = ", or add --resume" if (args.out / "args.json").exists() else ""
-        raise InputError(f"--out {args.out} already holds a run; name another folder or remove it{or_resume}")
+        raise InputError(f"--out {args.out} already holds a run; name another folder{or_resume}")
     if holds_a_run and not args.resume:
         warn(f"--out {args.out} holds a run, so that this one needs another folder, or --resume", shared=True)
     if args.resume and args.model is None and not holds_a_run:
@@ -188,14 +188,24 @@ def what_stays(record):
     return {key: value for key, value in record.items() if key not in MAY_CHANGE + BY_CONTENT}
 
 
+def has_other_paths(args):
+    """Return whether the model or the texts of a resumed run are named by other paths than it recorded."""
+    earlier = read_record(args.out / "args.json")
+    return any(getattr(args, option) != earlier.get(option) for option in BY_CONTENT)
+
+
 def check_same_model_and_texts(out, record):
     """Raise InputError if the run in `out` began with other weights or texts, whatever their paths."""
     earlier = read_record(out / "args.json")
-    hashes = {key: value for key, value in record.items() if key.endswith("_sha256")}
-    if changed := describe_changes(earlier, hashes):
-        paths = describe_changes(earlier, {key: record[key] for key in BY_CONTENT})
-        changed = "; ".join(filter(None, (changed, paths)))
-        raise InputError(f"--resume: {out} is of another run: {changed}; start again with another --out")
+    for option in BY_CONTENT:
+        hashed = f"{option}_sha256"
+        if hashed not in record or record[hashed] == earlier.get(hashed):
+            continue
+        changed = (
+            describe_changes(earlier, {option: record[option]}) or f"what is in {record[option]} differs"
+        )
+        begun = f"the run in {out} began with another --{option}: {changed}"
+        raise InputError(f"--resume: {begun}; give it that one, or start again with another --out")
 
 
 def check_agreement(record):

@@ -47,7 +47,8 @@ def resolve(name):
     names = " or ".join(BUILT_IN)
     if folder.exists():
         advice = what_to_do(folder) or f"name a Hugging Face folder, or {names}"
-        raise InputError(f"{name}: no model here (no config.json); {advice}")
+        reason = "a file and no model's folder" if folder.is_file() else "no model here (no config.json)"
+        raise InputError(f"{name}: {reason}; {advice}")
     advice = what_was_meant(str(name)) or f"check the path, or take {names}"
     raise InputError(f"{name}: no such folder; {advice}")
 
@@ -70,6 +71,8 @@ def what_to_do(path):
         return f"convert it: python -m hf.weights convert {path} NEW_FOLDER"
     if any(path.glob("*.gguf")):
         return f"convert its file: python -m hf.weights convert {min(path.glob('*.gguf'))} NEW_FOLDER"
+    if path.is_file() and (path.parent / "config.json").is_file():
+        return f"name its folder, {path.parent}"
     return None
 
 

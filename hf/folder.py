@@ -158,10 +158,10 @@ def find_tensors(folder, needed):
     if not index.exists():
         if single.exists():
             return {single: read_shapes(single)}
-        hint = ""
+        advice = "is the copy complete?"
         if any(folder.glob("*.bin")):
-            hint = f" (its .bin weights are pickled: python -m hf.weights convert {folder} NEW_FOLDER)"
-        raise InputError(f"{folder}: no model.safetensors and no {INDEX}{hint}; is the copy complete?")
+            advice = f"convert its .bin weights: python -m hf.weights convert {folder} NEW_FOLDER"
+        raise InputError(f"{folder}: no model.safetensors and no {INDEX}; {advice}")
     files = {}
     for path, names in read_index(index).items():
         shapes = read_shapes(path)

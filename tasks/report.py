@@ -108,12 +108,13 @@ def read(path, settings, table, unit):
     try:
         written = read_record(path)
         last = {key: written[key] for key in ("task", "model", "results")}
-        earlier = NEWER | written["settings"]
+        earlier = NEWER | written["settings"] | {"task": last["task"]}
         reports = [*written.get("compared", []), last]
         if [report["model"] for report in reports] != earlier["model"]:
             raise ValueError("other models than its settings say")
-        for report in reports:
-            check_results(report, table, unit)
+        if last["task"] == settings["task"]:  # else the file is refused below, for that
+            for report in reports:
+                check_results(report, table, unit)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError):
         raise InputError(f"{path}: holds no results to go on from; remove it or name another file") from None
     changes = describe_changes(earlier, settings)

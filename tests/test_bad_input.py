@@ -152,6 +152,7 @@ CONVERT = "python -m hf.weights convert"
         ("peft", {"adapter_config.json": "{}", "base/config.json": "{}"}, ["adapters alone", "merged into"]),
         ("llamas", {"7b/config.json": "{}", "13b/config.json": "{}"}, ["2 models", "such as llamas/13b"]),
         ("empty", {"a.txt": ""}, ["name a Hugging Face folder, or tiny or smollm2-135m"]),
+        ("llama/config.json", {"": "{}"}, ["name its folder, llama"]),
     ],
 )
 def test_a_model_that_is_somewhere_else(refused, name, files, says):
@@ -160,7 +161,8 @@ def test_a_model_that_is_somewhere_else(refused, name, files, says):
         path = Path(name, file) if file else Path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
-    refused("train", "--model", name, *TRAIN, "--out", "new", says=[f"{name}: no model here", *says])
+    reason = "a file and no model's folder" if Path(name).is_file() else "no model here"
+    refused("train", "--model", name, *TRAIN, "--out", "new", says=[f"{name}: {reason}", *says])
 
 
 def test_folder_without_config(refused, model):
@@ -307,7 +309,10 @@ UP, ROUTER = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.router.wei
 GIT_LFS = b"version https://git-lfs.github.com/spec/v1\n"
 BROKEN_WEIGHTS = {
     "none": (lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors"]),
-    "pickled": (only_pickles, ["model.safetensors", ".bin"]),
+    "pickled": (
+        only_pickles,
+        ["no model.safetensors", "convert its .bin weights: python -m hf.weights convert"],
+    ),
     "wrong_shape": (
         change_tensors(lambda tensors: tensors.update({UP: tensors[UP][1:].clone()})),
         [UP, "(95, 64)", "(96, 64)"],
@@ -584,6 +589,29 @@ def test_out_that_holds_a_run(really_refused, refused, model, finished):
     refused("train", *into_done, says=["done"])
 
 
+def test_out_inside_the_model(refused, model):
+    """Whoever removed the run later would remove the model with it."""
+    for out in (model, model / "out"):
+        refused(
+            "train", "--model", model, *TRAIN, "--out", out, says=[f"--out {out} is inside --model {model}"]
+        )
+
+
+def test_out_that_cannot_be_written_to(refused, model, monkeypatch):
+    """A plan says so too."""
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for plan in ((), ("--dry_run",)):
+        arguments = ("--model", model, *TRAIN, "--out", "a/b", *plan)
+        refused("train", *arguments, says=[f"--out a/b: {Path.cwd()} cannot be written to"])
+
+
+def test_a_plan_for_broken_weights(refused, model):
+    """What a run would refuse hours later, on a machine that costs money."""
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    refused("train", "--model", model, *TRAIN, "--out", "new", "--dry_run", says=["model.safetensors"])
+
+
 def test_out_inside_the_texts(refused, model):
     """Its metrics and tokenizer would be read as texts by the next run, and by --resume."""
     Path("texts").mkdir()
@@ -603,7 +631,7 @@ def test_resume_without_a_run_begins_one(call, refused, model):
         assert f"--resume: {out} holds no run yet; beginning one" in done.stderr
         assert Path(out, "model", "config.json").exists() and Path(out, "args.json").exists()
     Path("bare/args.json").unlink()
-    refused("train", *resume, "--out", "bare", says=["bare already holds a run", "or remove it\n"])
+    refused("train", *resume, "--out", "bare", says=["bare already holds a run; name another folder\n"])
 
 
 def test_resume_without_a_run_and_a_model(refused, finished):

@@ -460,7 +460,9 @@ def test_a_path_that_holds_something_else_now(call, short, texts, tmp_path, what
     for _ in range(2):
         done = call("train", *arguments, "--resume")
         assert done.returncode == 2
-        assert f"is of another run: {what}_sha256 was " in done.stderr.splitlines()[-1]
+        *_, line = done.stderr.splitlines()
+        assert f"began with another --{what}: what is in " in line
+        assert str(own_texts if what == "data" else tmp_path / "model") in line
         # Nor may it start again with the first step.
         shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
 

@@ -121,6 +121,25 @@ def test_resume_of_a_finished_run_changes_nothing(four_steps, call, short):
     assert (four_steps / "metrics.jsonl").read_bytes() == before
 
 
+def test_resume_of_a_finished_run_by_other_paths(four_steps, call, short, tmp_path):
+    """They may hold what the run began with. If they do not, another run was meant."""
+    again = ("train", *short, "--steps", 4, "--save_every", 1, "--out", four_steps, "--resume")
+    shutil.copytree(resolve("tiny"), tmp_path / "tiny")
+    done = call(*again, "--model", tmp_path / "tiny")
+    assert done.returncode == 0 and "is finished" in done.stderr, done.stderr
+    (tmp_path / "other.txt").write_text("Another text. " * 400)
+    for option, path in (("--model", tmp_path / "absent"), ("--data", tmp_path / "other.txt")):
+        done = call(*again, option, path)
+        assert done.returncode == 2 and str(path) in done.stderr, done.stderr
+
+
+def test_the_next_command_after_dynamic_scaling_names_the_length(call, short, tmp_path):
+    """The model's config.json has its old window, which is where this scaling begins."""
+    arguments = ("--steps", 1, "--rope", "dynamic", "--target_len", 1024, "--out", tmp_path / "run")
+    done = call("train", *short, *arguments)
+    assert done.returncode == 0 and done.stderr.strip().endswith("--lengths 1024"), done.stderr
+
+
 def test_the_command_for_more_steps_than_a_run_had(train, call, tmp_path, monkeypatch):
     """It can be typed as it is, and trains the model on in the same window by the same settings."""
     train("a run", "--steps", 2, *EPISODES)
@@ -469,7 +488,7 @@ def test_a_run_on_standard_input_is_resumed_without_it(call, short, texts, tmp_p
     storage_texts.saved_stdin.cache_clear()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(texts.read_bytes()[:-9] + b'other"}\n')))
     done = call("train", *piped, "--resume")
-    assert done.returncode == 2 and "data_sha256 was" in done.stderr
+    assert done.returncode == 2 and "began with another --data" in done.stderr
     monkeypatch.setattr(sys, "stdin", None)
     done = call("train", "--out", out, "--resume")
     assert done.returncode == 0 and "going on after step 1" in done.stderr, done.stderr
