@@ -80,7 +80,7 @@ def run(main):
 
 
 def tell_torchrun(line):
-    """Let torchrun's own report of a failure, 40 lines after this process's, end with a line as its cause.
+    """Let torchrun's own report of a failure, dozens of lines after ours, end with this line as the cause.
 
     torchrun names a file for that in the environment, see torch.distributed.elastic.multiprocessing.errors.
     """

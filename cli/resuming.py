@@ -201,9 +201,8 @@ def check_same_model_and_texts(out, record):
         hashed = f"{option}_sha256"
         if hashed not in record or record[hashed] == earlier.get(hashed):
             continue
-        changed = (
-            describe_changes(earlier, {option: record[option]}) or f"what is in {record[option]} differs"
-        )
+        changed = describe_changes(earlier, {option: record[option]})
+        changed = changed or f"what is in {record[option]} differs"
         begun = f"the run in {out} began with another --{option}: {changed}"
         raise InputError(f"--resume: {begun}; give it that one, or start again with another --out")
 

@@ -108,10 +108,12 @@ def read(path, settings, table, unit):
     try:
         written = read_record(path)
         last = {key: written[key] for key in ("task", "model", "results")}
-        earlier = NEWER | written["settings"] | {"task": last["task"]}
+        earlier = NEWER | written["settings"]
         reports = [*written.get("compared", []), last]
         if [report["model"] for report in reports] != earlier["model"]:
             raise ValueError("other models than its settings say")
+        if earlier.get("task", last["task"]) != last["task"]:
+            raise ValueError("another task than its settings say")
         if last["task"] == settings["task"]:  # else the file is refused below, for that
             for report in reports:
                 check_results(report, table, unit)

@@ -756,6 +756,7 @@ def results(**changes):
 RESULTS_OF_OTHER_TYPES = [
     results() | {"settings": []},
     results() | {"settings": {"model": ["other"]}},
+    results() | {"settings": {"model": ["m"], "task": "needle"}},
     results() | {"compared": 5},
     results() | {"compared": [7]},
     results() | {"results": 7},
@@ -801,6 +802,15 @@ def test_a_base_that_is_no_name(refused, finished):
     Path("done").rename("out")
     Path("out/args.json").write_text('{"model": [1]}')
     refused("eval", *PASSKEY, says=["out/args.json: names no model"])
+
+
+def test_json_of_another_task_that_has_its_results(refused, model):
+    """Perplexity's entries have other keys than those of passkeys."""
+    Path("r.json").write_text(
+        json.dumps(results(accuracy=None) | {"task": "ppl", "settings": {"model": ["m"], "task": "ppl"}})
+    )
+    says = ["r.json: holds results of another evaluation", "task was ppl, now passkey"]
+    refused("eval", "--model", model, *PASSKEY, "--json", "r.json", says=says)
 
 
 def test_json_of_another_evaluation(refused, call, model):

@@ -206,8 +206,9 @@ def test_examples_of_a_very_long_window_are_warned_of(parse_and_complete, capfd,
     """A Llama 3.1 with its window of 131,072 tokens, and the same with shorter examples."""
     monkeypatch.setattr(errors, "_warnings", set())  # no warning is said twice
     llama = dataclasses.replace(SMOLLM2, max_position_embeddings=131072)
-    assert parse_and_complete("--recipe", "paper", config=llama).train_len == 131072
+    paper = ("--model", "folder", "--recipe", "paper")
+    assert parse_and_complete(*paper, config=llama).train_len == 131072
     assert "warning: an example has 131,072 tokens" in capfd.readouterr().err
-    assert parse_and_complete("--recipe", "paper", "--train_len", 8192, config=llama).train_len == 8192
-    assert parse_and_complete("--recipe", "paper").train_len == 8192
+    assert parse_and_complete(*paper, "--train_len", 8192, config=llama).train_len == 8192
+    assert parse_and_complete(*paper).train_len == 8192
     assert not capfd.readouterr().err

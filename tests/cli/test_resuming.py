@@ -28,7 +28,7 @@ def test_validation_of_a_run_that_goes_on_can_be_switched_off(parse, record, tmp
     args = parse(*out, "--resume", "--eval_every", 0)
     assert (args.eval_every, args.eval_data, args.eval_lengths) == (0, [], None)
     with pytest.raises(InputError, match="--eval_every and --eval_data belong together"):
-        args = parse(*out, "--resume", "--eval_every", 0, "--eval_data", "other.txt")
+        args = parse(*out, "--model", "folder", "--resume", "--eval_every", 0, "--eval_data", "other.txt")
         completion.complete(args, SHAPES["smollm2-135m"])
 
 
