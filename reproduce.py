@@ -19,7 +19,7 @@ from pathlib import Path
 import data
 from cli import arguments, process
 from hf.builtin import open_model
-from storage.errors import InputError
+from storage.errors import InputError, warn
 from storage.files import cache_dir, write_file, write_json
 from storage.log import is_finished
 from storage.values import describe_changes, read_record
@@ -275,7 +275,7 @@ def complete(args, model):
     window = model.config.max_position_embeddings
     of_other_tables = "trials" if TABLES[args.table].benchmarks else "limit"
     if getattr(args, of_other_tables) is not None:
-        raise InputError(f"--{of_other_tables}: {args.table} does not look at it; leave it out")
+        warn(f"--{of_other_tables}: {args.table} does not look at it")
     if args.trials is None:
         args.trials = TABLES[args.table].passkeys
     if steps(window, args.tokens) < 1:

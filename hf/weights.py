@@ -119,8 +119,8 @@ def show(name):
         attention += f", no RoPE in {config.rope_layers.count(0)} layer(s)"
     print(attention)
     vocabulary = f"vocabulary {config.vocab_size:,}, tokenizer {type(tokenizer).__name__}"
-    begins = "no BOS" if tokenizer.bos_id is None else f"BOS {tokenizer.bos_id}"
-    print(f"{vocabulary} with {tokenizer.vocab_size:,}, {begins}")
+    first = "no BOS" if tokenizer.bos_id is None else tokenizer.bos_id
+    print(f"{vocabulary} with {tokenizer.vocab_size:,}, begins with {first}")
     print(f"window {config.max_position_embeddings:,} tokens, rope_theta {config.rope_theta:g}")
     scaling = [f"{k} {v}" for k, v in (config.rope_scaling or {}).items() if not isinstance(v, list)]
     print(printable("scaling " + (", ".join(scaling) or "none")))
