@@ -256,6 +256,19 @@ def test_too_few_items_for_the_examples_are_refused(folder, tmp_path, name, file
             assert harness.evaluate(name, files, Recorder(), limit=3)["items"] == 3
 
 
+def test_too_few_items_are_found_before_the_first_benchmark_is_measured(call, folder, tmp_path):
+    two, written = tmp_path / "two", tmp_path / "r.json"
+    two.mkdir()
+    for name in ("boolq", "arc_challenge", "arc_challenge_train"):
+        shutil.copy(folder / f"{name}.jsonl.gz", two)
+    lines = gzip.decompress((two / f"{name}.jsonl.gz").read_bytes()).splitlines(keepends=True)
+    (two / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines[0]))
+    arguments = ("--model", "tiny", "--data", two, "--limit", 2, "--device", "cpu", "--json", written)
+    done = call("eval", "--task", "benchmarks", *arguments)
+    assert done.returncode == 2 and "has 1 items, and 25 are needed" in done.stderr
+    assert not written.exists()
+
+
 @pytest.mark.parametrize(
     "files, says",
     [
