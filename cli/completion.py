@@ -16,6 +16,7 @@ from cli.arguments import LARGEST
 from cli.process import compute_dtype
 from cli.training import LORA_LR, RECIPE_OF_MODEL, RECIPES
 from hf import families
+from hf.builtin import BUILT_IN
 from model import linear_layers
 from storage.errors import InputError, warn
 from storage.processes import world_size
@@ -207,17 +208,19 @@ def complete_interpolation(args, config, recipe):
         args.overshoot = recipe.overshoot if args.method in ("pose", "randpos") else 1.0
 
 
+def refuse_out_inside(out, option, path, reason):
+    """Raise InputError, which gives the reason, if --out is a folder that an option names, or inside it."""
+    if Path(path).is_dir() and out.resolve().is_relative_to(Path(path).resolve()):
+        raise InputError(f"--out {out} is inside --{option} {path}, {reason}; name a folder elsewhere")
+
+
 def refuse_contradictions(args):
     """Raise InputError for options that do not go together."""
     for option in ("data", "eval_data"):
         for path in getattr(args, option) or ():
-            if Path(path).is_dir() and args.out.resolve().is_relative_to(Path(path).resolve()):
-                reason = f"is inside --{option} {path}, where its files would be read as texts"
-                raise InputError(f"--out {args.out} {reason}; name a folder elsewhere")
-    base = Path(args.model)
-    if base.is_dir() and args.out.resolve().is_relative_to(base.resolve()) and not args.resume:
-        reason = f"is inside --model {args.model}, whose folder stays as it is"
-        raise InputError(f"--out {args.out} {reason}; name a folder elsewhere")
+            refuse_out_inside(args.out, option, path, "where its files would be read as texts")
+    if args.model not in BUILT_IN and not args.resume:
+        refuse_out_inside(args.out, "model", args.model, "whose folder stays as it is")
     if args.eval_lengths and not args.eval_every:
         raise InputError("--eval_lengths belongs to --eval_every and --eval_data; leave it out or add them")
     if bool(args.eval_every) != bool(args.eval_data):

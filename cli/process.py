@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from storage.errors import InputError, LocalError, printable
-from storage.files import is_stream, only_one_process
+from storage.files import existing_folder, is_stream, only_one_process
 from storage.processes import is_process_0, is_under_torchrun, local_rank
 
 # ---------------------------------------------------------------- devices
@@ -270,9 +270,9 @@ def check_out(out):
     for path in (out, *out.parents):
         if path.exists() and not path.is_dir():
             raise InputError(f"--out {out}: {path} is a file; name a folder")
-    inmost = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not os.access(inmost, os.W_OK):
-        raise InputError(f"--out {out}: {inmost} cannot be written to; name another folder")
+    folder = existing_folder(out)
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--out {out}: {folder} cannot be written to; name another folder")
     resolved = out.resolve()
     for path in (resolved, *resolved.parents):
         if path.name in ("checkpoints", "model", "adapter") and (path.parent / "args.json").exists():

@@ -5,6 +5,7 @@ appears when it is whole. (hf/gguf_file.py converts GGUF.)
 """
 
 import json
+import os
 import pickle
 import zipfile
 from collections import Counter
@@ -179,7 +180,8 @@ def read_vocabulary(folder):
 
     So it is refused before a weight is read.
     """
-    for path in (folder / "tokenizer.model", folder / ".." / "tokenizer.model"):
+    above = Path(os.path.abspath(folder)).parent  # of "." too, and above a link and not where it leads
+    for path in (folder / "tokenizer.model", above / "tokenizer.model"):
         if path.is_file():
             vocabulary = path.read_bytes()
             if tokenizer.TIKTOKEN.match(vocabulary):

@@ -37,6 +37,12 @@ def cache_dir():
         raise InputError("this user has no home folder for a cache; name one in POSE_CACHE") from None
 
 
+def existing_folder(path):
+    """Return the inmost folder of a path that is there already, the path itself if it is."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
 # ---------------------------------------------------------------- locks
 
 

@@ -22,6 +22,7 @@ import torch
 
 import fsdp
 from model import loss_chunk_tokens
+from storage.files import existing_folder
 from storage.processes import local_rank, local_world_size
 
 
@@ -291,8 +292,7 @@ def room_for(device, out):
 
     The folder need not exist yet. On a CPU the processes of this machine share its memory.
     """
-    paths = (out.absolute(), *out.absolute().parents)
-    disk = shutil.disk_usage(next(path for path in paths if path.exists())).free
+    disk = shutil.disk_usage(existing_folder(out)).free
     host = host_memory() / local_world_size()
     if device == "cuda":
         of_gpu = torch.cuda.get_device_properties(local_rank())

@@ -597,6 +597,13 @@ def test_out_inside_the_model(refused, model):
         )
 
 
+def test_out_in_a_folder_named_like_a_built_in_model(call):
+    """The model is not in it."""
+    Path("tiny").mkdir()
+    done = call("train", "--model", "tiny", *TRAIN, "--steps", 0, "--out", "tiny/out")
+    assert done.returncode == 0, done.stderr
+
+
 def test_out_that_cannot_be_written_to(refused, model, monkeypatch):
     """A plan says so too."""
     monkeypatch.setattr("os.access", lambda path, mode: False)

@@ -396,7 +396,8 @@ def test_whole_documents_are_scored(evaluate, tmp_path):
 def test_default_lengths_double_from_the_original_window(tiny):
     scaling = {"rope_type": "linear", "factor": 4.0, "original_max_position_embeddings": 512}
     extended = replace(tiny[0].config, max_position_embeddings=2048, rope_scaling=scaling)
-    assert evaluation.default_lengths([extended], 256) == [512, 1024, 2048]
+    lengths = evaluation.default_lengths([extended], 256)
+    assert lengths == [512, 1024, 2048] and {type(length) for length in lengths} == {int}
     assert evaluation.default_lengths([extended, tiny[0].config], 256) == [256, 512, 1024, 2048]
     assert evaluation.default_lengths([tiny[0].config], 256) == [256, 512]
 

@@ -549,7 +549,8 @@ def test_quality_after_float8():
         f"{found} of {far['trials']} at {far['length']:,}, and every passkey",
         f"{min(more):.1f} to {max(more):.1f}% higher",
     )
-    assert [sentence for sentence in sentences if sentence not in " ".join(read("RESULTS.md").split())] == []
+    results = " ".join(read("RESULTS.md").split())
+    assert [sentence for sentence in sentences if sentence not in results] == []
     keys = load("float8/passkey")["results"] + load("float8/passkey_128k")["results"]
     assert all(entry["accuracy"] == 1 for entry in keys)
 

@@ -153,10 +153,8 @@ def test_the_report_of_torchrun_ends_with_the_error(tmp_path):
     script = tmp_path / "refusing.py"
     script.write_text(REFUSING)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "TMPDIR": str(tmp_path),
-    }  # where torchrun leaves logs
+    # torchrun leaves its logs in TMPDIR.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     *_, cause, line = done.stderr.splitlines()
     assert done.returncode == 1 and set(line) == {"="}

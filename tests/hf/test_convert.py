@@ -285,6 +285,17 @@ def test_metas_layout_named_from_inside(make_meta, tmp_path, monkeypatch):
     assert_same_logits(tmp_path / "out", theirs)
 
 
+def test_metas_layout_behind_a_link(make_meta, tmp_path):
+    """One folder up is where the link is, beside which the tokenizer may be, and not where it leads."""
+    folder, theirs = make_meta(2)
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "7B").symlink_to(folder)
+    (tmp_path / "tokenizer.model").rename(here / "tokenizer.model")
+    convert.convert(here / "7B", tmp_path / "out", window=64)
+    assert_same_logits(tmp_path / "out", theirs)
+
+
 META_SPOILT = {
     "no window": "does not say the window",
     "rank": "missing",
